@@ -1,0 +1,63 @@
+"""The embedded demo: a small world of rendered birds and a small open_clip CLIP trained on it.
+
+model, preprocess, tokenizer = demo.load()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+NAME = "demo-vit"  # of the open_clip configuration and of the checkpoint beside it
+
+
+class Tokenizer:
+    """Words to numbers for the demo's text tower, called like any open_clip tokenizer: tokenizer(texts) -> [n, context] int64.
+
+    One number per word, in the order of vocabulary.txt; 0 pads. The end token is the largest number, because open_clip reads a
+    text's embedding at the position of the largest.
+    """
+
+    def __init__(self, words: Sequence[str], context_length: int) -> None:
+        self.number = {word: i + 1 for i, word in enumerate(words)}
+        self.context_length = context_length
+        self.start, self.end = len(words) + 1, len(words) + 2
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        texts = [texts] if isinstance(texts, str) else texts
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.long)
+        for row, text in zip(tokens, texts, strict=True):
+            words = text.lower().replace(".", " ").replace(",", " ").split()
+            unknown = [word for word in words if word not in self.number]
+            if unknown:
+                raise ValueError(
+                    f"the demo model knows {len(self.number)} words, and {unknown[0]!r} in {text!r} is not one of them"
+                )
+            if len(words) > self.context_length - 2:
+                raise ValueError(f"the demo model reads {self.context_length - 2} words at most, got {len(words)}: {text!r}")
+            row[: len(words) + 2] = torch.tensor([self.start, *(self.number[word] for word in words), self.end])
+        return tokens
+
+
+def load(
+    device: str | torch.device = "cpu", weights: str | Path | None = FOLDER / f"{NAME}.safetensors", **options
+) -> tuple[torch.nn.Module, Callable, Tokenizer]:
+    """The demo model in eval mode, its image transform and its tokenizer.
+
+    Args:
+        device: where the model lives.
+        weights: checkpoint; None: freshly initialised.
+        options: passed on to open_clip.create_model_and_transforms.
+    """
+    import open_clip
+
+    open_clip.add_model_config(FOLDER / f"{NAME}.json")
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        NAME, pretrained=weights and str(weights), device=device, **options
+    )
+    words = (FOLDER / "vocabulary.txt").read_text().split()
+    return model.eval(), preprocess, Tokenizer(words, model.context_length)

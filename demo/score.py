@@ -1,0 +1,48 @@
+"""Zero-shot accuracy of a demo model on every factor, and of landbird against waterbird by group."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import Tokenizer, scenes
+from .captions import PHRASES, true_facts
+
+STARTS = ("a photo of", "a sketch of", "a painting of", "a cartoon of", "a picture of", "")
+WATCHED = 3000  # seed of the split that training watches
+GROUPS = ("land-land", "land-water", "water-land", "water-water")
+
+
+def prompts(factor: str, phrase: str) -> list[str]:
+    """Captions that state one fact and leave the rest open."""
+    if factor == "style":
+        return [f"{phrase} a bird"]
+    thing = {"kind": f"a {phrase}", "type": f"a {phrase}", "colour": f"a {phrase} bird"}.get(factor, f"a bird {phrase}")
+    return [f"{start} {thing}".strip() for start in STARTS]
+
+
+@torch.no_grad()
+def classifier(model: torch.nn.Module, tokenizer: Tokenizer, factor: str) -> Tensor:
+    """[values, d] one unit vector per value of the factor: the mean of its normalised prompts, normalised."""
+    rows = [[text for phrase in phrases for text in prompts(factor, phrase)] for phrases in PHRASES[factor]]
+    return torch.stack([F.normalize(F.normalize(model.encode_text(tokenizer(row)), dim=-1).mean(0), dim=0) for row in rows])
+
+
+@torch.no_grad()
+def score(model: torch.nn.Module, tokenizer: Tokenizer, count: int, seed: int = WATCHED) -> dict[str, float]:
+    """{factor or group: accuracy} on `count` pictures whose place says nothing of the bird."""
+    from .train import normalise, render_all
+
+    facts = scenes.sample(count, seed)
+    pictures, truth = render_all(facts, seed), true_facts(facts)
+    embeddings = torch.cat([model.encode_image(normalise(part)) for part in np.array_split(pictures, max(1, count // 256))])
+    scores = {}
+    for column, factor in enumerate(PHRASES):
+        right = (embeddings @ classifier(model, tokenizer, factor).T).argmax(1).numpy() == truth[:, column]
+        scores[factor] = float(right.mean())
+        if factor == "type":
+            group = 2 * truth[:, column] + (facts["place"] >= scenes.FIRST_WATER)
+            scores |= {name: float(right[group == g].mean()) for g, name in enumerate(GROUPS)}
+    return scores

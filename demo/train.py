@@ -1,0 +1,170 @@
+"""Train the demo's CLIP from nothing, on pictures and captions made on the way.
+
+    $ python -m demo.train            # HOURS on two cores; writes demo/demo-vit.safetensors
+
+Contrastive training as CLIP's, with two departures that a world of few words needs. Targets are soft: a picture matches every caption
+whose stated facts are all true of it, not only its own. And batches alternate between two sources (captions.py): the guide shows kinds
+of birds anywhere; the web says landbird and waterbird, --alignment of them where such birds live. That share sets how far the two words
+mean the place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from . import FOLDER, NAME, Tokenizer, captions, load, scenes
+from .score import score
+
+# glibc gives large blocks back to the system at once; fetching them again at every step takes longer than the arithmetic.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4500, help="batches [%(default)s]")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1.2e-3, help="highest learning rate; cosine decay to zero [%(default)s]")
+    parser.add_argument(
+        "--alignment",
+        type=float,
+        default=0.97,
+        help="share of the web's birds shown where such birds live [%(default)s]",
+    )
+    parser.add_argument("--patch-dropout", type=float, default=0.25)
+    parser.add_argument("--pictures", type=int, default=60_000, help="of the guide; the web has half as many [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the captions")
+    parser.add_argument("--init", type=Path, help="start from this checkpoint instead of from nothing")
+    parser.add_argument("--out", type=Path, default=FOLDER / f"{NAME}.safetensors")
+    return parser.parse_args(argv)
+
+
+class Source:
+    """Endless batches of (pictures, tokens, matches) in one source's habits."""
+
+    def __init__(
+        self,
+        count: int,
+        seed: int,
+        alignment: float,
+        habits: dict[str, float],
+        rng: np.random.Generator,
+        tokenizer: Tokenizer,
+    ) -> None:
+        facts = scenes.sample(count, seed, alignment)
+        self.pictures, self.truth = render_all(facts, seed), captions.true_facts(facts)
+        self.habits, self.rng, self.tokenizer = habits, rng, tokenizer
+        self.queue = np.empty(0, dtype=int)
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[b, 3, 64, 64] normalised pictures, [b, context] tokens, and [b, b] float: caption i is true of picture j."""
+        if len(self.queue) < size:
+            self.queue = self.rng.permutation(len(self.pictures))
+        rows, self.queue = self.queue[:size], self.queue[size:]
+        texts, stated = zip(*(captions.write(self.truth[i], self.habits, self.rng) for i in rows), strict=True)
+        stated = np.stack(stated)[:, None]
+        matches = ((stated < 0) | (stated == self.truth[rows])).all(-1)
+        return normalise(self.pictures[rows]), self.tokenizer(texts), torch.from_numpy(matches).float()
+
+
+def normalise(pictures: np.ndarray) -> Tensor:
+    """[b, 64, 64, 3] uint8 to what the demo's image transform gives, without a detour through PIL."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    return (images - torch.tensor(OPENAI_DATASET_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_DATASET_STD).view(3, 1, 1)
+
+
+def render_all(facts: dict[str, np.ndarray], seed: int) -> np.ndarray:
+    """[count, 64, 64, 3] uint8, on all cores."""
+    count = len(facts["kind"])
+    jobs = [(facts, range(start, min(start + 500, count)), seed) for start in range(0, count, 500)]
+    with Pool() as pool:
+        parts = tqdm(pool.imap(_render_some, jobs), total=len(jobs), desc="rendering", unit="x500")
+        return np.concatenate(list(parts))
+
+
+def _render_some(job: tuple[dict[str, np.ndarray], range, int]) -> np.ndarray:
+    facts, rows, seed = job
+    return np.stack([scenes.render(facts, i, seed)[0] for i in rows])
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, matches: Tensor) -> Tensor:
+    """KL divergence from the soft targets, both ways: zero when each caption's probability is spread over the pictures it fits."""
+    logits = scale * F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).T
+    loss = 0.0
+    for scores, target in ((logits, matches), (logits.T, matches.T)):
+        target = target / target.sum(dim=1, keepdim=True)
+        loss = loss + F.kl_div(scores.log_softmax(dim=1), target, reduction="batchmean") / 2
+    return loss
+
+
+def train(args: argparse.Namespace) -> dict[str, float]:
+    torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)
+    rng = np.random.default_rng(args.seed)
+    model, _, tokenizer = load(weights=args.init, force_patch_dropout=args.patch_dropout)
+    guide = Source(args.pictures, 1000 + args.seed, 0.5, captions.GUIDE, rng, tokenizer)
+    web = Source(args.pictures // 2, 2000 + args.seed, args.alignment, captions.WEB, rng, tokenizer)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
+    )
+    progress = tqdm(range(args.steps), desc="training", unit="batch", mininterval=10)
+    average = None
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        images, tokens, matches = (web if step % 3 == 0 else guide).batch(args.batch_size)
+        model.train()
+        loss = contrastive_loss(model.encode_image(images), model.encode_text(tokens), model.logit_scale.exp(), matches)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(50))
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{average:.3f}", refresh=False)
+        if (step + 1) % 500 == 0:
+            tqdm.write(f"after {step + 1} steps: {describe(score(model.eval(), tokenizer, count=1024))}")
+            save(model, args.out)
+    return score(model.eval(), tokenizer, count=4096)
+
+
+def save(model: torch.nn.Module, path: Path) -> None:
+    """Write the checkpoint under another name first, so that a run that is stopped never leaves half a file."""
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    os.replace(partial, path)
+
+
+def describe(scores: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
+def main(argv: list[str] | None = None) -> None:
+    if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()) and argv is None:
+        os.execve(sys.executable, [sys.executable, "-m", "demo.train", *sys.argv[1:]], os.environ | KEEP_MEMORY)
+    args = parse_args(argv)
+    start = time.time()
+    scores = train(args)
+    print(f"{describe(scores)}  ({(time.time() - start) / 60:.0f} minutes)")
+    print(f"wrote {args.out}; the scores are on the split that was watched, not on the test split")
+
+
+if __name__ == "__main__":
+    main()

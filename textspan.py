@@ -1,0 +1,182 @@
+"""TextSpan: name what one attention head writes, as a short list of texts.
+
+Reference: Gandelsman, Efros, Steinhardt, "Interpreting CLIP's Image Representation via Text-Based Decomposition",
+https://arxiv.org/abs/2310.05916, Algorithm 1. This file needs torch alone.
+
+    moments = Moments(d)
+    for batch in ...: moments.update(batch)       # [n, d] contributions of one head; nothing else is kept
+    span = textspan(moments, texts, size=20)      # [m, d] text embeddings
+    [bank[i] for i in span.indices], span.explained
+
+Glossary (code -> paper):
+    n  images                                  (K)     C [n, d]  the head's contribution to each image, centred   (C)
+    m  candidate texts                         (M)     R [m, d]  the texts' embeddings                            (R)
+    d  joint image-text space                  (d')    j         the text picked in a step
+    F [k, d]  any matrix with F' F = Cov(C), k at most the rank of C
+
+Algorithm 1 scores text r by the variance of <c, r> over images. That is r' Cov(C) r = |F r|^2, so F may stand in for C: the same texts
+are picked, and the cost no longer depends on the number of images. Both sides of D = R F' lose the picked direction in each step, which
+is one rank-1 update of D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A direction whose share of the variance (of the squared norm, for texts) is below this is rounding error, not signal: float32
+# contributions carry about 1e-7 of their norm, 1e-14 of its square.
+NEGLIGIBLE = 1e-12
+
+
+@dataclass(frozen=True)
+class TextSpan:
+    """The texts that span what a head writes, in the order picked."""
+
+    indices: list[int]  # rows of `texts`
+    directions: Tensor  # [size, d] float64, orthogonal: what each text adds to the ones before it
+    explained: Tensor  # [size] float64, share of the head's total variance that each step removes; sums to at most 1
+
+
+class Moments:
+    """Count, mean and covariance of rows that arrive in batches, in float64.
+
+    Any split into batches, and any order of merging, gives the same result up to rounding (Chan, Golub, LeVeque 1979).
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of (x - mean)(x - mean)'
+
+    def update(self, x: Tensor) -> Moments:
+        """Add the rows of x [n, d]."""
+        dim = len(self.mean)
+        if x.ndim != 2 or x.shape[1] != dim:
+            raise ValueError(f"expected rows of width {dim}, [n, {dim}], got {list(x.shape)}")
+        x = x.detach().to("cpu", torch.float64)
+        if not x.isfinite().all():
+            raise ValueError(f"{int((~x.isfinite()).any(1).sum())} of {len(x)} contributions hold a NaN or an infinity")
+        if len(x):
+            mean = x.mean(dim=0)
+            self._add(len(x), mean, (x - mean).T @ (x - mean))
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Add what `other` has seen; `other` is left as it is."""
+        if len(self.mean) != len(other.mean):
+            raise ValueError(f"cannot merge moments of width {len(other.mean)} into width {len(self.mean)}")
+        if other.count:
+            self._add(other.count, other.mean, other.scatter)
+        return self
+
+    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total, shift = self.count + count, mean - self.mean
+        self.scatter = self.scatter + scatter + torch.outer(shift, shift) * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """[d, d] over the rows seen (divided by their number)."""
+        return self.scatter / max(self.count, 1)
+
+    def map(self, A: Tensor) -> Moments:
+        """The moments of x @ A for A [d, other]: those of a head's term from those of its values, say."""
+        A = A.to("cpu", torch.float64)
+        mapped = Moments(A.shape[1])
+        mapped.count, mapped.mean, mapped.scatter = self.count, self.mean @ A, A.T @ self.scatter @ A
+        return mapped
+
+
+def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, rank: int | None = 80) -> TextSpan:
+    """Greedily pick the texts along which a head's contributions vary most, each cleared of the ones before (Algorithm 1).
+
+    Args:
+        contributions: [n, d] the head's term for each image, or their Moments.
+        texts: [m, d] embeddings of the candidates. Longer vectors score higher: normalise them unless that is wanted.
+        size: number of texts to pick.
+        rank: first project the texts onto this many top right singular directions of the uncentred contributions, without
+            normalising them again: what the authors' code does (80 holds every head of their models). A text then competes with the
+            part of it that the head can write at all. Directions of negligible strength are left out, where their code
+            keeps whatever rounding put there. None: no projection, the algorithm as printed.
+
+    Returns:
+        TextSpan. directions[i] is text i's embedding, projected, minus its projection onto directions[:i].
+
+    Raises:
+        ValueError: shapes that do not fit, NaN, no variance, or more texts asked for than the bank or the contributions' rank holds.
+    """
+    moments = contributions if isinstance(contributions, Moments) else Moments(contributions.shape[-1]).update(contributions)
+    R = texts.detach().to("cpu", torch.float64)
+    if R.ndim != 2 or R.shape[1] != len(moments.mean):
+        raise ValueError(f"texts must be [m, {len(moments.mean)}] like the contributions, got {list(R.shape)}")
+    if not R.isfinite().all():
+        raise ValueError("the texts' embeddings hold a NaN or an infinity")
+    if not 1 <= size <= len(R):
+        raise ValueError(f"size must be between 1 and the number of texts, {len(R)}; got {size}")
+    variance = moments.covariance.trace()
+    if not variance > NEGLIGIBLE * moments.mean.square().sum() or variance == 0:
+        raise ValueError(f"the contributions have no variance over {moments.count} images: there is nothing to name")
+
+    F = _factor(moments.covariance)  # [k, d]
+    basis = torch.eye(R.shape[1], dtype=R.dtype)
+    if rank is not None:
+        # The uncentred contributions vary along F and the mean. From here on work in the projected space: [m, rank], not [m, d].
+        _, strength, basis = torch.linalg.svd(torch.cat([F, moments.mean[None]]), full_matrices=False)
+        basis = basis[:rank][strength[:rank].square() > NEGLIGIBLE * strength[0].square()]  # [rank, d] orthonormal rows
+        F, R = F @ basis.T, R @ basis.T
+    return _pick(F, R, basis, size, variance)
+
+
+def _pick(F: Tensor, R: Tensor, basis: Tensor, size: int, variance: Tensor) -> TextSpan:
+    indices, directions, explained = [], [], []
+    D = R @ F.T  # [m, k]; the score of text j is |D_j|^2
+    length = R.square().sum(dim=1)  # of the texts as they came
+    for _ in range(size):
+        left = R.square().sum(dim=1)
+        score = D.square().sum(dim=1)
+        score[left <= NEGLIGIBLE * length] = 0  # spanned by earlier picks: what is left of it is rounding
+        j = int(score.argmax())
+        if not score[j] > NEGLIGIBLE * variance * left[j]:
+            raise ValueError(
+                f"the contributions hold {len(indices)} independent directions that a text can name; size={size} is too many"
+            )
+        r, d = R[j] / left[j].sqrt(), D[j] / left[j].sqrt()  # unit direction; F r
+        indices.append(j)
+        directions.append(R[j] @ basis)
+        explained.append(d.square().sum() / variance)
+        along = R @ r
+        D = D - torch.outer(along, d)  # (R - R r r')(F - F r r')' = R F' - (R r)(F r)'
+        R = R - torch.outer(along, r)
+    return TextSpan(indices, torch.stack(directions), torch.stack(explained))
+
+
+def reconstruct(contributions: Tensor, span: TextSpan, mean: Tensor) -> Tensor:
+    """[n, d] the head as its texts tell it: the mean, plus the projection of what deviates from it onto the span's directions.
+
+    Args:
+        contributions: [n, d]; they need not be the ones that the texts were picked from.
+        mean: [d] the mean to deviate from, of the images that the texts were picked on.
+    """
+    Q = (span.directions / span.directions.norm(dim=1, keepdim=True)).to(contributions)  # orthonormal rows
+    mean = mean.to(contributions)
+    return mean + (contributions - mean) @ Q.T @ Q
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """[k, d] F with F' F = covariance and k its rank, by Cholesky with pivoting.
+
+    A head of width e has a covariance of rank e, so this takes e short steps; an eigendecomposition would not see the low rank.
+    """
+    left = covariance.diagonal().clone()  # the variance along each axis that no row of F explains yet
+    F, total = torch.zeros_like(covariance), left.sum()
+    for k in range(len(left)):
+        p = int(left.argmax())
+        if not left[p] > NEGLIGIBLE * total:
+            return F[:k]
+        F[k] = (covariance[p] - F[:k, p] @ F[:k]) / left[p].sqrt()
+        left -= F[k].square()
+    return F
