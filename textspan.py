@@ -44,51 +44,65 @@ class Moments:
     """Count, mean and covariance of rows that arrive in batches, in float64.
 
     Any split into batches, and any order of merging, gives the same result up to rounding (Chan, Golub, LeVeque 1979).
+
+    Args:
+        dim: width of a row.
+        batch: moments of many things at once, of every head say: Moments(e, (L, H)) takes rows [n, L, H, e], and moments[l, h] are one
+            head's.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, batch: tuple[int, ...] = ()) -> None:
         self.count = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of (x - mean)(x - mean)'
+        self.mean = torch.zeros(*batch, dim, dtype=torch.float64)
+        self.scatter = torch.zeros(*batch, dim, dim, dtype=torch.float64)  # sum of (x - mean)(x - mean)'
 
     def update(self, x: Tensor) -> Moments:
-        """Add the rows of x [n, d]."""
-        dim = len(self.mean)
-        if x.ndim != 2 or x.shape[1] != dim:
-            raise ValueError(f"expected rows of width {dim}, [n, {dim}], got {list(x.shape)}")
+        """Add the rows of x [n, *batch, dim]."""
+        if x.shape[1:] != self.mean.shape:
+            raise ValueError(f"expected rows {list(self.mean.shape)} in a tensor [n, ...], got {list(x.shape)}")
         x = x.detach().to("cpu", torch.float64)
         if not x.isfinite().all():
-            raise ValueError(f"{int((~x.isfinite()).any(1).sum())} of {len(x)} contributions hold a NaN or an infinity")
+            broken = (~x.isfinite()).flatten(1).any(dim=1)
+            raise ValueError(
+                f"{int(broken.sum())} of {len(x)} rows hold a NaN or an infinity, the first is row {int(broken.nonzero()[0])}"
+            )
         if len(x):
             mean = x.mean(dim=0)
-            self._add(len(x), mean, (x - mean).T @ (x - mean))
+            self._add(len(x), mean, torch.einsum("n...d,n...c->...dc", x - mean, x - mean))
         return self
 
     def merge(self, other: Moments) -> Moments:
         """Add what `other` has seen; `other` is left as it is."""
-        if len(self.mean) != len(other.mean):
-            raise ValueError(f"cannot merge moments of width {len(other.mean)} into width {len(self.mean)}")
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"cannot merge moments of {list(other.mean.shape)} into {list(self.mean.shape)}")
         if other.count:
             self._add(other.count, other.mean, other.scatter)
         return self
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total, shift = self.count + count, mean - self.mean
-        self.scatter = self.scatter + scatter + torch.outer(shift, shift) * (self.count * count / total)
+        between = shift[..., :, None] * shift[..., None, :] * (self.count * count / total)
+        self.scatter = self.scatter + scatter + between
         self.mean = self.mean + shift * (count / total)
         self.count = total
 
     @property
     def covariance(self) -> Tensor:
-        """[d, d] over the rows seen (divided by their number)."""
+        """[*batch, dim, dim] over the rows seen (divided by their number)."""
         return self.scatter / max(self.count, 1)
 
     def map(self, A: Tensor) -> Moments:
-        """The moments of x @ A for A [d, other]: those of a head's term from those of its values, say."""
-        A = A.to("cpu", torch.float64)
-        mapped = Moments(A.shape[1])
-        mapped.count, mapped.mean, mapped.scatter = self.count, self.mean @ A, A.T @ self.scatter @ A
-        return mapped
+        """The moments of x @ A for A [*batch, dim, other]: those of a head's term from those of its values, say."""
+        A = A.detach().to("cpu", torch.float64)
+        return self._like((self.mean[..., None, :] @ A).squeeze(-2), A.mT @ self.scatter @ A)
+
+    def __getitem__(self, index: int | tuple[int, ...]) -> Moments:
+        return self._like(self.mean[index], self.scatter[index])
+
+    def _like(self, mean: Tensor, scatter: Tensor) -> Moments:
+        other = Moments(0)
+        other.count, other.mean, other.scatter = self.count, mean, scatter
+        return other
 
 
 def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, rank: int | None = 80) -> TextSpan:

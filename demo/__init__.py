@@ -13,6 +13,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 NAME = "demo-vit"  # of the open_clip configuration and of the checkpoint beside it
+ALIGNMENT = 0.99  # share of the web's birds that are shown where such birds live; see captions.py and train.py
 
 
 class Tokenizer:

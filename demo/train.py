@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from . import FOLDER, NAME, Tokenizer, captions, load, scenes
+from . import ALIGNMENT, FOLDER, NAME, Tokenizer, captions, load, scenes
 from .score import score
 
 # glibc gives large blocks back to the system at once; fetching them again at every step takes longer than the arithmetic.

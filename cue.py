@@ -1,0 +1,64 @@
+"""Find the heads that look at a cue, and take the cue out of them; with neither labels nor a language model.
+
+A cue is a handful of texts ("in a forest", "at sea", ...). Every image of an unlabelled reference set gets the text nearest to it as a
+pseudo-label; a head looks at the cue when these pseudo-labels explain enough of the variance of what it writes. This file needs torch
+alone.
+
+    votes = CueVotes(texts, maps)                       # texts [t, d], maps [L, H, e, d] from decompose.head_maps
+    for batch in ...: votes.update(terms.embedding, terms.values)
+    votes.explained(moments)                            # [L, H]; heads above THRESHOLD
+    subspace(texts)                                     # [k, d] the directions in which the texts differ
+
+Axes as in decompose.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from textspan import Moments
+
+THRESHOLD = 0.3  # of a head's variance; fixed on the demo's worlds before the ones reported were trained
+
+
+class CueVotes:
+    """Sums of every head's values by pseudo-label; memory does not grow with the number of images."""
+
+    def __init__(self, texts: Tensor, maps: Tensor) -> None:
+        depth, heads, width, _ = maps.shape
+        self.texts, self.maps = texts, maps
+        self.count = torch.zeros(len(texts), dtype=torch.float64)
+        self.sum = torch.zeros(len(texts), depth, heads, width, dtype=torch.float64)
+
+    def update(self, embedding: Tensor, values: Tensor) -> None:
+        """Add images: embedding [b, d], values [b, L, H, e]."""
+        label = (
+            (embedding.to(self.texts) @ self.texts.T).argmax(dim=1).cpu()
+        )  # the embedding's norm does not change which is nearest
+        self.count.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
+        self.sum.index_add_(0, label, values.cpu().double())
+
+    def explained(self, moments: Moments) -> Tensor:
+        """[L, H] share of the variance of each head's term that lies between pseudo-labels, corrected for their number.
+
+        Chance alone gives k groups of n images a share of (k - 1) / (n - 1); the correction (epsilon squared, Kelley 1935) makes that 0.
+
+        Args:
+            moments: of the same images' values.
+        """
+        A = self.maps.cpu().double()
+        gram = A @ A.mT  # [L, H, e, e]: lengths of terms, from values
+        seen = self.count > 0
+        shift = self.sum[seen] / self.count[seen, None, None, None] - moments.mean  # [k, L, H, e]
+        between = torch.einsum("k,klhe,lhef,klhf->lh", self.count[seen], shift, gram, shift)
+        total = (gram * moments.scatter).sum(dim=(-2, -1))
+        within = (total - between) / max(moments.count - int(seen.sum()), 1)
+        return (1 - within * (moments.count - 1) / total.clamp_min(1e-300)).clamp_min(0)
+
+
+def subspace(texts: Tensor, share: float = 0.95) -> Tensor:
+    """[k, d] orthonormal directions in which the texts differ from each other, as many as hold `share` of their variance."""
+    _, strength, directions = torch.linalg.svd((texts - texts.mean(dim=0)).double(), full_matrices=False)
+    held = strength.square().cumsum(0) / strength.square().sum()
+    return directions[: int((held < share).sum()) + 1].to(texts)

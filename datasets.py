@@ -1,0 +1,166 @@
+"""Images with labels: Waterbirds from its folder, and the demo world, which renders its own.
+
+Every data set yields (image tensor, index). Labels are attributes, in the order of the indices: y (the class to tell), place (the cue
+that goes along with it), both [n]. Images are read by DataLoader workers; one that cannot be read is named.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. One line: what was expected, what was found, what to do."""
+
+
+class Waterbirds(Dataset):
+    """One split of waterbird_complete95_forest2water2 (Sagawa et al. 2020): landbirds and waterbirds pasted onto land and water.
+
+    Args:
+        root: the folder with metadata.csv (columns img_filename, y, split, place) and the images it names.
+        split: "train", "val" or "test" (0, 1, 2 in the file).
+        transform: from a PIL image to a tensor.
+        limit: keep this many images, drawn with `seed`; None: all.
+
+    Raises:
+        InputError: no such folder or file, a missing column, a value out of range, an empty split.
+    """
+
+    classes = ("landbird", "waterbird")
+    places = ("land", "water")
+    splits = ("train", "val", "test")
+
+    def __init__(self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0) -> None:
+        self.root, self.transform = Path(root), transform
+        rows = [row for row in self._metadata() if row["split"] == self.splits.index(split)]
+        if not rows:
+            raise InputError(f"{self.root / 'metadata.csv'} has no row with split {self.splits.index(split)} ({split})")
+        rows = [rows[i] for i in subset(len(rows), limit, seed)]
+        self.files = [row["img_filename"] for row in rows]
+        self.y, self.place = (torch.tensor([row[name] for row in rows]) for name in ("y", "place"))
+        self.description = f"Waterbirds in {self.root}, {split} split, {len(rows):,} images"
+
+    def _metadata(self) -> Iterator[dict]:
+        path = self.root / "metadata.csv"
+        if not path.is_file():
+            raise InputError(f"no {path}: --data must be the folder of waterbird_complete95_forest2water2, with metadata.csv in it")
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = {"img_filename", "y", "split", "place"} - set(reader.fieldnames or ())
+            if missing:
+                raise InputError(
+                    f"{path} has no column {sorted(missing)[0]!r}; found {', '.join(reader.fieldnames or ['nothing'])}"
+                )
+            for line, row in enumerate(reader, start=2):
+                for name, allowed in (("y", "01"), ("place", "01"), ("split", "012")):
+                    if row[name] not in list(allowed):
+                        raise InputError(f"{path}, line {line}: {name} must be one of {', '.join(allowed)}, found {row[name]!r}")
+                    row[name] = int(row[name])
+                yield row
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
+        return read(self.root / self.files[index], self.transform, root=self.root), index
+
+
+class DemoBirds(Dataset):
+    """One split of the demo world. `facts` holds every factor of every image; see demo/scenes.py.
+
+    train is drawn as the model's own web pictures were, in other pictures: nearly all birds where such birds live. val and test are
+    balanced: the place says nothing of the bird.
+    """
+
+    classes = ("landbird", "waterbird")
+    places = ("land", "water")
+    splits = ("train", "val", "test")
+    sizes = {"train": 2000, "val": 2000, "test": 4096}  # noqa: RUF012
+    seeds = {"train": 31, "val": 32, "test": 33}  # noqa: RUF012 test's is used nowhere else
+
+    def __init__(self, split: str, transform: Callable, limit: int | None = None, seed: int = 0) -> None:
+        from demo import ALIGNMENT, scenes
+
+        self.transform, self.seed, self._render = transform, self.seeds[split], scenes.render
+        facts = scenes.sample(self.sizes[split], self.seed, alignment=ALIGNMENT if split == "train" else 0.5)
+        self.rows = subset(self.sizes[split], limit, seed)
+        self.all_facts, self.facts = facts, {name: torch.from_numpy(values[self.rows]) for name, values in facts.items()}
+        self.kinds = scenes.FACTORS["kind"]
+        self.y, self.place = (self.facts[name] // scenes.FIRST_WATER for name in ("kind", "place"))
+        self.description = f"demo world, {split} split, {len(self.rows):,} images"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self._render(self.all_facts, self.rows[index], self.seed)[0])), index
+
+
+def subset(count: int, limit: int | None, seed: int) -> list[int]:
+    """`limit` of the indices 0..count-1, drawn without replacement, in their order; all of them where limit is None or larger."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    if limit < 1:
+        raise InputError(f"--limit must be at least 1, got {limit}")
+    return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
+
+
+def read(path: Path, transform: Callable, root: Path | None = None) -> Tensor | str:
+    """The image as a tensor; or a line that says why not, for `batches` to raise in the main process.
+
+    root: a folder that the file must lie in, for paths that come out of a data set's own files.
+    """
+    if root is not None and not path.resolve().is_relative_to(root.resolve()):
+        return f"{path} lies outside {root}"
+    try:
+        with Image.open(path) as image:
+            return transform(eight_bits(image))
+    except FileNotFoundError:
+        return f"no image {path}"
+    except UnidentifiedImageError:
+        return f"{path} is not an image that Pillow can read"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"cannot read image {path}: {error}"
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """RGB: 16-bit grey scaled down (Pillow would clip it to white), transparency laid on white (Pillow would show what is under it)."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = image.convert("F").point(lambda value: value / 257 if image.mode.startswith("I") else value).convert("L")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def batches(
+    data: Dataset, batch_size: int, workers: int | None, title: str, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images on the device, indices) under a progress bar, every image once, in order.
+
+    Raises:
+        InputError: naming the first image that cannot be read.
+    """
+    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda")
+    with tqdm(total=len(data), desc=title, unit=" images", unit_scale=True, leave=False) as progress:
+        for images, indices in loader:
+            if isinstance(images, str):
+                raise InputError(images)
+            yield images.to(device, non_blocking=True), indices
+            progress.update(len(indices))
+
+
+def _collate(items: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor | str, Tensor]:
+    broken = next((image for image, _ in items if isinstance(image, str)), None)
+    images, indices = zip(*items, strict=True)
+    return (broken or default_collate(images)), torch.tensor(indices)

@@ -1,0 +1,125 @@
+"""Run one of the paper's experiments and print its table; everything goes to results/<task>/results.json too.
+
+    $ python evaluate.py --task waterbirds      # the embedded demo, offline
+    $ python evaluate.py --task textspan        # what each head writes, in words
+    $ python evaluate.py --task check           # do the terms sum to the embedding?
+    $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper --data DIR
+
+DIR is the folder waterbird_complete95_forest2water2, with metadata.csv in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TASKS = ("check", "textspan", "waterbirds")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """All options of all tasks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=TASKS, required=True)
+    add("--model", help="open_clip's name of an architecture; without it the demo model")
+    add("--pretrained", help="open_clip's tag, or a checkpoint file; none: random weights")
+    add("--data", help="folder of Waterbirds; without it the demo world")
+    add(
+        "--reference",
+        choices=("train", "val", "test"),
+        default="train",
+        help="images that means come from [%(default)s]; test: as the authors",
+    )
+    add(
+        "--heads",
+        default="auto",
+        help="waterbirds: paper, auto (found with --cue), or a list like 3.7,2.1 (layer.head) [%(default)s]",
+    )
+    add(
+        "--cue",
+        nargs="+",
+        default=["places"],
+        metavar="TEXT",
+        help="waterbirds: a category of the bank, or texts, to take out [places]",
+    )
+    remove = ("heads", "directions", "embedding")
+    add("--remove", nargs="+", choices=remove, default=remove, help="waterbirds: rows of the table [all]")
+    add("--draws", type=positive, default=100, help="waterbirds: random draws of heads [%(default)s]")
+    add("--texts", type=positive, help="textspan: texts per head [20, or as many as a head holds]")
+    add(
+        "--text-bank",
+        metavar="FILE",
+        help="descriptions, one per line under `# category` lines [text_bank.txt; the demo has its own]",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model; sums are always fp32 [%(default)s]")
+    add("--batch-size", type=positive, default=64)
+    add("--workers", type=int, help="processes that read images [4 at most]")
+    add("--limit", type=positive, help="use this many images of each split, drawn with the seed")
+    add("--seed", type=int, default=0, help="of the random heads and of --limit [%(default)s]")
+    add("--out", type=Path, default=Path("results"), help="folder for results [%(default)s]")
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    number = int(text) if text.lstrip("-").isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return number
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one task. 0: done; 2: something given cannot be used, said in one line; 130: interrupted."""
+    args = parse_args(argv)
+    from datasets import InputError  # torch takes seconds to import: --help and typing errors need not wait
+    from decompose import DecompositionError
+
+    start = time.time()
+    try:
+        folder = writable(args.out / args.task)
+        results = importlib.import_module(f"tasks.{args.task}").run(args)
+        results |= {"task": args.task, "seconds": round(time.time() - start, 1)}
+        write_json(folder / "results.json", results)
+    except (InputError, DecompositionError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(f"\n{time.time() - start:.0f} s; everything in {folder / 'results.json'}")
+    return 0
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be, and found to take a file: better now than after the work."""
+    from datasets import InputError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InputError(f"cannot write to --out {folder}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, results: dict) -> None:
+    """All or nothing: what was there before stays until the new file is complete."""
+    from datasets import InputError
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror or error}; what stood there before still does") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One file per task of evaluate.py; each has run(args) -> results, which prints a table and returns what it prints."""

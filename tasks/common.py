@@ -1,0 +1,108 @@
+"""What the tasks share: one pass over the reference images, names of heads, tables, intervals."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datasets import DemoBirds, InputError, Waterbirds, batches
+from decompose import Decomposition, decompose, head_maps
+from textspan import Moments
+from zeroshot import Clip
+
+Head = tuple[int, int]  # (layer, head), both from 0
+LAST_LAYERS = 4  # the paper reads the heads of the last four layers
+
+
+@dataclass
+class Reference:
+    """What the reference images say of every term."""
+
+    values: Moments  # of every head's values, [L, H, e]
+    mlps: Tensor  # [L, d] mean
+    stem: Tensor  # [d] mean
+    embedding: Moments  # [d]
+    maps: Tensor  # [L, H, e, d] from values to terms, on the model's device
+    description: str
+
+    def heads(self) -> Tensor:
+        """[L, H, d] every head's mean term."""
+        return torch.einsum("lhe,lhed->lhd", self.values.mean.to(self.maps), self.maps)
+
+
+def open_split(args: Namespace, clip: Clip, split: str) -> DemoBirds | Waterbirds:
+    if args.data is None:
+        return DemoBirds(split, clip.preprocess, args.limit, args.seed)
+    return Waterbirds(args.data, split, clip.preprocess, args.limit, args.seed)
+
+
+def summarise(clip: Clip, args: Namespace, on_batch: Callable[[Decomposition], None] = lambda terms: None) -> Reference:
+    """One pass over the --reference split; on_batch sees every batch's terms."""
+    data = open_split(args, clip, args.reference)
+    maps = head_maps(clip.model)
+    depth, heads, width, dim = maps.shape
+    reference = Reference(Moments(width, (depth, heads)), 0, 0, Moments(dim), maps, data.description)
+    for images, _ in batches(data, args.batch_size, args.workers, f"reference ({args.reference})", clip.device):
+        terms = decompose(clip.model, images)
+        reference.values.update(terms.values)
+        reference.embedding.update(terms.embedding.float())
+        reference.mlps += terms.mlps.double().sum(dim=0)
+        reference.stem += terms.stem.double().sum(dim=0)
+        on_batch(terms)
+    reference.mlps, reference.stem = ((x / len(data)).to(maps) for x in (reference.mlps, reference.stem))
+    return reference
+
+
+def parse_heads(text: str, depth: int, heads: int) -> list[Head]:
+    """ "3.7,2.1" -> [(2, 1), (3, 7)], sorted, each once."""
+    chosen = set()
+    for part in text.split(","):
+        try:
+            layer, head = (int(number) for number in part.split("."))
+        except ValueError:
+            raise InputError(
+                f"--heads takes paper, auto, or a list like 3.7,2.1 (layer.head, both from 0); found {part!r}"
+            ) from None
+        if not (0 <= layer < depth and 0 <= head < heads):
+            raise InputError(f"no head {part}: the model has layers 0 to {depth - 1} with heads 0 to {heads - 1}")
+        chosen.add((layer, head))
+    return sorted(chosen)
+
+
+def name(head: Head) -> str:
+    return f"{head[0]}.{head[1]}"
+
+
+def wilson(right: float, count: int) -> tuple[float, float]:
+    """95 % interval of an accuracy (Wilson 1927), which stays inside 0..1 and holds for few images."""
+    z = 1.959964
+    middle = (right + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(right * (1 - right) / count + z * z / (4 * count * count))
+    return middle - half, middle + half
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as what they hold; the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in (header, *rows)
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def settings(args: Namespace, clip: Clip, **more: str) -> dict[str, str]:
+    """What every table says of where its numbers come from."""
+    precision = next(clip.model.parameters()).dtype
+    return {"model": f"{clip.name}, weights {clip.weights}, {precision} on {clip.device}", **more, "seed": str(args.seed)}
+
+
+def print_settings(lines: dict[str, str]) -> None:
+    width = max(map(len, lines)) + 2
+    for key, value in lines.items():
+        print(f"{key + ':':<{width}}{value}")

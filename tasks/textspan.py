@@ -1,0 +1,74 @@
+"""--task textspan: what does each head of the last four layers write?"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import Counter
+
+from tqdm import tqdm
+
+from datasets import InputError
+from textspan import TextSpan, textspan
+from zeroshot import default_bank, embed_texts, load_bank, load_clip
+
+from .common import LAST_LAYERS, Head, name, print_settings, settings, summarise
+
+SHOWN = 4  # texts per head on screen; all are in results.json
+
+
+def run(args: Namespace) -> dict:
+    """Each head's texts with the share of its variance that they explain, what is left, and its role by category."""
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision)
+    bank = load_bank(args.text_bank or default_bank(clip))
+    texts = embed_texts(clip, bank.texts, "text bank").cpu()
+    reference = summarise(clip, args)
+    depth, heads, width, _ = reference.maps.shape
+    size = choose_size(args.texts, width, len(bank.texts))
+    total = float(reference.embedding.covariance.trace())
+    found = []
+    for layer in tqdm(range(max(0, depth - LAST_LAYERS), depth), desc="TextSpan", unit="layer", leave=False):
+        for head in range(heads):
+            moments = reference.values[layer, head].map(reference.maps[layer, head])
+            found.append(describe((layer, head), textspan(moments, texts, size), bank, float(moments.covariance.trace()) / total))
+    where = settings(
+        args,
+        clip,
+        images=reference.description,
+        bank=f"{bank.path.name}, {len(bank.texts):,} texts in {len(set(bank.categories))} categories",
+        texts=f"{size} per head",
+    )
+    print_settings(where)
+    for head in found:
+        print(f"\n{head['head']:<6} {head['role']:<48} spread {head['spread']:6.1%} of the embedding's")
+        for text, share in head["texts"][:SHOWN]:
+            print(f"       {share:6.1%}  {text}")
+        more = sum(share for _, share in head["texts"][SHOWN:])
+        print(f"       {more:6.1%}  {max(0, size - SHOWN)} more texts;  {head['remainder']:.1%} is left")
+    return {"settings": where, "heads": found}
+
+
+def choose_size(asked: int | None, width: int, bank: int) -> int:
+    """--texts, or 20 where the head and the bank hold as many; a head of width e has e independent directions."""
+    if asked is None:
+        return min(20, width, bank)
+    if not 1 <= asked <= min(width, bank):
+        raise InputError(
+            f"--texts {asked}: a head of this model holds {width} independent texts and the bank {bank}; ask for 1 to {min(width, bank)}"
+        )
+    return asked
+
+
+def describe(head: Head, span: TextSpan, bank, spread: float) -> dict:
+    """What is printed of a head. spread: its variance over the embedding's (heads may cancel each other, so these need not sum to 1)."""
+    shares = Counter()
+    for index, share in zip(span.indices, span.explained.tolist(), strict=True):
+        shares[bank.categories[index]] += share
+    role = ", ".join(f"{category} {share:.0%}" for category, share in shares.most_common(3) if share >= 0.05)
+    return {
+        "head": name(head),
+        "role": role or "no category explains 5 %",
+        "spread": spread,
+        "texts": [(bank.texts[i], share) for i, share in zip(span.indices, span.explained.tolist(), strict=True)],
+        "categories": dict(shares),
+        "remainder": 1 - float(span.explained.sum()),
+    }

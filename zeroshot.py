@@ -1,0 +1,170 @@
+"""A CLIP model and what it makes of words: loading, text embeddings, zero-shot classifiers, banks of descriptions."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import demo
+from datasets import InputError
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A model with what belongs to it. `name` and `weights` are printed beside every number."""
+
+    model: nn.Module
+    preprocess: Callable
+    tokenizer: Callable
+    name: str
+    weights: str
+    device: torch.device
+    is_demo: bool = False
+
+
+def load_clip(model: str | None = None, pretrained: str | None = None, device: str = "auto", precision: str = "fp32") -> Clip:
+    """A model ready to run: the demo's without `model`, else open_clip's of that name.
+
+    Args:
+        model: a name that open_clip knows ("ViT-L-14"), or hf-hub:... or local-dir:...
+        pretrained: one of open_clip's tags for it, or a checkpoint file (.safetensors, .pt, .bin; nothing is unpickled). "none": random
+            weights, which is enough to check the decomposition.
+        device: "auto" (a GPU where there is one), or torch's name of a device.
+        precision: "fp32" or "bf16" (the sums of the decomposition stay in fp32).
+
+    Raises:
+        InputError: unknown name or tag, missing or unsuitable file, weights that are not numbers.
+    """
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: this torch sees no GPU; use --device cpu")
+    if model is None:
+        if pretrained is not None:
+            raise InputError("--pretrained needs --model: the architecture that these weights are for")
+        network, preprocess, tokenizer = demo.load(place, precision=precision)
+        clip = Clip(network, preprocess, tokenizer, demo.NAME, f"demo/{demo.NAME}.safetensors", place, is_demo=True)
+    else:
+        clip = _from_open_clip(model, pretrained, place, precision)
+    for name, parameter in clip.model.named_parameters():
+        if not parameter.isfinite().all():
+            raise InputError(f"the weights of {clip.name} ({clip.weights}) hold a NaN or an infinity in {name}")
+    return clip
+
+
+def _from_open_clip(model: str, pretrained: str | None, device: torch.device, precision: str) -> Clip:
+    known = open_clip.list_models()
+    if ":" not in model and model not in known:
+        near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
+        raise InputError(f"open_clip knows no model {model!r}; near it: {', '.join(near) or 'nothing'}")
+    if ":" not in model:
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if pretrained is None:
+            raise InputError(
+                f"--model {model} needs --pretrained: a file, none (random weights), or one of {', '.join(tags) or '(no tags)'}"
+            )
+        if pretrained not in (*tags, "none") and not Path(pretrained).is_file():
+            raise InputError(
+                f"--pretrained {pretrained!r} is neither a file nor one of open_clip's tags for {model}: {', '.join(tags)}"
+            )
+    weights = None if pretrained == "none" else pretrained
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)  # what it would say is said here
+            network, _, preprocess = open_clip.create_model_and_transforms(model, weights, device=device, precision=precision)
+            tokenizer = open_clip.get_tokenizer(model)
+    except (
+        Exception
+    ) as error:  # open_clip, torch, safetensors and the hub raise many kinds; all mean that these weights are not to be had
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot load {model} with weights {pretrained!r}: {reason[:300] or type(error).__name__}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    return Clip(network.eval(), preprocess, tokenizer, model, pretrained or model, device)
+
+
+@torch.no_grad()
+def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batch_size: int = 256) -> Tensor:
+    """[t, d] unit vectors in float32, on the model's device."""
+    chunks = range(0, len(texts), batch_size)
+    rows = [
+        F.normalize(clip.model.encode_text(tokenize(clip, texts[i : i + batch_size])).float(), dim=-1)
+        for i in tqdm(chunks, desc=title, unit="x256", leave=False, disable=title is None)
+    ]
+    return torch.cat(rows)
+
+
+def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
+    try:
+        return clip.tokenizer(list(texts)).to(clip.device)
+    except ValueError as error:  # the demo's tokenizer refuses words it was not trained on
+        raise InputError(str(error)) from error
+
+
+@torch.no_grad()
+def classifier(clip: Clip, names: Sequence[str], templates: Sequence[str | Callable]) -> Tensor:
+    """[c, d] unit vectors: per class the mean of its normalised prompt embeddings, normalised (Radford et al. 2021, section 3.1.4)."""
+    texts = [template(name) if callable(template) else template.format(name) for name in names for template in templates]
+    embeddings = embed_texts(clip, texts).unflatten(0, (len(names), len(templates)))
+    return F.normalize(embeddings.mean(dim=1), dim=-1)
+
+
+def templates(clip: Clip) -> tuple:
+    """CLIP's 80 prompt templates for ImageNet; for the demo, the six ways its captions begin."""
+    if clip.is_demo:
+        return ("a {}", "a picture of a {}", "a photo of a {}", "a sketch of a {}", "a painting of a {}", "a cartoon of a {}")
+    return open_clip.OPENAI_IMAGENET_TEMPLATES
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Descriptions, each with the category it stands under."""
+
+    texts: list[str]
+    categories: list[str]
+    path: Path
+
+    def of(self, category: str) -> list[str]:
+        """The descriptions of one category."""
+        return [text for text, name in zip(self.texts, self.categories, strict=True) if name == category]
+
+
+def default_bank(clip: Clip) -> Path:
+    return demo.FOLDER / "text_bank.txt" if clip.is_demo else Path(__file__).parent / "text_bank.txt"
+
+
+def load_bank(path: str | Path) -> Bank:
+    """One description per line, under `# category` lines; without any, the whole file is one category, "texts".
+
+    Raises:
+        InputError: no such file, no descriptions, or one that stands in it twice.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read text bank {path}: {getattr(error, 'strerror', None) or error}") from error
+    texts: dict[str, str] = {}
+    category = "texts"
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if line.startswith("#"):
+            category = line.lstrip("# ")
+        elif line:
+            if line in texts:
+                raise InputError(f"{path}, line {number}: {line!r} stands in the bank twice; remove one")
+            texts[line] = category
+    if not texts:
+        raise InputError(f"text bank {path} holds no descriptions: expected one per line, under `# category` lines")
+    return Bank(list(texts), list(texts.values()), path)
