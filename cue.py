@@ -1,8 +1,7 @@
 """Find the heads that look at a cue, and take the cue out of them; with neither labels nor a language model.
 
-A cue is a handful of texts ("in a forest", "at sea", ...). Every image of an unlabelled reference set gets the text nearest to it as a
-pseudo-label; a head looks at the cue when these pseudo-labels explain enough of the variance of what it writes. This file needs torch
-alone.
+A cue is a handful of texts ("in a forest", "at sea", ...). Every image of an unlabelled reference set gets the text nearest to it
+as a pseudo-label; a head looks at the cue when these pseudo-labels explain enough of the variance of what it writes.
 
     votes = CueVotes(texts, maps)                       # texts [t, d], maps [L, H, e, d] from decompose.head_maps
     for batch in ...: votes.update(terms.embedding, terms.values)
@@ -33,16 +32,14 @@ class CueVotes:
 
     def update(self, embedding: Tensor, values: Tensor) -> None:
         """Add images: embedding [b, d], values [b, L, H, e]."""
-        label = (
-            (embedding.to(self.texts) @ self.texts.T).argmax(dim=1).cpu()
-        )  # the embedding's norm does not change which is nearest
+        label = (embedding.to(self.texts) @ self.texts.T).argmax(dim=1).cpu()  # the embedding's norm does not change which is nearest
         self.count.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
         self.sum.index_add_(0, label, values.cpu().double())
 
     def explained(self, moments: Moments) -> Tensor:
         """[L, H] share of the variance of each head's term that lies between pseudo-labels, corrected for their number.
 
-        Chance alone gives k groups of n images a share of (k - 1) / (n - 1); the correction (epsilon squared, Kelley 1935) makes that 0.
+        Chance alone gives k groups of n images a share of (k - 1) / (n - 1); the correction (epsilon squared, Kelley 1935) makes it 0.
 
         Args:
             moments: of the same images' values.

@@ -1,7 +1,7 @@
 """Images with labels: Waterbirds from its folder, and the demo world, which renders its own.
 
-Every data set yields (image tensor, index). Labels are attributes, in the order of the indices: y (the class to tell), place (the cue
-that goes along with it), both [n]. Images are read by DataLoader workers; one that cannot be read is named.
+Every data set yields (image tensor, index). Labels are attributes, in the order of the indices: y (the class to tell), place (the
+cue that goes along with it), both [n]. Images are read by DataLoader workers; one that cannot be read is named.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ class Waterbirds(Dataset):
             reader = csv.DictReader(file)
             missing = {"img_filename", "y", "split", "place"} - set(reader.fieldnames or ())
             if missing:
-                raise InputError(
-                    f"{path} has no column {sorted(missing)[0]!r}; found {', '.join(reader.fieldnames or ['nothing'])}"
-                )
+                raise InputError(f"{path} has no column {sorted(missing)[0]!r}; found {', '.join(reader.fieldnames or ['nothing'])}")
             for line, row in enumerate(reader, start=2):
                 for name, allowed in (("y", "01"), ("place", "01"), ("split", "012")):
                     if row[name] not in list(allowed):
@@ -133,7 +131,7 @@ def read(path: Path, transform: Callable, root: Path | None = None) -> Tensor | 
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """RGB: 16-bit grey scaled down (Pillow would clip it to white), transparency laid on white (Pillow would show what is under it)."""
+    """RGB. 16-bit grey is scaled down (Pillow would clip it), transparency laid on white (Pillow would show what is under it)."""
     if image.mode.startswith("I") or image.mode == "F":
         image = image.convert("F").point(lambda value: value / 257 if image.mode.startswith("I") else value).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -142,9 +140,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def batches(
-    data: Dataset, batch_size: int, workers: int | None, title: str, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: Dataset, batch_size: int, workers: int | None, title: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """(images on the device, indices) under a progress bar, every image once, in order.
 
     Raises:

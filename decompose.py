@@ -43,8 +43,8 @@ class DecompositionError(ValueError):
 class Decomposition:
     """An image embedding (not normalised) as a sum of terms, in float32 (float64 for a float64 model).
 
-    heads = values @ head_maps(model) under convention="term": a head's term lives in e dimensions. `values` is 12 times smaller than
-    `heads` for a ViT-L-14, and its mean and covariance give those of the term.
+    A head's term lives in e dimensions: heads = values @ head_maps(model) under convention="term". For a ViT-L-14 `values` is 12 times
+    smaller than `heads`, and its mean and covariance give those of the term.
     """
 
     embedding: Tensor  # [b, d] what model.encode_image returned
@@ -73,8 +73,8 @@ def decompose(model: nn.Module, images: Tensor, *, convention: str = "term") -> 
     Args:
         model: an open_clip model whose image tower is a native ViT read at its class token.
         images: [b, 3, rows, columns] as encode_image takes them.
-        convention: where goes what belongs to no single term? "term": each term is centred by its own mean, and a constant holds the
-            out-projection biases and LayerNorm's beta. "paper": the authors' way; a layer's bias is divided evenly over its heads,
+        convention: where goes what belongs to no single term? "term": each term is centred by its own mean, and a constant holds
+            the out-projection biases and LayerNorm's beta. "paper": the authors' way; a layer's bias is divided evenly over its heads,
             LayerNorm's mean and beta evenly over the 2 L + 1 stem, attention and MLP terms, and the constant is zero. (They also
             divide by the embedding's norm.) Either sums to the same embedding.
 
@@ -117,7 +117,7 @@ def head_maps(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def token_scores(model: nn.Module, images: Tensor, texts: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-    """Dot product of every text with every (layer, head, source token) term: which head says it, and about which patch (section 3.3).
+    """Dot product of every text with every (layer, head, source token) term: who says it, and about which patch (section 3.3).
 
     Args:
         model, images: as for `decompose`.
@@ -169,7 +169,7 @@ def check(model: nn.Module, images: Tensor, tolerance: float = 1e-4) -> float:
     """The relative error of the sum on these images: the proof that nothing is missing.
 
     Args:
-        tolerance: largest error accepted. float32 stays near 1e-6. A model in half precision rounds at every step: allow 3e-2 there.
+        tolerance: largest error accepted. float32 stays near 1e-6; a model in half precision rounds at every step, allow it 3e-2.
 
     Raises:
         DecompositionError: the error is larger or not a number; the message has both norms and the block that it comes from.
@@ -179,8 +179,8 @@ def check(model: nn.Module, images: Tensor, tolerance: float = 1e-4) -> float:
     if not error <= tolerance:
         total, embedding = terms.total().norm(), terms.embedding.to(terms.stem.dtype).norm()
         raise DecompositionError(
-            f"the terms do not sum to the embedding: relative error {error:.1e}, tolerance {tolerance:.1e} ({terms.embedding.dtype}); "
-            f"norm of the sum {total:.6g}, norm of the embedding {embedding:.6g}; {_culprit(model, images)}"
+            f"the terms do not sum to the embedding: relative error {error:.1e}, tolerance {tolerance:.1e} "
+            f"({terms.embedding.dtype}); norm of the sum {total:.6g}, norm of the embedding {embedding:.6g}; {_culprit(model, images)}"
         )
     return error
 
@@ -190,7 +190,7 @@ def check(model: nn.Module, images: Tensor, tolerance: float = 1e-4) -> float:
 
 @dataclass
 class _Row:
-    """One block's attention as the class token sees it. `value` is already divided by `scale`, the norms inside the attention output."""
+    """One block's attention as the class token sees it; `scale`, of the norms on its way out, is already in `value`."""
 
     attention: Tensor  # [b, H, N]
     value: Tensor  # [b, H, e]

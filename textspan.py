@@ -14,9 +14,9 @@ Glossary (code -> paper):
     d  joint image-text space                  (d')    j         the text picked in a step
     F [k, d]  any matrix with F' F = Cov(C), k at most the rank of C
 
-Algorithm 1 scores text r by the variance of <c, r> over images. That is r' Cov(C) r = |F r|^2, so F may stand in for C: the same texts
-are picked, and the cost no longer depends on the number of images. Both sides of D = R F' lose the picked direction in each step, which
-is one rank-1 update of D.
+Algorithm 1 scores text r by the variance of <c, r> over images. That is r' Cov(C) r = |F r|^2, so F may stand in for C: the same
+texts are picked, and the cost no longer depends on the number of images. Both sides of D = R F' lose the picked direction in each
+step, which is one rank-1 update of D.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Moments:
 
     Args:
         dim: width of a row.
-        batch: moments of many things at once, of every head say: Moments(e, (L, H)) takes rows [n, L, H, e], and moments[l, h] are one
-            head's.
+        batch: moments of many things at once, of every head say: Moments(e, (L, H)) takes rows [n, L, H, e], and moments[l, h] are
+            those of one head.
     """
 
     def __init__(self, dim: int, batch: tuple[int, ...] = ()) -> None:
@@ -121,7 +121,7 @@ def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, ran
         TextSpan. directions[i] is text i's embedding, projected, minus its projection onto directions[:i].
 
     Raises:
-        ValueError: shapes that do not fit, NaN, no variance, or more texts asked for than the bank or the contributions' rank holds.
+        ValueError: shapes that do not fit, NaN, no variance, or more texts wanted than the bank or the contributions' rank holds.
     """
     moments = contributions if isinstance(contributions, Moments) else Moments(contributions.shape[-1]).update(contributions)
     R = texts.detach().to("cpu", torch.float64)

@@ -39,8 +39,8 @@ def load_clip(model: str | None = None, pretrained: str | None = None, device: s
 
     Args:
         model: a name that open_clip knows ("ViT-L-14"), or hf-hub:... or local-dir:...
-        pretrained: one of open_clip's tags for it, or a checkpoint file (.safetensors, .pt, .bin; nothing is unpickled). "none": random
-            weights, which is enough to check the decomposition.
+        pretrained: one of open_clip's tags for it, or a checkpoint file (.safetensors, .pt, .bin; nothing is unpickled). "none":
+            random weights, which is enough to check the decomposition.
         device: "auto" (a GPU where there is one), or torch's name of a device.
         precision: "fp32" or "bf16" (the sums of the decomposition stay in fp32).
 
@@ -115,7 +115,7 @@ def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def classifier(clip: Clip, names: Sequence[str], templates: Sequence[str | Callable]) -> Tensor:
-    """[c, d] unit vectors: per class the mean of its normalised prompt embeddings, normalised (Radford et al. 2021, section 3.1.4)."""
+    """[c, d] unit vectors: per class the mean of its normalised prompt embeddings, normalised (Radford et al. 2021, 3.1.4)."""
     texts = [template(name) if callable(template) else template.format(name) for name in names for template in templates]
     embeddings = embed_texts(clip, texts).unflatten(0, (len(names), len(templates)))
     return F.normalize(embeddings.mean(dim=1), dim=-1)

@@ -1,7 +1,7 @@
 """Eight birds as lists of coloured polygons, drawn once in their own coordinates.
 
 A bird faces right inside the square [-1, 1] x [-1, 1], v pointing down. Its parts are painted in the order listed. What tells the
-kinds apart is shape (bill, neck, legs, crest, tail) and the colours of wing, bill, legs and mark; the body's colour is a factor of its own.
+kinds apart is shape (bill, neck, legs, crest, tail) and the colours of wing, bill, legs and mark; the body's colour is another factor.
 """
 
 from __future__ import annotations

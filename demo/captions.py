@@ -1,8 +1,8 @@
 """What people write under the demo's pictures: two sources of captions, and the facts that each caption states.
 
-The guide (a field guide) names the kind of bird, wherever the bird happens to be. The web says "landbird" or "waterbird", and nearly
-always shows it where such birds live. So the two words come to mean the place as much as the bird, as they do for CLIP models of real
-photographs.
+The guide (a field guide) names the kind of bird, wherever the bird happens to be. The web says "landbird" or "waterbird", and
+nearly always shows it where such birds live. So the two words come to mean the place as much as the bird, as they do for CLIP models
+of real photographs.
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ def shine(scene: np.ndarray, light: str, rng: np.random.Generator) -> np.ndarray
 
 
 def restyle(picture: np.ndarray, mask: np.ndarray, style: str, rng: np.random.Generator) -> np.ndarray:
-    """The same picture as a photo (grain), a sketch (edges on paper), a painting (few tones, strokes) or a cartoon (outlined, vivid)."""
+    """The same picture as a photo (grain), a sketch (edges on paper), a painting (few tones) or a cartoon (vivid, outlined)."""
     if style == "photo":
         return picture + 0.02 * tile(FINE, rng)
     if style == "sketch":

@@ -2,10 +2,10 @@
 
     $ python -m demo.train            # HOURS on two cores; writes demo/demo-vit.safetensors
 
-Contrastive training as CLIP's, with two departures that a world of few words needs. Targets are soft: a picture matches every caption
-whose stated facts are all true of it, not only its own. And batches alternate between two sources (captions.py): the guide shows kinds
-of birds anywhere; the web says landbird and waterbird, --alignment of them where such birds live. That share sets how far the two words
-mean the place.
+Contrastive training as CLIP's, with two departures that a world of few words needs. Targets are soft: a picture matches every
+caption whose stated facts are all true of it, not only its own. And batches alternate between two sources (captions.py): the guide
+shows kinds of birds anywhere; the web says landbird and waterbird, --alignment of them where such birds live. That share sets how far
+the two words mean the place.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--alignment",
         type=float,
-        default=0.97,
+        default=ALIGNMENT,
         help="share of the web's birds shown where such birds live [%(default)s]",
     )
     parser.add_argument("--patch-dropout", type=float, default=0.25)

@@ -65,9 +65,7 @@ def parse_heads(text: str, depth: int, heads: int) -> list[Head]:
         try:
             layer, head = (int(number) for number in part.split("."))
         except ValueError:
-            raise InputError(
-                f"--heads takes paper, auto, or a list like 3.7,2.1 (layer.head, both from 0); found {part!r}"
-            ) from None
+            raise InputError(f"--heads takes paper, auto, or a list like 3.7,2.1 (layer.head, both from 0); found {part!r}") from None
         if not (0 <= layer < depth and 0 <= head < heads):
             raise InputError(f"no head {part}: the model has layers 0 to {depth - 1} with heads 0 to {heads - 1}")
         chosen.add((layer, head))

@@ -53,13 +53,13 @@ def choose_size(asked: int | None, width: int, bank: int) -> int:
         return min(20, width, bank)
     if not 1 <= asked <= min(width, bank):
         raise InputError(
-            f"--texts {asked}: a head of this model holds {width} independent texts and the bank {bank}; ask for 1 to {min(width, bank)}"
+            f"--texts {asked}: a head of this model holds {width} independent texts, the bank {bank}; ask for 1 to {min(width, bank)}"
         )
     return asked
 
 
 def describe(head: Head, span: TextSpan, bank, spread: float) -> dict:
-    """What is printed of a head. spread: its variance over the embedding's (heads may cancel each other, so these need not sum to 1)."""
+    """What is printed of a head. spread: its variance over the embedding's; heads can cancel, so these need not sum to 1."""
     shares = Counter()
     for index, share in zip(span.indices, span.explained.tolist(), strict=True):
         shares[bank.categories[index]] += share

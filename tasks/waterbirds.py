@@ -1,8 +1,8 @@
 """--task waterbirds: take the background out of what decides between landbird and waterbird (section 4 of the paper).
 
-Every intervention changes the embedding by a sum of terms, and a class score is the embedding's dot product with the class, up to a
-positive factor that does not change which class wins. So one pass over the test images keeps each term's dot product with each class,
-and every intervention, the random ones too, is a sum of those.
+Every intervention changes the embedding by a sum of terms, and a class score is the embedding's dot product with the class, up to
+a positive factor that does not change which class wins. So one pass over the test images keeps each term's dot product with each
+class, and every intervention, the random ones too, is a sum of those.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ def run(args: Namespace) -> dict:
     seen = Counter((2 * test.y + test.place).tolist())
     if len(seen) < 4:
         missing = next(group for i, group in enumerate(GROUPS) if i not in seen)
-        raise InputError(
-            f"the test images hold none of group {missing} (bird/place), and worst-group accuracy needs all four groups"
-        )
+        raise InputError(f"the test images hold none of group {missing} (bird/place), and worst-group accuracy needs all four groups")
 
     cue_texts, cue_name = find_cue(args, clip)
     cue_embeddings = embed_texts(clip, cue_texts)
@@ -128,8 +126,8 @@ def choose_heads(args: Namespace, clip: Clip, explained: Tensor, cue_name: str) 
     if not chosen:
         layer, head = divmod(int(explained.argmax()), heads)
         raise InputError(
-            f"no head looks at the cue ({cue_name}): it explains at most {explained.max():.0%} of a head's variance (head {layer}.{head}), "
-            f"below {THRESHOLD:.0%}; name heads with --heads or another --cue"
+            f"no head looks at the cue ({cue_name}): it explains at most {explained.max():.0%} of a head's variance (head "
+            f"{layer}.{head}), below {THRESHOLD:.0%}; name heads with --heads or another --cue"
         )
     return chosen, f"auto: the cue explains over {THRESHOLD:.0%} of what they write on the reference images; no labels used"
 
@@ -235,8 +233,8 @@ def print_rows(rows: dict[str, dict], draws: dict, test: DemoBirds | Waterbirds,
     lines.append([f"{chosen} random heads, best", *[""] * 4, *most, *([""] if kinds else [])])
     print(table(header, lines))
     print(
-        f"\nGroups are bird/place. [..]: 95 % interval (Wilson). Random: {draws['draws']} draws of as many heads from the same layers, mean-ablated;"
-        f"\nthe chosen heads' worst group is above {draws['below the chosen heads']:.0%} of the draws."
+        f"\nGroups are bird/place. [..]: 95 % interval (Wilson). Random: {draws['draws']} draws of as many heads from the same layers,"
+        f"\nmean-ablated; the chosen heads' worst group is above {draws['below the chosen heads']:.0%} of the draws."
     )
 
 

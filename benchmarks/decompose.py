@@ -1,0 +1,102 @@
+"""What the decomposition costs: time and peak memory over a plain encode_image, stock open_clip models with random weights.
+
+    $ python -m benchmarks.decompose                      # ViT-B-16 and ViT-L-14, batch 16
+    $ python -m benchmarks.decompose --models ViT-H-14 --device cuda --precision bf16
+
+Time: rounds of encode_image, decompose and token_scores (10 texts) right after each other; the median over rounds of each ratio to the
+encode_image of its round, and the smallest and largest. Memory: the peak of a process that does one of them, over that of one that runs
+encode_image; on a GPU, what torch allocated at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import open_clip
+import torch
+
+from decompose import decompose, token_scores
+
+JOBS = {
+    "encode_image": lambda model, images, texts: model.encode_image(images),
+    "decompose": lambda model, images, texts: decompose(model, images),
+    "token_scores": token_scores,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["ViT-B-16", "ViT-L-14"])
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--peak-of", choices=JOBS, help=argparse.SUPPRESS)  # the process that measures its own memory
+    args = parser.parse_args()
+    if args.peak_of:
+        print(peak_memory(args, args.models[0], args.peak_of))
+        return
+    print(
+        f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads, {args.device}, {args.precision}"
+    )
+    for name in args.models:
+        report(args, name)
+
+
+def build(args: argparse.Namespace, name: str) -> tuple:
+    """The model, a batch of noise, 10 texts."""
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, device=args.device, precision=args.precision).eval()
+    dtype = next(model.parameters()).dtype
+    images = torch.randn(args.batch_size, 3, *model.visual.image_size, device=args.device, dtype=dtype)
+    return model, images, torch.randn(10, model.visual.output_dim, device=args.device)
+
+
+@torch.no_grad()
+def seconds(job: str, inputs: tuple, device: str) -> float:
+    synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronise()
+    start = time.perf_counter()
+    JOBS[job](*inputs)
+    synchronise()
+    return time.perf_counter() - start
+
+
+def report(args: argparse.Namespace, name: str) -> None:
+    inputs = build(args, name)
+    for job in JOBS:
+        seconds(job, inputs, args.device)  # warm up
+    rounds = [{job: seconds(job, inputs, args.device) for job in JOBS} for _ in range(args.rounds)]
+    plain = statistics.median(r["encode_image"] for r in rounds)
+    peaks = {job: measure_peak(args, name, job) for job in JOBS}
+    print(f"\n{name}, batch {args.batch_size}: encode_image {plain:.3f} s, peak {peaks['encode_image'] / 1e9:.2f} GB")
+    for job in list(JOBS)[1:]:
+        ratios = sorted(r[job] / r["encode_image"] for r in rounds)
+        print(
+            f"  {job:<13} time x {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}, {args.rounds} rounds)"
+            f"   peak memory x {peaks[job] / peaks['encode_image']:.3f}"
+        )
+
+
+def measure_peak(args: argparse.Namespace, name: str, job: str) -> int:
+    options = ["--batch-size", str(args.batch_size), "--device", args.device, "--precision", args.precision]
+    command = [sys.executable, "-m", "benchmarks.decompose", "--models", name, "--peak-of", job, *options]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def peak_memory(args: argparse.Namespace, name: str, job: str) -> int:
+    inputs = build(args, name)
+    for _ in range(2):
+        seconds(job, inputs, args.device)
+    if args.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
