@@ -1,9 +1,10 @@
 """Find the heads that look at a cue, and take the cue out of them; with neither labels nor a language model.
 
-A cue is a handful of texts ("in a forest", "at sea", ...). Every image of an unlabelled reference set gets the text nearest to it
-as a pseudo-label; a head looks at the cue when these pseudo-labels explain enough of the variance of what it writes.
+A cue is a handful of texts ("in a forest", "at sea", ...). Every image of an unlabelled reference set gets as a pseudo-label the text
+that fits it better than it fits other images; a head looks at the cue when these pseudo-labels explain enough of the variance of what
+it writes.
 
-    votes = CueVotes(texts, maps)                       # texts [t, d], maps [L, H, e, d] from decompose.head_maps
+    votes = CueVotes(texts, maps, centre)               # texts [t, d], maps [L, H, e, d] from decompose.head_maps, centre [d]
     for batch in ...: votes.update(terms.embedding, terms.values)
     votes.explained(moments)                            # [L, H]; heads above THRESHOLD
     subspace(texts)                                     # [k, d] the directions in which the texts differ
@@ -18,23 +19,34 @@ from torch import Tensor
 
 from textspan import Moments
 
-THRESHOLD = 0.3  # of a head's variance; fixed on the demo's worlds before the ones reported were trained
+THRESHOLD = 0.3  # of a head's variance; set before the demo's model was trained
 
 
 class CueVotes:
-    """Sums of every head's values by pseudo-label; memory does not grow with the number of images."""
+    """Sums of every head's values by pseudo-label; memory does not grow with the number of images.
 
-    def __init__(self, texts: Tensor, maps: Tensor) -> None:
+    Args:
+        texts: [t, d] the cue's texts.
+        maps: [L, H, e, d] from values to terms.
+        centre: [d] a mean embedding of such images. Texts differ in how near they are to images at large ("near the water" is near to
+            everything); without the centre those win most votes, and the pseudo-labels say little.
+    """
+
+    def __init__(self, texts: Tensor, maps: Tensor, centre: Tensor) -> None:
         depth, heads, width, _ = maps.shape
-        self.texts, self.maps = texts, maps
+        self.texts, self.maps, self.centre = texts, maps, centre
         self.count = torch.zeros(len(texts), dtype=torch.float64)
         self.sum = torch.zeros(len(texts), depth, heads, width, dtype=torch.float64)
 
     def update(self, embedding: Tensor, values: Tensor) -> None:
         """Add images: embedding [b, d], values [b, L, H, e]."""
-        label = (embedding.to(self.texts) @ self.texts.T).argmax(dim=1).cpu()  # the embedding's norm does not change which is nearest
+        label = self.labels(embedding).cpu()
         self.count.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
         self.sum.index_add_(0, label, values.cpu().double())
+
+    def labels(self, embedding: Tensor) -> Tensor:
+        """[b] each image's pseudo-label, an index into the texts."""
+        return ((embedding.to(self.texts) - self.centre) @ self.texts.T).argmax(dim=1)
 
     def explained(self, moments: Moments) -> Tensor:
         """[L, H] share of the variance of each head's term that lies between pseudo-labels, corrected for their number.

@@ -24,7 +24,7 @@ TASKS = ("check", "textspan", "waterbirds")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All options of all tasks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", choices=TASKS, required=True)
     add("--model", help="open_clip's name of an architecture; without it the demo model")
@@ -65,6 +65,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the random heads and of --limit [%(default)s]")
     add("--out", type=Path, default=Path("results"), help="folder for results [%(default)s]")
     return parser.parse_args(argv)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with an argument in one line, without the whole usage before it."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"evaluate.py: {message}; see --help\n")
 
 
 def positive(text: str) -> int:

@@ -47,9 +47,7 @@ def load_clip(model: str | None = None, pretrained: str | None = None, device: s
     Raises:
         InputError: unknown name or tag, missing or unsuitable file, weights that are not numbers.
     """
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: this torch sees no GPU; use --device cpu")
+    place = find_device(device)
     if model is None:
         if pretrained is not None:
             raise InputError("--pretrained needs --model: the architecture that these weights are for")
@@ -61,6 +59,16 @@ def load_clip(model: str | None = None, pretrained: str | None = None, device: s
         if not parameter.isfinite().all():
             raise InputError(f"the weights of {clip.name} ({clip.weights}) hold a NaN or an infinity in {name}")
     return clip
+
+
+def find_device(name: str) -> torch.device:
+    """auto: a GPU where there is one."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:150]}; try auto or cpu") from error
+    return device
 
 
 def _from_open_clip(model: str, pretrained: str | None, device: torch.device, precision: str) -> Clip:

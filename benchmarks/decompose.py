@@ -41,9 +41,8 @@ def main() -> None:
     if args.peak_of:
         print(peak_memory(args, args.models[0], args.peak_of))
         return
-    print(
-        f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads, {args.device}, {args.precision}"
-    )
+    versions = f"torch {torch.__version__}, open_clip {open_clip.__version__}"
+    print(f"{versions}, {torch.get_num_threads()} threads, {args.device}, {args.precision}")
     for name in args.models:
         report(args, name)
 

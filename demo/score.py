@@ -1,4 +1,7 @@
-"""Zero-shot accuracy of a demo model on every factor, and of landbird against waterbird by group."""
+"""Zero-shot accuracy of a demo model on every factor, and of landbird against waterbird by group (bird-place).
+
+$ python -m demo.score            # the checkpoint on the test split
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import Tokenizer, scenes
+from . import Tokenizer, load, normalise, scenes
 from .captions import PHRASES, true_facts
 
 STARTS = ("a photo of", "a sketch of", "a painting of", "a cartoon of", "a picture of", "")
@@ -33,10 +36,8 @@ def classifier(model: torch.nn.Module, tokenizer: Tokenizer, factor: str) -> Ten
 @torch.no_grad()
 def score(model: torch.nn.Module, tokenizer: Tokenizer, count: int, seed: int = WATCHED) -> dict[str, float]:
     """{factor or group: accuracy} on `count` pictures whose place says nothing of the bird."""
-    from .train import normalise, render_all
-
     facts = scenes.sample(count, seed)
-    pictures, truth = render_all(facts, seed), true_facts(facts)
+    pictures, truth = scenes.render_all(facts, seed), true_facts(facts)
     embeddings = torch.cat([model.encode_image(normalise(part)) for part in np.array_split(pictures, max(1, count // 256))])
     scores = {}
     for column, factor in enumerate(PHRASES):
@@ -46,3 +47,16 @@ def score(model: torch.nn.Module, tokenizer: Tokenizer, count: int, seed: int = 
             group = 2 * truth[:, column] + (facts["place"] >= scenes.FIRST_WATER)
             scores |= {name: float(right[group == g].mean()) for g, name in enumerate(GROUPS)}
     return scores
+
+
+def main() -> None:
+    from datasets import DemoBirds
+
+    model, _, tokenizer = load()
+    scores = score(model, tokenizer, DemoBirds.sizes["test"], DemoBirds.seeds["test"])
+    for name, value in scores.items():
+        print(f"{name:<12}{value:6.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import time
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from . import ALIGNMENT, FOLDER, NAME, Tokenizer, captions, load, scenes
+from . import ALIGNMENT, FOLDER, NAME, Tokenizer, captions, load, normalise, scenes
 from .score import score
 
 # glibc gives large blocks back to the system at once; fetching them again at every step takes longer than the arithmetic.
@@ -34,7 +33,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296", 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4500, help="batches [%(default)s]")
+    parser.add_argument("--steps", type=int, default=3000, help="batches [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.2e-3, help="highest learning rate; cosine decay to zero [%(default)s]")
     parser.add_argument(
@@ -64,7 +63,7 @@ class Source:
         tokenizer: Tokenizer,
     ) -> None:
         facts = scenes.sample(count, seed, alignment)
-        self.pictures, self.truth = render_all(facts, seed), captions.true_facts(facts)
+        self.pictures, self.truth = scenes.render_all(facts, seed), captions.true_facts(facts)
         self.habits, self.rng, self.tokenizer = habits, rng, tokenizer
         self.queue = np.empty(0, dtype=int)
 
@@ -77,28 +76,6 @@ class Source:
         stated = np.stack(stated)[:, None]
         matches = ((stated < 0) | (stated == self.truth[rows])).all(-1)
         return normalise(self.pictures[rows]), self.tokenizer(texts), torch.from_numpy(matches).float()
-
-
-def normalise(pictures: np.ndarray) -> Tensor:
-    """[b, 64, 64, 3] uint8 to what the demo's image transform gives, without a detour through PIL."""
-    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-    return (images - torch.tensor(OPENAI_DATASET_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_DATASET_STD).view(3, 1, 1)
-
-
-def render_all(facts: dict[str, np.ndarray], seed: int) -> np.ndarray:
-    """[count, 64, 64, 3] uint8, on all cores."""
-    count = len(facts["kind"])
-    jobs = [(facts, range(start, min(start + 500, count)), seed) for start in range(0, count, 500)]
-    with Pool() as pool:
-        parts = tqdm(pool.imap(_render_some, jobs), total=len(jobs), desc="rendering", unit="x500")
-        return np.concatenate(list(parts))
-
-
-def _render_some(job: tuple[dict[str, np.ndarray], range, int]) -> np.ndarray:
-    facts, rows, seed = job
-    return np.stack([scenes.render(facts, i, seed)[0] for i in rows])
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, matches: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ from argparse import Namespace
 
 import torch
 
-from datasets import batches
 from decompose import DecompositionError, check, decompose, token_scores
 from zeroshot import load_clip
 
-from .common import open_split, print_settings, settings, table
+from .common import open_split, print_settings, settings, stream, table
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 IMAGES = 64
@@ -23,8 +22,7 @@ def run(args: Namespace) -> dict:
     data = open_split(args, clip, "test")
     dtype = next(clip.model.parameters()).dtype
     errors = {"terms, convention term": 0.0, "terms, convention paper": 0.0, "source tokens against heads": 0.0}
-    for images, _ in batches(data, args.batch_size, args.workers, "check", clip.device):
-        images = images.to(dtype)
+    for images in stream(clip, data, args, "check"):
         check(clip.model, images, TOLERANCE[dtype])
         terms = decompose(clip.model, images)
         texts = torch.nn.functional.normalize(terms.embedding[:1].to(terms.heads.dtype), dim=-1)

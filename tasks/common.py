@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
-from datasets import DemoBirds, InputError, Waterbirds, batches
+from datasets import DemoBirds, InputError, Waterbirds, batches, subset
 from decompose import Decomposition, decompose, head_maps
 from textspan import Moments
 from zeroshot import Clip
@@ -41,13 +42,20 @@ def open_split(args: Namespace, clip: Clip, split: str) -> DemoBirds | Waterbird
     return Waterbirds(args.data, split, clip.preprocess, args.limit, args.seed)
 
 
+def stream(clip: Clip, data: Dataset, args: Namespace, title: str) -> Iterator[Tensor]:
+    """Batches of the data set's images, as the model takes them, under a progress bar."""
+    dtype = next(clip.model.parameters()).dtype
+    for images, _ in batches(data, args.batch_size, args.workers, title, clip.device):
+        yield images.to(dtype)
+
+
 def summarise(clip: Clip, args: Namespace, on_batch: Callable[[Decomposition], None] = lambda terms: None) -> Reference:
     """One pass over the --reference split; on_batch sees every batch's terms."""
     data = open_split(args, clip, args.reference)
     maps = head_maps(clip.model)
     depth, heads, width, dim = maps.shape
     reference = Reference(Moments(width, (depth, heads)), 0, 0, Moments(dim), maps, data.description)
-    for images, _ in batches(data, args.batch_size, args.workers, f"reference ({args.reference})", clip.device):
+    for images in stream(clip, data, args, f"reference ({args.reference})"):
         terms = decompose(clip.model, images)
         reference.values.update(terms.values)
         reference.embedding.update(terms.embedding.float())
@@ -56,6 +64,16 @@ def summarise(clip: Clip, args: Namespace, on_batch: Callable[[Decomposition], N
         on_batch(terms)
     reference.mlps, reference.stem = ((x / len(data)).to(maps) for x in (reference.mlps, reference.stem))
     return reference
+
+
+CENTRE_IMAGES = 512
+
+
+def centre(clip: Clip, args: Namespace) -> Tensor:
+    """[d] the mean embedding of some reference images, drawn at random: data sets come sorted by class."""
+    data = open_split(args, clip, args.reference)
+    few = Subset(data, subset(len(data), CENTRE_IMAGES, args.seed))
+    return torch.cat([decompose(clip.model, images).embedding for images in stream(clip, few, args, "centre")]).float().mean(dim=0)
 
 
 def parse_heads(text: str, depth: int, heads: int) -> list[Head]:

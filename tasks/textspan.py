@@ -5,10 +5,12 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import Counter
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from datasets import InputError
-from textspan import TextSpan, textspan
+from textspan import Moments, TextSpan, textspan
 from zeroshot import default_bank, embed_texts, load_bank, load_clip
 
 from .common import LAST_LAYERS, Head, name, print_settings, settings, summarise
@@ -29,7 +31,8 @@ def run(args: Namespace) -> dict:
     for layer in tqdm(range(max(0, depth - LAST_LAYERS), depth), desc="TextSpan", unit="layer", leave=False):
         for head in range(heads):
             moments = reference.values[layer, head].map(reference.maps[layer, head])
-            found.append(describe((layer, head), textspan(moments, texts, size), bank, float(moments.covariance.trace()) / total))
+            span = name_head(moments, texts, size, asked=args.texts is not None, head=(layer, head))
+            found.append(describe((layer, head), span, bank, float(moments.covariance.trace()) / total))
     where = settings(
         args,
         clip,
@@ -45,6 +48,19 @@ def run(args: Namespace) -> dict:
         more = sum(share for _, share in head["texts"][SHOWN:])
         print(f"       {more:6.1%}  {max(0, size - SHOWN)} more texts;  {head['remainder']:.1%} is left")
     return {"settings": where, "heads": found}
+
+
+def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Head) -> TextSpan:
+    """The head's texts; as many as it has directions where no number was asked for, none where it writes the same to every image."""
+    try:
+        return textspan(moments, texts, size)
+    except ValueError as error:
+        held = torch.linalg.matrix_rank(moments.covariance, hermitian=True, rtol=1e-10)
+        if asked and held:
+            raise InputError(f"head {name(head)}: {error}; ask for fewer --texts") from error
+        if not held:
+            return TextSpan([], moments.mean.new_zeros(0, len(moments.mean)), moments.mean.new_zeros(0))
+        return textspan(moments, texts, int(held))
 
 
 def choose_size(asked: int | None, width: int, bank: int) -> int:
@@ -66,7 +82,7 @@ def describe(head: Head, span: TextSpan, bank, spread: float) -> dict:
     role = ", ".join(f"{category} {share:.0%}" for category, share in shares.most_common(3) if share >= 0.05)
     return {
         "head": name(head),
-        "role": role or "no category explains 5 %",
+        "role": role or ("no category explains 5 %" if span.indices else "writes the same to every image"),
         "spread": spread,
         "texts": [(bank.texts[i], share) for i, share in zip(span.indices, span.explained.tolist(), strict=True)],
         "categories": dict(shares),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cue import THRESHOLD, CueVotes, subspace
-from datasets import DemoBirds, InputError, Waterbirds, batches
+from datasets import DemoBirds, InputError, Waterbirds
 from decompose import decompose, head_maps
 from zeroshot import Clip, classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
@@ -23,11 +23,13 @@ from .common import (
     LAST_LAYERS,
     Head,
     Reference,
+    centre,
     name,
     open_split,
     parse_heads,
     print_settings,
     settings,
+    stream,
     summarise,
     table,
     wilson,
@@ -65,7 +67,7 @@ def run(args: Namespace) -> dict:
 
     cue_texts, cue_name = find_cue(args, clip)
     cue_embeddings = embed_texts(clip, cue_texts)
-    votes = CueVotes(cue_embeddings, head_maps(clip.model))
+    votes = CueVotes(cue_embeddings, head_maps(clip.model), centre(clip, args))
     reference = summarise(clip, args, lambda terms: votes.update(terms.embedding, terms.values))
     explained = votes.explained(reference.values)
     chosen, how = choose_heads(args, clip, explained, cue_name)
@@ -141,8 +143,8 @@ def score(
     read, read_cue = maps @ classes.T, maps @ classes_cue  # [L, H, e, c]
     mean = reference.values.mean.to(maps)
     parts = []
-    for images, _ in batches(test, args.batch_size, args.workers, "test", clip.device):
-        terms = decompose(clip.model, images.to(next(clip.model.parameters()).dtype))
+    for images in stream(clip, test, args, "test"):
+        terms = decompose(clip.model, images)
         embedding, away = terms.embedding.to(maps), mean - terms.values
         batch = (
             embedding @ classes.T,
@@ -189,30 +191,31 @@ def measure(scores: Tensor, test: DemoBirds | Waterbirds) -> dict:
     return row
 
 
-def random_control(args: Namespace, scores: Scores, chosen: list[Head], test: DemoBirds | Waterbirds) -> dict:
-    """Mean-ablate random heads instead, as many in each layer as were chosen there."""
+def random_control(args: Namespace, scores: Scores, chosen: list[Head], test: DemoBirds | Waterbirds) -> dict | None:
+    """Mean-ablate random heads instead: as many in each layer as were chosen there, but never the chosen set itself.
+
+    None where no other set can be drawn, because the chosen heads are all that their layers have.
+    """
     generator, per_layer = torch.Generator().manual_seed(args.seed), Counter(layer for layer, _ in chosen)
-    worst, average = [], []
-    for _ in range(args.draws):
-        drawn = [
-            (layer, head)
-            for layer, count in per_layer.items()
-            for head in torch.randperm(scores.heads.shape[2], generator=generator)[:count].tolist()
-        ]
-        row = measure(scores.embedding + pick(scores.heads, drawn), test)
-        worst.append(row["worst"])
-        average.append(row["average"])
+    width = scores.heads.shape[2]
+    if all(count == width for count in per_layer.values()):
+        return None
+    found = {"worst": [], "average": []}
+    while len(found["worst"]) < args.draws:
+        drawn = [(layer, h) for layer, count in per_layer.items() for h in torch.randperm(width, generator=generator)[:count].tolist()]
+        if set(drawn) != set(chosen):
+            row = measure(scores.embedding + pick(scores.heads, drawn), test)
+            for key, values in found.items():
+                values.append(row[key])
     ours = measure(scores.embedding + pick(scores.heads, chosen), test)["worst"]
-    worst, average = torch.tensor(worst), torch.tensor(average)
-    return {
-        "draws": args.draws,
-        "worst": {"mean": worst.mean().item(), "std": worst.std().item(), "max": worst.max().item()},
-        "average": {"mean": average.mean().item(), "std": average.std().item(), "max": average.max().item()},
-        "below the chosen heads": (worst < ours).double().mean().item(),
-    }
+    control = {"draws": args.draws, "below the chosen heads": sum(worst < ours for worst in found["worst"]) / args.draws}
+    for key, values in found.items():
+        values = torch.tensor(values, dtype=torch.float64)
+        control[key] = {"mean": values.mean().item(), "std": values.std(correction=0).item(), "max": values.max().item()}
+    return control
 
 
-def print_rows(rows: dict[str, dict], draws: dict, test: DemoBirds | Waterbirds, chosen: int) -> None:
+def print_rows(rows: dict[str, dict], draws: dict | None, test: DemoBirds | Waterbirds, chosen: int) -> None:
     """The table, groups as bird/place, and the random control under it."""
     counts = Counter((2 * test.y + test.place).tolist())
     kinds = "kinds" in rows["base"]
@@ -227,15 +230,18 @@ def print_rows(rows: dict[str, dict], draws: dict, test: DemoBirds | Waterbirds,
             interval(row["average"], len(test)),
             *([f"{100 * row['kinds']:.1f}"] if kinds else []),
         ])  # fmt: skip
-    both = [f"{100 * draws[key]['mean']:.1f} ± {100 * draws[key]['std']:.1f}" for key in ("worst", "average")]
-    most = [f"{100 * draws[key]['max']:.1f}" for key in ("worst", "average")]
-    lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *both, *([""] if kinds else [])])
-    lines.append([f"{chosen} random heads, best", *[""] * 4, *most, *([""] if kinds else [])])
+    control = "none: the chosen heads are all that their layers have"
+    if draws is not None:
+        both = [f"{100 * draws[key]['mean']:.1f} ± {100 * draws[key]['std']:.1f}" for key in ("worst", "average")]
+        most = [f"{100 * draws[key]['max']:.1f}" for key in ("worst", "average")]
+        lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *both, *([""] if kinds else [])])
+        lines.append([f"{chosen} random heads, best", *[""] * 4, *most, *([""] if kinds else [])])
+        control = (
+            f"{draws['draws']} draws of as many heads from each of the same layers (never the chosen set),\n"
+            f"mean-ablated; the chosen heads' worst group is above {draws['below the chosen heads']:.0%} of the draws."
+        )
     print(table(header, lines))
-    print(
-        f"\nGroups are bird/place. [..]: 95 % interval (Wilson). Random: {draws['draws']} draws of as many heads from the same layers,"
-        f"\nmean-ablated; the chosen heads' worst group is above {draws['below the chosen heads']:.0%} of the draws."
-    )
+    print(f"\nGroups are bird/place. [..]: 95 % interval (Wilson). Random: {control}")
 
 
 def interval(accuracy: float, count: int) -> str:

@@ -1,0 +1,416 @@
+"""The command line, run in-process on the demo and on a small folder in Waterbirds' format."""
+
+import csv
+import json
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import demo
+from datasets import DemoBirds
+from decompose import decompose
+from evaluate import main
+from tasks.common import parse_heads, wilson
+from zeroshot import classifier, load_clip, templates
+
+QUICK = ["--limit", "160", "--batch-size", "80", "--workers", "0", "--draws", "5"]
+
+
+def run(tmp_path, *argv):
+    code = main([*argv, "--out", str(tmp_path / "results")])
+    task = argv[argv.index("--task") + 1]
+    path = tmp_path / "results" / task / "results.json"
+    return code, json.loads(path.read_text()) if path.exists() else None
+
+
+@pytest.fixture(scope="module")
+def waterbirds(tmp_path_factory):
+    """36 pictures of the demo in a folder like waterbird_complete95_forest2water2: all groups in every split."""
+    root = tmp_path_factory.mktemp("waterbirds")
+    data = DemoBirds("val", lambda image: image, limit=400)
+    rows, used = [], set()
+    for split in range(3):
+        for group in range(4):
+            match = [i for i in range(len(data)) if 2 * data.y[i] + data.place[i] == group and i not in used][:3]
+            for i in match:
+                used.add(i)
+                name = f"{i % 7:03d}.Kind/bird_{i}.jpg"
+                (root / name).parent.mkdir(exist_ok=True)
+                data[i][0].save(root / name)
+                rows.append({"img_id": i, "img_filename": name, "y": int(data.y[i]), "split": split, "place": int(data.place[i])})
+    write_metadata(root, rows)
+    return root
+
+
+def write_metadata(root, rows):
+    with (root / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_metadata(root):
+    with (root / "metadata.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def broken(waterbirds, tmp_path):
+    """A copy of the folder, to be damaged."""
+    import shutil
+
+    return shutil.copytree(waterbirds, tmp_path / "data")
+
+
+# What it computes.
+
+
+def test_check_reports_an_error_below_the_tolerance(tmp_path, capsys):
+    code, results = run(tmp_path, "--task", "check", "--limit", "8", "--workers", "0")
+    assert code == 0
+    assert len(results["errors"]) == 3
+    assert all(0 < error < 1e-5 for error in results["errors"].values())  # float32 rounds: an error of exactly 0 compared nothing
+    assert "1e-05" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    code, results = run(tmp_path_factory.mktemp("run"), "--task", "waterbirds", *QUICK)
+    assert code == 0
+    return results
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    """The same images by the plainest route: all terms of all images, in embedding space."""
+    clip = load_clip(device="cpu")
+    sets = {split: DemoBirds(split, clip.preprocess, 160, seed=0) for split in ("train", "test")}
+    terms = {split: decompose(clip.model, torch.stack([data[i][0] for i in range(len(data))])) for split, data in sets.items()}
+    classes = classifier(clip, ["landbird", "waterbird"], templates(clip))
+    return clip, sets["test"], terms, classes
+
+
+def accuracies(embedding, classes, test):
+    right = (F.normalize(embedding, dim=-1) @ classes.T).argmax(1) == test.y
+    return [right[2 * test.y + test.place == g].double().mean().item() for g in range(4)], right.double().mean().item()
+
+
+def same(row, expected):
+    groups, average = expected
+    assert list(row["groups"].values()) == pytest.approx(groups)
+    assert row["average"] == pytest.approx(average)
+    assert row["worst"] == min(row["groups"].values())
+
+
+def test_base_is_the_stock_model(table, by_hand):
+    clip, test, _, classes = by_hand
+    with torch.no_grad():
+        embedding = clip.model.encode_image(torch.stack([test[i][0] for i in range(len(test))]))
+    same(table["rows"]["base"], accuracies(embedding, classes, test))
+
+
+def test_heads_ablated_are_embeddings_with_those_terms_at_their_reference_mean(table, by_hand):
+    _, test, terms, classes = by_hand
+    heads = terms["test"].heads.clone()
+    for layer, head in table["heads"]:
+        heads[:, layer, head] = terms["train"].heads[:, layer, head].mean(dim=0)
+    embedding = terms["test"].embedding - terms["test"].heads.sum((1, 2)) + heads.sum((1, 2))
+    same(table["rows"]["heads mean-ablated"], accuracies(embedding, classes, test))
+    embedding = embedding + (terms["train"].mlps.mean(0) - terms["test"].mlps).sum(1) + terms["train"].stem.mean(0) - terms["test"].stem
+    same(table["rows"]["  + MLPs and stem"], accuracies(embedding, classes, test))
+
+
+def test_directions_removed_leave_nothing_of_the_cue_that_differs_between_images(table, by_hand):
+    from cue import subspace
+    from zeroshot import default_bank, embed_texts, load_bank
+
+    clip, test, terms, classes = by_hand
+    Q = subspace(embed_texts(clip, load_bank(default_bank(clip)).of("places")))
+    project = lambda x: x @ Q.T @ Q  # noqa: E731
+    embedding = terms["test"].embedding + project(terms["train"].embedding.mean(0) - terms["test"].embedding)
+    assert (embedding @ Q.T).var(dim=0).max() < 1e-6 < (terms["test"].embedding @ Q.T).var(dim=0).min()
+    same(table["rows"]["cue's directions everywhere"], accuracies(embedding, classes, test))
+    embedding = terms["test"].embedding.clone()
+    for layer, head in table["heads"]:
+        embedding += project(terms["train"].heads[:, layer, head].mean(0) - terms["test"].heads[:, layer, head])
+    same(table["rows"]["cue's directions in the heads"], accuracies(embedding, classes, test))
+
+
+def test_the_random_control_draws_as_many_heads(table):
+    control = table["random"]
+    assert control["draws"] == 5
+    assert control["worst"]["std"] > 0  # the draws differ
+    assert control["worst"]["mean"] <= control["worst"]["max"] <= 1
+
+
+def test_without_another_set_to_draw_there_is_no_control(tmp_path, capsys):
+    code, results = run(tmp_path, "--task", "waterbirds", *QUICK, "--heads", ",".join(f"3.{h}" for h in range(8)))
+    assert code == 0
+    assert results["random"] is None
+    assert "Random: none" in capsys.readouterr().out
+
+
+def test_the_interventions_change_the_predictions(table):
+    averages = [row["average"] for row in table["rows"].values()]
+    assert len(set(averages)) == len(averages)
+
+
+@pytest.mark.parametrize("change", [["--batch-size", "33"], ["--workers", "2"]])
+def test_batch_size_and_workers_change_nothing(tmp_path, table, change):
+    _, again = run(tmp_path, "--task", "waterbirds", *QUICK, *change)
+    assert again["heads"] == table["heads"]
+    for label, row in table["rows"].items():
+        assert again["rows"][label] == pytest.approx(row)
+    assert again["random"]["worst"] == pytest.approx(table["random"]["worst"])
+
+
+def test_another_seed_draws_other_images(tmp_path, table):
+    _, other = run(tmp_path, "--task", "waterbirds", *QUICK, "--seed", "1")
+    assert other["rows"]["base"] != table["rows"]["base"]
+
+
+def test_a_cue_can_be_given_as_texts(tmp_path):
+    code, results = run(tmp_path, "--task", "waterbirds", *QUICK, "--cue", "in a forest", "on the ocean", "at the beach")
+    assert code == 0
+    assert "'in a forest' and 2 more" in results["settings"]["cue"]
+
+
+def test_heads_given_by_hand_are_the_ones_ablated(tmp_path):
+    _, results = run(tmp_path, "--task", "waterbirds", *QUICK, "--heads", "3.7,0.2", "--remove", "heads")
+    assert results["heads"] == [[0, 2], [3, 7]]
+    assert list(results["rows"]) == ["base", "heads mean-ablated", "  + MLPs and stem"]
+
+
+def test_textspan_names_every_head(tmp_path, capsys):
+    code, results = run(tmp_path, "--task", "textspan", *QUICK)
+    assert code == 0
+    assert [head["head"] for head in results["heads"]] == [f"{layer}.{head}" for layer in range(4) for head in range(8)]
+    bank = set((demo.FOLDER / "text_bank.txt").read_text().splitlines())
+    for head in results["heads"]:
+        shares = [share for _, share in head["texts"]]
+        assert {text for text, _ in head["texts"]} <= bank
+        assert sum(shares) + head["remainder"] == pytest.approx(1)
+        assert sum(head["categories"].values()) == pytest.approx(sum(shares))
+    assert results["heads"][-1]["texts"][0][0] in capsys.readouterr().out
+
+
+def test_the_real_folder_and_a_local_checkpoint_run_as_the_demo_does(tmp_path, waterbirds, capsys):
+    """The checkpoint is the demo's own, given as a user would give another model's."""
+    argv = ["--data", str(waterbirds), "--workers", "0", "--draws", "3", "--heads", "3.1"]
+    code, results = run(tmp_path, "--task", "waterbirds", *argv)
+    assert code == 0
+    assert results["settings"]["test"].endswith("test split, 12 images")
+    assert "kinds" not in results["rows"]["base"]
+    assert "authors" not in results["settings"]["means"]
+    _, authors = run(tmp_path, "--task", "waterbirds", *argv, "--reference", "test")
+    assert "the authors' way" in authors["settings"]["means"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model of open_clip's smallest text tower, as a user's own configuration and checkpoint: nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 6, "width": 32, "head_width": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (folder / "tiny-vit.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny-vit.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny-vit")
+    save_file(model.state_dict(), folder / "tiny.safetensors")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, folder / "tiny.pt")
+    return folder
+
+
+@pytest.mark.parametrize("file", ["tiny.safetensors", "tiny.pt"])
+def test_any_open_clip_model_runs_with_its_own_tokenizer_and_the_general_bank(tmp_path, tiny, waterbirds, file):
+    argv = ["--model", "tiny-vit", "--pretrained", str(tiny / file), "--data", str(waterbirds), "--workers", "0"]
+    code, results = run(tmp_path, "--task", "waterbirds", *argv, "--heads", "5.0,2.1", "--draws", "3")
+    assert code == 0
+    assert "  + earlier layers" in results["rows"]
+    assert "80 templates" in results["settings"]["prompts"]
+    assert file in results["settings"]["model"]
+    code, results = run(tmp_path, "--task", "textspan", *argv, "--texts", "3")
+    assert code == 0
+    assert {head["head"][0] for head in results["heads"]} == set("2345")  # the last four layers
+
+
+def test_random_weights_are_enough_to_check(tmp_path, tiny):
+    code, results = run(tmp_path, "--task", "check", "--model", "tiny-vit", "--pretrained", "none", "--limit", "4", "--workers", "0")
+    assert code == 0
+    assert "none" in results["settings"]["model"]
+
+
+def test_half_precision_is_checked_with_its_own_tolerance(tmp_path):
+    code, results = run(tmp_path, "--task", "check", "--precision", "bf16", "--limit", "8", "--workers", "0")
+    assert code == 0
+    assert 1e-5 < max(results["errors"].values()) < 3e-2
+
+
+@pytest.mark.parametrize(("right", "count"), [(0.5, 10), (0.0, 5), (1.0, 100)])
+def test_wilson_is_the_set_of_rates_that_the_data_do_not_contradict(right, count):
+    for bound in wilson(right, count):
+        spread = (bound * (1 - bound) / count) ** 0.5
+        assert abs(right - bound) == pytest.approx(1.959964 * spread, abs=1e-9)
+
+
+def test_heads_are_read_as_layer_and_head():
+    assert parse_heads("3.7,2.10,3.7", 4, 12) == [(2, 10), (3, 7)]
+
+
+# What it refuses: one line, exit code 2, and what was there before still there.
+
+
+def refused(tmp_path, capsys, argv, *fragments):
+    results = tmp_path / "results" / "waterbirds" / "results.json"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text("earlier results")
+    try:
+        code = main([*argv, "--out", str(tmp_path / "results")])
+    except SystemExit as error:  # argparse
+        code = error.code
+    stderr = [line.split("\r")[-1] for line in capsys.readouterr().err.splitlines()]
+    lines = [line for line in stderr if line.startswith("evaluate.py: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert "Traceback" not in "".join(stderr)
+    for fragment in fragments:
+        assert fragment in lines[0]
+    assert results.read_text() == "earlier results"
+    assert [path.name for path in results.parent.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["--task", "nothing"], ["nothing", "waterbirds"]),
+        (["--task", "waterbirds", "--limit", "none"], ["--limit", "'none'"]),
+        (["--task", "waterbirds", "--data", "no/such/folder"], ["metadata.csv", "no/such/folder"]),
+        (["--task", "waterbirds", "--model", "ViT-B-61"], ["ViT-B-61", "ViT-B-16"]),
+        (["--task", "waterbirds", "--model", "ViT-B-16"], ["--pretrained", "laion2b_s34b_b88k"]),
+        (["--task", "waterbirds", "--model", "ViT-B-16", "--pretrained", "laion3b"], ["laion3b", "laion2b_s34b_b88k"]),
+        (["--task", "waterbirds", "--pretrained", "x.pt"], ["--model"]),
+        (["--task", "waterbirds", "--heads", "4.0"], ["no head 4.0", "layers 0 to 3", "heads 0 to 7"]),
+        (["--task", "waterbirds", "--heads", "3-7"], ["'3-7'", "layer.head"]),
+        (["--task", "waterbirds", "--heads", "paper"], ["ViT-L-14", "demo-vit"]),
+        (["--task", "waterbirds", "--cue", "nonsense"], ["nonsense", "places"]),
+        (["--task", "waterbirds", "--cue", "a zebra", "a red bird"], ["'zebra'", "not one of them"]),
+        (["--task", "waterbirds", "--text-bank", "no.txt"], ["no.txt"]),
+        (["--task", "waterbirds", "--cue", "a bird", "one bird", "--limit", "160"], ["no head looks at the cue"]),
+        (["--task", "textspan", "--texts", "17"], ["17", "16"]),
+        (["--task", "textspan", "--texts", "0"], ["'0'"]),
+        (["--task", "check", "--device", "cuda:7"], ["cuda:7"]),
+        (["--task", "check", "--device", "toaster"], ["toaster"]),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, argv, fragments):
+    refused(tmp_path, capsys, argv, *fragments)
+
+
+def edit(root, change):
+    rows = read_metadata(root)
+    change(rows)
+    write_metadata(root, rows)
+
+
+def test_a_missing_column(tmp_path, capsys, broken):
+    edit(broken, lambda rows: [row.pop("place") for row in rows])
+    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken)], "'place'", "img_filename")
+
+
+def test_an_empty_metadata_file(tmp_path, capsys, broken):
+    (broken / "metadata.csv").write_text("")
+    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken)], "no column", "nothing")
+
+
+@pytest.mark.parametrize(("column", "value"), [("y", "2"), ("split", "test"), ("place", "")])
+def test_a_value_out_of_range_is_named_with_its_line(tmp_path, capsys, broken, column, value):
+    edit(broken, lambda rows: rows[4].__setitem__(column, value))
+    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken)], "line 6", column, repr(value))
+
+
+def test_an_empty_split(tmp_path, capsys, broken):
+    edit(broken, lambda rows: [row.__setitem__("split", "2") for row in rows])
+    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", "0"], "split 0 (train)")
+
+
+def test_an_empty_group(tmp_path, capsys, broken):
+    edit(broken, lambda rows: [row.__setitem__("place", "0") for row in rows])
+    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken)], "land/water")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_file_that_is_no_image(tmp_path, capsys, broken, workers):
+    name = read_metadata(broken)[0]["img_filename"]
+    (broken / name).write_text("not an image")
+    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", workers], name, "not an image")
+
+
+def test_an_image_cut_short(tmp_path, capsys, broken):
+    name = read_metadata(broken)[0]["img_filename"]
+    data = (broken / name).read_bytes()
+    (broken / name).write_bytes(data[: len(data) // 2])
+    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", "0"], name, "truncated")
+
+
+def test_a_missing_image(tmp_path, capsys, broken):
+    name = read_metadata(broken)[0]["img_filename"]
+    (broken / name).unlink()
+    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", "0"], "no image", name)
+
+
+def test_a_path_that_leaves_the_folder(tmp_path, capsys, broken):
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    edit(broken, lambda rows: rows[0].__setitem__("img_filename", "../outside.png"))
+    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", "0"], "outside.png", "lies outside")
+
+
+def test_weights_that_are_not_numbers(tmp_path, capsys, tiny):
+    state = load_file(tiny / "tiny.safetensors")
+    state["visual.proj"][0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    argv = ["--task", "check", "--model", "tiny-vit", "--pretrained", str(tmp_path / "nan.safetensors")]
+    refused(tmp_path, capsys, argv, "visual.proj", "NaN")
+
+
+def test_weights_of_another_architecture(tmp_path, capsys, tiny):
+    state = load_file(tiny / "tiny.safetensors")
+    del state["visual.proj"]
+    save_file(state, tmp_path / "other.safetensors")
+    argv = ["--task", "check", "--model", "tiny-vit", "--pretrained", str(tmp_path / "other.safetensors")]
+    refused(tmp_path, capsys, argv, "visual.proj", "tiny-vit")
+
+
+def test_a_checkpoint_that_needs_unpickling(tmp_path, capsys, tiny):
+    torch.save({"state_dict": {}, "args": pytest.raises}, tmp_path / "pickle.pt")
+    refused(tmp_path, capsys, ["--task", "check", "--model", "tiny-vit", "--pretrained", str(tmp_path / "pickle.pt")], "pickle.pt")
+
+
+def test_a_model_that_cannot_be_decomposed(tmp_path, capsys):
+    refused(tmp_path, capsys, ["--task", "check", "--model", "RN50", "--pretrained", "none"], "ModifiedResNet")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["--task", "check", "--out", str(tmp_path / "file")]) == 2
+    assert "cannot write to --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "fragment"), [("", "no descriptions"), ("# a\nred\n# b\nred\n", "'red' stands in the bank twice")])
+def test_a_bank_that_cannot_be_used(tmp_path, capsys, text, fragment):
+    (tmp_path / "bank.txt").write_text(text)
+    refused(tmp_path, capsys, ["--task", "textspan", "--text-bank", str(tmp_path / "bank.txt")], fragment, "bank.txt")
+
+
+def test_help_comes_without_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, evaluate\ntry:\n    evaluate.main(['--help'])\nexcept SystemExit:\n    assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

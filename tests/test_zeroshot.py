@@ -1,0 +1,93 @@
+"""Classifiers, banks, and images as they come."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from datasets import DemoBirds, InputError, eight_bits, subset
+from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load_clip(device="cpu")
+
+
+def test_the_classifier_is_open_clips(clip):
+    names = ["landbird", "waterbird", "duck"]
+    theirs = open_clip.build_zero_shot_classifier(clip.model, clip.tokenizer, names, list(templates(clip)))
+    assert torch.allclose(classifier(clip, names, templates(clip)), theirs.T, atol=1e-6)
+
+
+def test_texts_are_embedded_alike_in_any_batch(clip):
+    texts = load_bank(default_bank(clip)).texts
+    assert torch.allclose(embed_texts(clip, texts, batch_size=7), embed_texts(clip, texts), atol=1e-5)  # float32
+    assert torch.allclose(embed_texts(clip, texts).norm(dim=1), torch.ones(len(texts)), atol=1e-5)
+
+
+def entries(path):
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize(("path", "texts", "categories"), [("text_bank.txt", 1000, 20), ("demo/text_bank.txt", 150, 6)])
+def test_a_bank_is_large_and_says_nothing_twice(path, texts, categories):
+    bank = load_bank(ROOT / path)
+    assert len(bank.texts) >= texts
+    assert len(set(bank.categories)) >= categories
+    plain = [re.sub(r"^(a|an|the|one) ", "", text.lower()) for text in bank.texts]
+    if path == "text_bank.txt":  # the demo knows 101 words, and says a bird and the bird
+        assert len(set(plain)) == len(plain)
+    assert all(text == text.strip() and text.isascii() and not text.endswith(".") for text in bank.texts)
+
+
+def test_the_readme_counts_the_bank_right():
+    bank = load_bank(ROOT / "text_bank.txt")
+    assert f"{len(bank.texts):,} descriptions in {len(set(bank.categories))} categories" in (ROOT / "README.md").read_text()
+
+
+def test_a_flat_bank_is_one_category(tmp_path):
+    (tmp_path / "flat.txt").write_text("red\n\n  blue \n")
+    bank = load_bank(tmp_path / "flat.txt")
+    assert bank.texts == ["red", "blue"] == bank.of("texts")
+
+
+def test_sixteen_bit_grey_keeps_its_shades():
+    ramp = np.linspace(0, 65535, 16, dtype=np.uint16).reshape(4, 4)
+    grey = np.asarray(eight_bits(Image.fromarray(ramp)))[..., 0]
+    assert np.abs(grey.astype(int) - ramp / 257).max() <= 1
+    clipped = np.asarray(Image.fromarray(ramp).convert("RGB"))[..., 0]
+    assert np.abs(clipped.astype(int) - ramp / 257).max() > 100  # what Pillow alone makes of it
+
+
+def test_transparency_is_laid_on_white():
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    assert np.asarray(eight_bits(image)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA"])
+def test_every_mode_becomes_rgb(mode):
+    assert eight_bits(Image.new(mode, (3, 3))).mode == "RGB"
+
+
+def test_a_subset_is_drawn_with_the_seed():
+    assert subset(10, None, 0) == list(range(10)) == subset(10, 99, 0)
+    assert subset(100, 5, 0) == subset(100, 5, 0) != subset(100, 5, 1)
+    assert len(set(subset(100, 5, 0))) == 5
+    with pytest.raises(InputError, match="at least 1"):
+        subset(10, 0, 0)
+
+
+def test_a_limited_demo_split_holds_pictures_of_the_whole(clip):
+    whole, part = DemoBirds("val", clip.preprocess), DemoBirds("val", clip.preprocess, limit=10, seed=3)
+    for i, row in enumerate(part.rows):
+        assert torch.equal(part[i][0], whole[row][0])
+        assert part.y[i] == whole.y[row]
+        assert part.place[i] == whole.place[row]
