@@ -18,7 +18,7 @@ from tqdm import tqdm
 import demo
 from datasets import InputError
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Clip:
     name: str
     weights: str
     device: torch.device
+    dtype: torch.dtype = torch.float32  # of the images it takes
     is_demo: bool = False
 
 
@@ -52,7 +53,9 @@ def load_clip(model: str | None = None, pretrained: str | None = None, device: s
         if pretrained is not None:
             raise InputError("--pretrained needs --model: the architecture that these weights are for")
         network, preprocess, tokenizer = demo.load(place, precision=precision)
-        clip = Clip(network, preprocess, tokenizer, demo.NAME, f"demo/{demo.NAME}.safetensors", place, is_demo=True)
+        clip = Clip(
+            network, preprocess, tokenizer, demo.NAME, f"demo/{demo.NAME}.safetensors", place, PRECISIONS[precision], is_demo=True
+        )
     else:
         clip = _from_open_clip(model, pretrained, place, precision)
     for name, parameter in clip.model.named_parameters():
@@ -100,7 +103,7 @@ def _from_open_clip(model: str, pretrained: str | None, device: torch.device, pr
         raise InputError(f"cannot load {model} with weights {pretrained!r}: {reason[:300] or type(error).__name__}") from error
     finally:
         logging.disable(logging.NOTSET)
-    return Clip(network.eval(), preprocess, tokenizer, model, pretrained or model, device)
+    return Clip(network.eval(), preprocess, tokenizer, model, pretrained or model, device, PRECISIONS[precision])
 
 
 @torch.no_grad()

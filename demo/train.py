@@ -119,6 +119,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         if (step + 1) % 500 == 0:
             tqdm.write(f"after {step + 1} steps: {describe(score(model.eval(), tokenizer, count=1024))}")
             save(model, args.out)
+    save(model, args.out)
     return score(model.eval(), tokenizer, count=4096)
 
 

@@ -20,7 +20,7 @@ def run(args: Namespace) -> dict:
     args.limit = args.limit or IMAGES
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
     data = open_split(args, clip, "test")
-    dtype = next(clip.model.parameters()).dtype
+    dtype = clip.dtype
     errors = {"terms, convention term": 0.0, "terms, convention paper": 0.0, "source tokens against heads": 0.0}
     for images in stream(clip, data, args, "check"):
         check(clip.model, images, TOLERANCE[dtype])

@@ -44,9 +44,8 @@ def open_split(args: Namespace, clip: Clip, split: str) -> DemoBirds | Waterbird
 
 def stream(clip: Clip, data: Dataset, args: Namespace, title: str) -> Iterator[Tensor]:
     """Batches of the data set's images, as the model takes them, under a progress bar."""
-    dtype = next(clip.model.parameters()).dtype
     for images, _ in batches(data, args.batch_size, args.workers, title, clip.device):
-        yield images.to(dtype)
+        yield images.to(clip.dtype)
 
 
 def summarise(clip: Clip, args: Namespace, on_batch: Callable[[Decomposition], None] = lambda terms: None) -> Reference:
@@ -99,7 +98,7 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     z = 1.959964
     middle = (right + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(right * (1 - right) / count + z * z / (4 * count * count))
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -114,8 +113,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def settings(args: Namespace, clip: Clip, **more: str) -> dict[str, str]:
     """What every table says of where its numbers come from."""
-    precision = next(clip.model.parameters()).dtype
-    return {"model": f"{clip.name}, weights {clip.weights}, {precision} on {clip.device}", **more, "seed": str(args.seed)}
+    return {
+        "model": f"{clip.name}, weights {clip.weights}, {str(clip.dtype).removeprefix('torch.')} on {clip.device}",
+        **more,
+        "seed": str(args.seed),
+    }
 
 
 def print_settings(lines: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets import InputError
+from decompose import head_maps
 from textspan import Moments, TextSpan, textspan
 from zeroshot import default_bank, embed_texts, load_bank, load_clip
 
@@ -22,10 +23,10 @@ def run(args: Namespace) -> dict:
     """Each head's texts with the share of its variance that they explain, what is left, and its role by category."""
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
     bank = load_bank(args.text_bank or default_bank(clip))
+    depth, heads, width, _ = head_maps(clip.model).shape
+    size = choose_size(args.texts, width, len(bank.texts))
     texts = embed_texts(clip, bank.texts, "text bank").cpu()
     reference = summarise(clip, args)
-    depth, heads, width, _ = reference.maps.shape
-    size = choose_size(args.texts, width, len(bank.texts))
     total = float(reference.embedding.covariance.trace())
     found = []
     for layer in tqdm(range(max(0, depth - LAST_LAYERS), depth), desc="TextSpan", unit="layer", leave=False):

@@ -65,12 +65,14 @@ def run(args: Namespace) -> dict:
         missing = next(group for i, group in enumerate(GROUPS) if i not in seen)
         raise InputError(f"the test images hold none of group {missing} (bird/place), and worst-group accuracy needs all four groups")
 
+    maps = head_maps(clip.model)
+    given, how = given_heads(args, clip, *maps.shape[:2])
     cue_texts, cue_name = find_cue(args, clip)
     cue_embeddings = embed_texts(clip, cue_texts)
-    votes = CueVotes(cue_embeddings, head_maps(clip.model), centre(clip, args))
+    votes = CueVotes(cue_embeddings, maps, centre(clip, args))
     reference = summarise(clip, args, lambda terms: votes.update(terms.embedding, terms.values))
     explained = votes.explained(reference.values)
-    chosen, how = choose_heads(args, clip, explained, cue_name)
+    chosen = given or auto_heads(explained, cue_name)
 
     directions = subspace(cue_embeddings)
     names = [*test.classes, *(test.kinds if clip.is_demo and args.data is None else ())]
@@ -113,25 +115,27 @@ def find_cue(args: Namespace, clip: Clip) -> tuple[list[str], str]:
     return list(args.cue), f"{args.cue[0]!r} and {len(args.cue) - 1} more"
 
 
-def choose_heads(args: Namespace, clip: Clip, explained: Tensor, cue_name: str) -> tuple[list[Head], str]:
-    """The heads to ablate, and in words how they were found. No label is looked at."""
-    depth, heads = explained.shape
-    if args.heads == "paper":
-        if clip.name not in PAPER_HEADS:
-            raise InputError(
-                f"--heads paper: the paper lists heads of {', '.join(PAPER_HEADS)}, not of {clip.name}; use auto or a list"
-            )
-        return parse_heads(PAPER_HEADS[clip.name], depth, heads), "the paper's list"
-    if args.heads != "auto":
+def given_heads(args: Namespace, clip: Clip, depth: int, heads: int) -> tuple[list[Head], str]:
+    """What --heads says, and in words where it comes from; no heads yet where it says auto."""
+    if args.heads == "auto":
+        return [], f"auto: the cue explains over {THRESHOLD:.0%} of what they write on the reference images; no labels used"
+    if args.heads != "paper":
         return parse_heads(args.heads, depth, heads), "given by hand"
+    if clip.name not in PAPER_HEADS:
+        raise InputError(f"--heads paper: the paper lists heads of {', '.join(PAPER_HEADS)}, not of {clip.name}; use auto or a list")
+    return parse_heads(PAPER_HEADS[clip.name], depth, heads), "the paper's list"
+
+
+def auto_heads(explained: Tensor, cue_name: str) -> list[Head]:
+    """The heads that look at the cue."""
     chosen = [(layer, head) for layer, head in (explained > THRESHOLD).nonzero().tolist()]
     if not chosen:
-        layer, head = divmod(int(explained.argmax()), heads)
+        layer, head = divmod(int(explained.argmax()), explained.shape[1])
         raise InputError(
             f"no head looks at the cue ({cue_name}): it explains at most {explained.max():.0%} of a head's variance (head "
             f"{layer}.{head}), below {THRESHOLD:.0%}; name heads with --heads or another --cue"
         )
-    return chosen, f"auto: the cue explains over {THRESHOLD:.0%} of what they write on the reference images; no labels used"
+    return chosen
 
 
 def score(

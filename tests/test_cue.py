@@ -34,20 +34,25 @@ def unit_texts(seed: int, t: int = 4) -> Tensor:
     return normalize(normal(seed, t, D), dim=1)
 
 
-def nearest(embedding: Tensor, texts: Tensor) -> Tensor:
-    """The pseudo-label: the text at the smallest distance from the embedding at unit length."""
-    return torch.cdist(normalize(embedding, dim=1), texts).argmin(dim=1)
+def pseudo_label(embedding: Tensor, texts: Tensor) -> Tensor:
+    """The text that fits an image better than it fits these images on average."""
+    fit = embedding @ texts.T
+    return (fit - fit.mean(dim=0)).argmax(dim=1)
 
 
 def world(seed: int, n: int = 60, t: int = 4, effect: float = 1.0):
     """Texts, maps, embeddings and values that depend on the pseudo-label, the more so the larger `effect` is."""
-    texts, maps, embedding = unit_texts(seed, t), normal(seed + 1, L, H, E, D), normal(seed + 2, n, D)
-    values = normal(seed + 3, n, L, H, E) + effect * normal(seed + 4, t, L, H, E)[nearest(embedding, texts)] + 1
+    texts, maps, embedding = unit_texts(seed, t), normal(seed + 1, L, H, E, D), normal(seed + 2, n, D) + normal(seed + 5, D)
+    values = normal(seed + 3, n, L, H, E) + effect * normal(seed + 4, t, L, H, E)[pseudo_label(embedding, texts)] + 1
     return texts, maps, embedding, values
 
 
-def explained(texts: Tensor, maps: Tensor, embedding: Tensor, values: Tensor, batch: int = 1000) -> Tensor:
-    votes, moments = CueVotes(texts, maps), Moments(values.shape[-1], tuple(values.shape[1:3]))
+def explained(
+    texts: Tensor, maps: Tensor, embedding: Tensor, values: Tensor, batch: int = 1000, centre: Tensor | None = None
+) -> Tensor:
+    """CueVotes on these images, their mean as the centre unless another is given."""
+    votes = CueVotes(texts, maps, embedding.mean(dim=0).to(texts) if centre is None else centre)
+    moments = Moments(values.shape[-1], tuple(values.shape[1:3]))
     for part, rows in zip(embedding.split(batch), values.split(batch), strict=True):
         votes.update(part, rows)
         moments.update(rows)
@@ -68,9 +73,41 @@ def share(terms: Tensor, label: Tensor) -> tuple[float, float]:
 
 def explicit(texts: Tensor, maps: Tensor, embedding: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """[L, H] raw and corrected shares from the terms values @ maps, written out."""
-    label = nearest(embedding, texts)
+    label = pseudo_label(embedding, texts)
     both = [[share(values[:, i, j] @ maps[i, j], label) for j in range(maps.shape[1])] for i in range(len(maps))]
     return torch.tensor(both, dtype=torch.float64).unbind(dim=-1)
+
+
+# ---- pseudo-labels ---------------------------------------------------------------------------------------------------------------
+
+
+def votes_around(centre: Tensor, texts: Tensor) -> CueVotes:
+    return CueVotes(texts, torch.zeros(L, H, E, texts.shape[1]), centre)
+
+
+@few
+@given(seed=SEEDS, t=st.integers(1, 6))
+def test_the_label_is_the_text_that_fits_an_image_better_than_it_fits_the_mean_image(seed, t):
+    texts, _, embedding, _ = world(seed, t=t)
+    assert torch.equal(votes_around(embedding.mean(dim=0), texts).labels(embedding), pseudo_label(embedding, texts))
+
+
+def test_a_text_near_to_everything_does_not_win_all_votes_by_hand():
+    texts, images = torch.eye(2), torch.tensor([[10.0, 1.0], [10.0, -1.0]])
+    assert votes_around(torch.tensor([10.0, 0.0]), texts).labels(images).tolist() == [1, 0]
+
+
+def test_without_a_centre_it_would_win_them_by_hand():
+    texts, images = torch.eye(2), torch.tensor([[10.0, 1.0], [10.0, -1.0]])
+    assert votes_around(torch.zeros(2), texts).labels(images).tolist() == [0, 0]
+
+
+def test_votes_count_the_labels():
+    texts, maps, embedding, values = world(0)
+    votes = CueVotes(texts, maps, embedding.mean(dim=0))
+    for _ in range(2):
+        votes.update(embedding, values)
+    assert votes.count.tolist() == (2 * torch.bincount(pseudo_label(embedding, texts), minlength=4)).tolist()
 
 
 # ---- explained -------------------------------------------------------------------------------------------------------------------
@@ -100,19 +137,19 @@ def test_explained_is_about_zero_when_values_do_not_depend_on_the_label():
 
 def test_explained_is_one_when_the_label_determines_the_values():
     texts, maps, embedding, _ = world(0)
-    values = normal(5, 4, L, H, E)[nearest(embedding, texts)]
+    values = normal(5, 4, L, H, E)[pseudo_label(embedding, texts)]
     close(explained(texts, maps, embedding, values), torch.ones(L, H))
 
 
 def test_values_of_other_images_do_not_explain():
     texts, maps, embedding, _ = world(0)
-    values = normal(5, 4, L, H, E)[nearest(embedding, texts)]
+    values = normal(5, 4, L, H, E)[pseudo_label(embedding, texts)]
     assert explained(texts, maps, embedding, values.roll(1, dims=0)).max() < 0.2
 
 
 def test_each_head_gets_its_own_share():
     texts, maps, embedding, values = world(0, effect=0.0)
-    values[:, 1, 2] = normal(5, 4, E)[nearest(embedding, texts)]
+    values[:, 1, 2] = normal(5, 4, E)[pseudo_label(embedding, texts)]
     found = explained(texts, maps, embedding, values)
     close(found[1, 2], 1.0)
     assert found.flatten().sort().values[-2] < 0.2
@@ -121,7 +158,7 @@ def test_each_head_gets_its_own_share():
 def test_variance_counts_where_the_map_sends_it():
     # Each of the two axes of the values matters to one head only: the first axis tells the label, the second does not.
     texts, _, embedding, _ = world(0)
-    label = nearest(embedding, texts)
+    label = pseudo_label(embedding, texts)
     values = torch.stack([label.double(), normal(5, 60)], dim=1)[:, None, None].expand(60, 1, 2, 2)
     maps = torch.zeros(1, 2, 2, D, dtype=torch.float64)
     maps[0, 0, 0, 3] = maps[0, 1, 1, 3] = 1.0
@@ -137,6 +174,14 @@ def test_a_share_by_hand():
     values = torch.tensor([0.0, 2.0, 10.0, 12.0], dtype=torch.float64).reshape(4, 1, 1, 1)
     maps = torch.tensor([[[[0.0, 7.0]]]])
     close(explained(texts, maps, texts[[0, 0, 1, 1]], values), torch.tensor([[98 / 104]], dtype=torch.float64))
+
+
+def test_a_label_with_one_image_counts_by_hand():
+    # Groups {0, 2} and {10}: mean 4, SSt = 16 + 4 + 36 = 56, SSb = 2 * 9 + 36 = 54, SSw = 2, n - k = 1: (54 - 1 * 2 / 1) / 56.
+    texts = torch.eye(2, dtype=torch.float64)
+    values = torch.tensor([0.0, 2.0, 10.0], dtype=torch.float64).reshape(3, 1, 1, 1)
+    found = explained(texts, torch.ones(1, 1, 1, 2), texts[[0, 0, 1]], values)
+    close(found, torch.tensor([[52 / 56]], dtype=torch.float64))
 
 
 @few
@@ -162,10 +207,21 @@ def test_the_order_of_images_does_not_matter(seed):
     close(explained(texts, maps, embedding[order], values[order]), explained(texts, maps, embedding, values))
 
 
-def test_the_norm_of_the_embeddings_does_not_matter():
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_scale_of_the_embeddings_and_their_centre_does_not_matter(scale):
     texts, maps, embedding, values = world(0)
-    lengths = torch.linspace(0.1, 10, 60, dtype=torch.float64)[:, None]
-    close(explained(texts, maps, lengths * embedding, values), explained(texts, maps, embedding, values))
+    close(explained(texts, maps, scale * embedding, values), explained(texts, maps, embedding, values))
+
+
+def test_a_constant_added_to_the_embeddings_and_their_centre_does_not_matter():
+    texts, maps, embedding, values = world(0)
+    close(explained(texts, maps, embedding + 9 * normal(9, D), values), explained(texts, maps, embedding, values))
+
+
+def test_a_constant_added_to_the_embeddings_alone_matters():
+    texts, maps, embedding, values = world(0)
+    moved = explained(texts, maps, embedding + 9 * normal(9, D), values, centre=embedding.mean(dim=0))
+    assert (moved - explained(texts, maps, embedding, values)).abs().max() > 0.1
 
 
 def test_the_direction_of_the_embeddings_matters():
@@ -181,10 +237,14 @@ def test_a_constant_added_to_all_values_does_not_matter():
 @pytest.mark.parametrize("place", [0, 2, 4])
 def test_texts_with_no_image_are_ignored(place):
     texts, maps, embedding, values = world(0)
-    embedding[:, 0] = 5 + embedding[:, 0].abs()
-    unseen = -torch.eye(D, dtype=torch.float64)[:1]
-    more = torch.cat([texts[:place], unseen, texts[place:]])
-    close(explained(more, maps, embedding, values), explained(texts, maps, embedding, values))
+    # All embeddings lie beyond the centre along the first axis, which the old texts do not see and the new one opposes.
+    texts[:, 0], embedding[:, 0] = 0, 5
+    centre = embedding.mean(dim=0) - 5 * torch.eye(D, dtype=torch.float64)[0]
+    values = values + normal(5, 4, L, H, E)[pseudo_label(embedding, texts)]
+    more = torch.cat([texts[:place], -torch.eye(D, dtype=torch.float64)[:1], texts[place:]])
+    found = explained(texts, maps, embedding, values, centre=centre)
+    assert found.min() > 0.1
+    close(explained(more, maps, embedding, values, centre=centre), found)
 
 
 def test_texts_with_images_are_not_ignored():
@@ -323,5 +383,5 @@ def test_texts_that_do_not_differ_have_no_direction_to_take_out():
 
 
 def test_the_directions_keep_the_type_of_the_texts():
-    assert subspace(normal(0, 5, D).float()).dtype == torch.float32
-    assert subspace(normal(0, 5, D)).dtype == torch.float64
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert subspace(normal(0, 5, D).to(dtype)).dtype == dtype

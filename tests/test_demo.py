@@ -70,7 +70,8 @@ def test_a_caption_says_what_is_true_and_only_what_it_states(index, seed, habits
     truth = captions.true_facts(FACTS)[index]
     text, stated = captions.write(truth, habits, np.random.default_rng(seed))
     for column, name in enumerate(captions.STATED):
-        said = [v for v, phrases in enumerate(captions.PHRASES[name]) for p in phrases if f" {p} " in f" {text} "]
+        words = text.replace("snowy peaks", "peaks") if name == "colour" else text  # snowy is a colour, snowy peaks are a place
+        said = [v for v, phrases in enumerate(captions.PHRASES[name]) for p in phrases if f" {p} " in f" {words} "]
         assert set(said) == ({int(truth[column])} if stated[column] >= 0 else set())
         assert stated[column] in (-1, truth[column])
 
