@@ -100,7 +100,11 @@ class DemoBirds(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self._render(self.all_facts, self.rows[index], self.seed)[0])), index
+        return self.transform(self.picture(index)), index
+
+    def picture(self, index: int) -> Image.Image:
+        """The image before the transform."""
+        return Image.fromarray(self._render(self.all_facts, self.rows[index], self.seed)[0])
 
 
 def subset(count: int, limit: int | None, seed: int) -> list[int]:

@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     remove = ("heads", "directions", "embedding")
     add("--remove", nargs="+", choices=remove, default=remove, help="waterbirds: rows of the table [all]")
     add("--draws", type=positive, default=100, help="waterbirds: random draws of heads [%(default)s]")
-    add("--texts", type=positive, help="textspan: texts per head [20, or as many as a head holds]")
+    add("--texts", type=positive, help="textspan: texts per head [20, or half of a narrower head's width]")
     add(
         "--text-bank",
         metavar="FILE",

@@ -4,18 +4,18 @@
     $ python -m benchmarks.decompose --models ViT-H-14 --device cuda --precision bf16
 
 Time: rounds of encode_image, decompose and token_scores (10 texts) right after each other; the median over rounds of each ratio to the
-encode_image of its round, and the smallest and largest. Memory: the peak of a process that does one of them, over that of one that runs
-encode_image; on a GPU, what torch allocated at most.
+encode_image of its round, and the smallest and largest. Memory: the peak of a process that does one of them, once its model is built,
+over that of one that runs encode_image; in brackets the same without the model. On a GPU, what torch allocated.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import open_clip
 import torch
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--peak-of", choices=JOBS, help=argparse.SUPPRESS)  # the process that measures its own memory
     args = parser.parse_args()
     if args.peak_of:
-        print(peak_memory(args, args.models[0], args.peak_of))
+        print(*peak_memory(args, args.models[0], args.peak_of))
         return
     versions = f"torch {torch.__version__}, open_clip {open_clip.__version__}"
     print(f"{versions}, {torch.get_num_threads()} threads, {args.device}, {args.precision}")
@@ -73,28 +73,40 @@ def report(args: argparse.Namespace, name: str) -> None:
     rounds = [{job: seconds(job, inputs, args.device) for job in JOBS} for _ in range(args.rounds)]
     plain = statistics.median(r["encode_image"] for r in rounds)
     peaks = {job: measure_peak(args, name, job) for job in JOBS}
-    print(f"\n{name}, batch {args.batch_size}: encode_image {plain:.3f} s, peak {peaks['encode_image'] / 1e9:.2f} GB")
+    peak, before = peaks["encode_image"]
+    print(
+        f"\n{name}, batch {args.batch_size}: encode_image {plain:.3f} s, peak {peak / 1e9:.2f} GB, of it {before / 1e9:.2f} GB before"
+    )
     for job in list(JOBS)[1:]:
         ratios = sorted(r[job] / r["encode_image"] for r in rounds)
         print(
             f"  {job:<13} time x {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}, {args.rounds} rounds)"
-            f"   peak memory x {peaks[job] / peaks['encode_image']:.3f}"
+            f"   peak memory x {peaks[job][0] / peak:.3f} ({(peaks[job][0] - peaks[job][1]) / (peak - before):.2f})"
         )
 
 
-def measure_peak(args: argparse.Namespace, name: str, job: str) -> int:
+def measure_peak(args: argparse.Namespace, name: str, job: str) -> tuple[int, int]:
+    """Bytes at the peak, and before the job."""
     options = ["--batch-size", str(args.batch_size), "--device", args.device, "--precision", args.precision]
     command = [sys.executable, "-m", "benchmarks.decompose", "--models", name, "--peak-of", job, *options]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return tuple(map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()))
 
 
-def peak_memory(args: argparse.Namespace, name: str, job: str) -> int:
+def peak_memory(args: argparse.Namespace, name: str, job: str) -> tuple[int, int]:
     inputs = build(args, name)
-    for _ in range(2):
-        seconds(job, inputs, args.device)
     if args.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats()
+        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+        before, peak = resident("VmRSS"), lambda: resident("VmHWM")
+    seconds(job, inputs, args.device)
+    return peak(), before
+
+
+def resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

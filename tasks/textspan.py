@@ -65,9 +65,9 @@ def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Hea
 
 
 def choose_size(asked: int | None, width: int, bank: int) -> int:
-    """--texts, or 20 where the head and the bank hold as many; a head of width e has e independent directions."""
+    """--texts, or the authors' 20, but at most half of the directions that a head of this width has: all of them explain anything."""
     if asked is None:
-        return min(20, width, bank)
+        return min(20, width // 2, bank)
     if not 1 <= asked <= min(width, bank):
         raise InputError(
             f"--texts {asked}: a head of this model holds {width} independent texts, the bank {bank}; ask for 1 to {min(width, bank)}"
@@ -87,5 +87,5 @@ def describe(head: Head, span: TextSpan, bank, spread: float) -> dict:
         "spread": spread,
         "texts": [(bank.texts[i], share) for i, share in zip(span.indices, span.explained.tolist(), strict=True)],
         "categories": dict(shares),
-        "remainder": 1 - float(span.explained.sum()),
+        "remainder": max(0.0, 1 - float(span.explained.sum())),
     }

@@ -112,6 +112,12 @@ def test_a_head_narrower_than_the_space_gives_the_naive_picks_too():
         assert textspan(C, texts, 2, rank).indices == naive(C, texts, 2, rank)[0]
 
 
+def test_a_head_that_writes_along_the_last_axes_only_gives_the_naive_picks_too():
+    C, texts = head(0), bank(0)
+    C[:, :3] = 0
+    assert textspan(C, texts, 3, None).indices == naive(C, texts, 3, None)[0]
+
+
 def test_fewer_images_than_dimensions_give_the_naive_picks_too():
     C, texts = head(0, n=4, d=10, width=10), bank(0, 20, 10)
     for rank in (None, 4):
