@@ -63,11 +63,15 @@ class CueVotes:
         between = torch.einsum("k,klhe,lhef,klhf->lh", self.count[seen], shift, gram, shift)
         total = (gram * moments.scatter).sum(dim=(-2, -1))
         within = (total - between) / max(moments.count - int(seen.sum()), 1)
-        return (1 - within * (moments.count - 1) / total.clamp_min(1e-300)).clamp_min(0)
+        share = (1 - within * (moments.count - 1) / total.clamp_min(1e-300)).clamp_min(0)
+        mean = torch.einsum("lhe,lhef,lhf->lh", moments.mean, gram, moments.mean)
+        return torch.where(total > 1e-12 * moments.count * mean, share, 0.0)  # a head that always writes the same has no share
 
 
 def subspace(texts: Tensor, share: float = 0.95) -> Tensor:
     """[k, d] orthonormal directions in which the texts differ from each other, as many as hold `share` of their variance."""
-    _, strength, directions = torch.linalg.svd((texts - texts.mean(dim=0)).double(), full_matrices=False)
+    rows = texts.double()
+    _, strength, directions = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
+    directions = directions[strength > 1e-6 * rows.norm()]  # the rest is rounding: texts come in float32
     held = strength.square().cumsum(0) / strength.square().sum()
     return directions[: int((held < share).sum()) + 1].to(texts)

@@ -112,7 +112,8 @@ def decompose(model: nn.Module, images: Tensor, *, convention: str = "term") -> 
 def head_maps(model: nn.Module) -> Tensor:
     """[L, H, e, d] the fixed linear map from each head's values to its term: heads = einsum("blhe,lhed->blhd", values, maps)."""
     layers, readout = _layers(model), _Readout(model.visual)
-    return torch.stack([layer.writes() @ readout.matrix("term") for layer in layers])
+    with _full_precision(readout.gamma):
+        return torch.stack([layer.writes() @ readout.matrix("term") for layer in layers])
 
 
 @torch.no_grad()
@@ -265,7 +266,11 @@ def _scan(
 ) -> Tensor:
     """Call on_scores(layer, [b, H, N, t]) for every wanted layer, scores still to be divided by sigma; return sigma [b, 1]."""
     layers, readout = _layers(model), _Readout(model.visual)
-    directions = readout.matrix("term") @ _promote(_matching(texts, readout)).T  # [D, t]
+    with _full_precision(images):
+        G = readout.matrix("term")
+        if texts.ndim != 2 or texts.shape[1] != G.shape[1]:
+            raise ValueError(f"texts must be [t, {G.shape[1]}] like the embedding, got {list(texts.shape)}")
+        directions = G @ texts.to(G).T  # [D, t]
 
     def score(index: int, row: _Row) -> None:
         if wanted is None or index in wanted:
@@ -276,36 +281,37 @@ def _scan(
     return readout.sigma(seen.last)
 
 
-def _matching(texts: Tensor, readout: _Readout) -> Tensor:
-    width = readout.beta().shape[0]
-    if texts.ndim != 2 or texts.shape[1] != width:
-        raise ValueError(f"texts must be [t, {width}] like the embedding, got {list(texts.shape)}")
-    return texts.to(readout.norm.weight.device)
-
-
 def _culprit(model: nn.Module, images: Tensor) -> str:
-    """Which block's heads do not add up to what its attention wrote; for the message of `check`."""
-    layers, ours, written = _layers(model), [], []
+    """Which block does not add up, and where in it; for the message of `check`."""
+    layers, heads, written, stream = _layers(model), [], [], []
 
     def sum_heads(index: int, row: _Row) -> None:
-        ours.append(torch.einsum("bhe,hec->bc", row.value, layers[index].writes()) + row.bias)
+        heads.append(torch.einsum("bhe,hec->bc", row.value, layers[index].writes()) + row.bias)
 
-    handles = [
-        layer.block.ls_1.register_forward_hook(lambda m, a, out, layer=layer: written.append(layer.class_token(out)))
-        for layer in layers
-    ]
+    handles = []
     try:
-        with _watch(model, layers, sum_heads):
+        for layer in layers:
+            keep = lambda m, args, output, layer=layer: written.append(layer.class_token(output))  # noqa: E731
+            handles.append(layer.block.ls_1.register_forward_hook(keep))
+            keep = lambda m, args, layer=layer: stream.append(layer.class_token(args[0]))  # noqa: E731
+            handles.append(layer.block.register_forward_pre_hook(keep))
+        with _watch(model, layers, sum_heads) as seen:
             _embedding(model, images)
     finally:
         for handle in handles:
             handle.remove()
-    gaps = [float((a - b).norm() / b.norm()) for a, b in zip(ours, written, strict=True)]
-    broken = next((i for i, gap in enumerate(gaps) if gap != gap), None)
+    stream.append(seen.last)
+    broken = next((i for i, x in enumerate(stream[1:]) if not x.isfinite().all()), None)
     if broken is not None:
-        return f"block {broken} is the first whose attention output is not a number"
-    worst = max(range(len(gaps)), key=gaps.__getitem__)
-    return f"largest gap in block {worst}: its heads differ from what its attention wrote by {gaps[worst]:.1e} of its norm"
+        return f"block {broken} is the first to write something that is not a number"
+    gaps = []
+    for i in range(len(layers)):
+        added = stream[i + 1] - stream[i]
+        gaps.append((heads[i] - written[i], written[i], i, "its heads differ from what its attention wrote"))
+        gaps.append((added - written[i] - seen.mlps[i], added, i, "its attention and MLP differ from what it added to the stream"))
+    floor = 1e-12 * stream[0].norm()  # of an attention that writes nothing
+    gap, block, where = max((float(gap.norm() / whole.norm().clamp_min(floor)), block, where) for gap, whole, block, where in gaps)
+    return f"largest gap in block {block}: {where} by {gap:.1e} of its norm"
 
 
 # Where a model keeps what is needed: one adapter per kind of block, one read-out per kind of pooling. Further families go here.
@@ -392,7 +398,7 @@ class _Layer:
         if cosine is not None:
             scale = _promote(cosine).clamp(max=self.attn.logit_scale_max).exp()  # [H, 1, 1]
             return (F.normalize(k, dim=-1) @ F.normalize(q, dim=-1)[..., None] * scale).squeeze(-1)
-        q, k = (F.layer_norm(x, n.normalized_shape, *_affine(n), n.eps) for x, n in ((q, ln_q), (k, self.attn.ln_k)))
+        q, k = (F.layer_norm(x, n.normalized_shape, *_affine(n, q), n.eps) for x, n in ((q, ln_q), (k, self.attn.ln_k)))
         return (k @ q[..., None]).squeeze(-1) * q.shape[-1] ** -0.5
 
     def leave(self, o: Tensor) -> tuple[Tensor, Tensor]:
@@ -400,17 +406,18 @@ class _Layer:
 
         o: [b, D] the heads' values, concatenated.
         """
-        W_o, bias = _promote(self.attn.out_proj.weight).T, _promote(self.attn.out_proj.bias)
+        W_o = _promote(self.attn.out_proj.weight).T
+        bias = torch.zeros_like(W_o[0]) if self.attn.out_proj.bias is None else _promote(self.attn.out_proj.bias)
         scale = torch.ones_like(o[:, :1])
         if self.ln_inner is not None:
             scale = _sigma(self.ln_inner, o)
-            gamma, beta = _affine(self.ln_inner)
+            gamma, beta = _affine(self.ln_inner, self.attn.out_proj.weight)
             bias = bias + beta @ W_o
             o = _centre(o) / scale * gamma
         bias = bias.expand(o.shape[0], -1)
         if self.ln_attn is not None:
             sigma = _sigma(self.ln_attn, o @ W_o + bias)
-            gamma, beta = _affine(self.ln_attn)
+            gamma, beta = _affine(self.ln_attn, self.attn.out_proj.weight)
             scale, bias = scale * sigma, _centre(bias) / sigma * gamma + beta
         return bias * self.layer_scale(), scale
 
@@ -418,11 +425,11 @@ class _Layer:
         """[H, e, D] what a unit of each value adds to the residual stream, frozen norms' divisors aside."""
         W = _promote(self.attn.out_proj.weight).T  # [H e, D]
         if self.ln_inner is not None:
-            gamma, _ = _affine(self.ln_inner)
+            gamma, _ = _affine(self.ln_inner, self.attn.out_proj.weight)
             W = W * gamma[:, None]
             W = W - W.mean(dim=0)  # the norm's centring comes first: (I - 11'/D) diag(gamma) W_o
         if self.ln_attn is not None:
-            W = _centre(W) * _affine(self.ln_attn)[0]
+            W = _centre(W) * _affine(self.ln_attn, self.attn.out_proj.weight)[0]
         return (W * self.layer_scale()).unflatten(0, (self.n_heads, -1))
 
     def scores(self, row: _Row, directions: Tensor) -> Tensor:
@@ -455,20 +462,21 @@ class _Readout:
     """From the class token's last residual to the embedding: LayerNorm, then projection."""
 
     def __init__(self, visual: nn.Module) -> None:
-        self.norm, self.proj = visual.ln_post, visual.proj
+        self.norm = visual.ln_post
+        self.gamma, self.bias = _affine(visual.ln_post, next(visual.parameters()))
+        self.proj = torch.eye(len(self.gamma)).to(self.gamma) if visual.proj is None else _promote(visual.proj)  # [D, d]
 
     def sigma(self, x: Tensor) -> Tensor:
         return _sigma(self.norm, x)
 
     def matrix(self, convention: str) -> Tensor:
         """G [D, d]; with LayerNorm's centring for convention "term", without for "paper"."""
-        G = torch.diag(_affine(self.norm)[0]) if self.proj is None else _affine(self.norm)[0][:, None] * _promote(self.proj)
+        G = self.gamma[:, None] * self.proj
         return G - G.mean(dim=0) if convention == "term" else G
 
     def beta(self) -> Tensor:
         """[d] LayerNorm's beta, projected."""
-        beta = _affine(self.norm)[1]
-        return beta if self.proj is None else beta @ _promote(self.proj)
+        return self.bias @ self.proj
 
 
 def _promote(x: Tensor) -> Tensor:
@@ -489,9 +497,8 @@ def _sigma(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return (x.var(dim=-1, correction=0, keepdim=True) + norm.eps).sqrt()
 
 
-def _affine(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """gamma and beta, where the norm has none 1 and 0."""
-    reference = next(norm.parameters(), torch.empty(0))
-    gamma = reference.new_ones(norm.normalized_shape) if norm.weight is None else norm.weight
-    beta = torch.zeros_like(gamma) if norm.bias is None else norm.bias
-    return _promote(gamma), _promote(beta)
+def _affine(norm: nn.LayerNorm, like: Tensor) -> tuple[Tensor, Tensor]:
+    """gamma and beta; 1 and 0, made like another weight, where the norm has none."""
+    like = _promote(like)
+    gamma = like.new_ones(norm.normalized_shape) if norm.weight is None else _promote(norm.weight)
+    return gamma, torch.zeros_like(gamma) if norm.bias is None else _promote(norm.bias)

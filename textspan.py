@@ -135,24 +135,23 @@ def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, ran
     if not variance > NEGLIGIBLE * moments.mean.square().sum() or variance == 0:
         raise ValueError(f"the contributions have no variance over {moments.count} images: there is nothing to name")
 
-    F = _factor(moments.covariance)  # [k, d]
+    F, length = _factor(moments.covariance), R.square().sum(dim=1)  # [k, d], [m]
     basis = torch.eye(R.shape[1], dtype=R.dtype)
     if rank is not None:
         # The uncentred contributions vary along F and the mean. From here on work in the projected space: [m, rank], not [m, d].
         _, strength, basis = torch.linalg.svd(torch.cat([F, moments.mean[None]]), full_matrices=False)
         basis = basis[:rank][strength[:rank].square() > NEGLIGIBLE * strength[0].square()]  # [rank, d] orthonormal rows
         F, R = F @ basis.T, R @ basis.T
-    return _pick(F, R, basis, size, variance)
+    return _pick(F, R, basis, length, size, variance)
 
 
-def _pick(F: Tensor, R: Tensor, basis: Tensor, size: int, variance: Tensor) -> TextSpan:
+def _pick(F: Tensor, R: Tensor, basis: Tensor, length: Tensor, size: int, variance: Tensor) -> TextSpan:
     indices, directions, explained = [], [], []
     D = R @ F.T  # [m, k]; the score of text j is |D_j|^2
-    length = R.square().sum(dim=1)  # of the texts as they came
     for _ in range(size):
         left = R.square().sum(dim=1)
         score = D.square().sum(dim=1)
-        score[left <= NEGLIGIBLE * length] = 0  # spanned by earlier picks: what is left of it is rounding
+        score[left <= NEGLIGIBLE * length] = 0  # spanned by earlier picks, or not written by the head: what is left of it is rounding
         j = int(score.argmax())
         if not score[j] > NEGLIGIBLE * variance * left[j]:
             raise ValueError(

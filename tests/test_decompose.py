@@ -767,6 +767,19 @@ def test_the_forward_pass_runs_once():
     assert len(calls) == 1
 
 
+def failed_check(model, images, texts):
+    with pytest.raises(DecompositionError, match="do not sum"):
+        check(model, images, tolerance=-1.0)
+
+
+@pytest.mark.parametrize(("call", "passes"), [(CALLS["decompose"], 1), (token_scores, 1), (heatmap, 1), (failed_check, 2)])
+def test_no_forward_pass_records_gradients(call, passes):
+    model, recorded = build(), []
+    model.visual.register_forward_hook(lambda m, args, output: recorded.append(torch.is_grad_enabled()))
+    call(model, pictures(model), sentences(model))
+    assert recorded == [False] * passes
+
+
 @every_call
 def test_nothing_carries_gradients(call):
     model = build()
@@ -974,7 +987,7 @@ def test_the_block_with_a_weight_that_is_not_a_number_is_named(index):
     model = build()
     with torch.no_grad():
         blocks(model)[index].attn.in_proj_weight[3, 5] = torch.nan
-    with pytest.raises(DecompositionError, match=f"block {index} is the first whose attention output is not a number"):
+    with pytest.raises(DecompositionError, match=f"block {index} is the first to write something that is not a number"):
         check(model, pictures(model))
 
 

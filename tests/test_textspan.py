@@ -176,6 +176,13 @@ def test_a_text_is_cleared_of_the_ones_before_by_hand():
     close(span.directions[1], hand(-0.45, 1.35))
 
 
+def test_a_text_that_is_nearly_another_still_adds_a_direction_by_hand():
+    # Cleared of the first, the second keeps a thousandth of its length: a millionth of its square, far above rounding.
+    span = textspan(CROSS, hand([1.0, 0.0], [1.001, 0.001]), 2, rank=None)
+    assert span.indices == [1, 0]
+    close(span.explained.sum(), 1.0)
+
+
 # ---- what the picks say ----------------------------------------------------------------------------------------------------------
 
 
