@@ -60,11 +60,11 @@ class CueVotes:
         gram = A @ A.mT  # [L, H, e, e]: lengths of terms, from values
         seen = self.count > 0
         shift = self.sum[seen] / self.count[seen, None, None, None] - moments.mean  # [k, L, H, e]
-        between = torch.einsum("k,klhe,lhef,klhf->lh", self.count[seen], shift, gram, shift)
+        between = torch.einsum("k,kLHe,LHef,kLHf->LH", self.count[seen], shift, gram, shift)
         total = (gram * moments.scatter).sum(dim=(-2, -1))
         within = (total - between) / max(moments.count - int(seen.sum()), 1)
         share = (1 - within * (moments.count - 1) / total.clamp_min(1e-300)).clamp_min(0)
-        mean = torch.einsum("lhe,lhef,lhf->lh", moments.mean, gram, moments.mean)
+        mean = torch.einsum("LHe,LHef,LHf->LH", moments.mean, gram, moments.mean)
         return torch.where(total > 1e-12 * moments.count * mean, share, 0.0)  # a head that always writes the same has no share
 
 

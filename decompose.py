@@ -96,7 +96,7 @@ def decompose(model: nn.Module, images: Tensor, *, convention: str = "term") -> 
         mlps = torch.stack(seen.mlps, dim=1) / sigma[:, None] @ G
         biases = torch.stack([bias for _, bias in rows], dim=1) / sigma[:, None] @ G  # [b, L, d]
         values = torch.stack([value for value, _ in rows], dim=1) / sigma[:, None, None]
-        written = [torch.einsum("bhe,hec->bhc", values[:, i], layer.writes()) for i, layer in enumerate(layers)]  # L x [b, H, D]
+        written = [torch.einsum("bHe,HeD->bHD", values[:, i], layer.writes()) for i, layer in enumerate(layers)]  # L x [b, H, D]
         heads = torch.stack([x @ G for x in written], dim=1)
         if convention == "term":
             constant = biases.sum(dim=1) + readout.beta()
@@ -110,7 +110,7 @@ def decompose(model: nn.Module, images: Tensor, *, convention: str = "term") -> 
 
 @torch.no_grad()
 def head_maps(model: nn.Module) -> Tensor:
-    """[L, H, e, d] the fixed linear map from each head's values to its term: heads = einsum("blhe,lhed->blhd", values, maps)."""
+    """[L, H, e, d] the fixed linear map from each head's values to its term: heads = einsum("bLHe,LHed->bLHd", values, maps)."""
     layers, readout = _layers(model), _Readout(model.visual)
     with _full_precision(readout.gamma):
         return torch.stack([layer.writes() @ readout.matrix("term") for layer in layers])
@@ -222,7 +222,7 @@ def _watch(model: nn.Module, layers: list[_Layer], on_row: Callable[[int, _Row],
 
     def at_readout(module: nn.Module, args: tuple) -> None:
         x = args[0]  # [b, N, D], or [b, D] where the norm follows the pooling
-        seen.last = _promote(x[:, 0] if x.ndim == 3 else x)
+        seen.last = _promote(x[:, 0] if x.ndim == 3 else x).clone()
 
     def at_attention(index: int) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -286,7 +286,7 @@ def _culprit(model: nn.Module, images: Tensor) -> str:
     layers, heads, written, stream = _layers(model), [], [], []
 
     def sum_heads(index: int, row: _Row) -> None:
-        heads.append(torch.einsum("bhe,hec->bc", row.value, layers[index].writes()) + row.bias)
+        heads.append(torch.einsum("bHe,HeD->bD", row.value, layers[index].writes()) + row.bias)
 
     handles = []
     try:
@@ -372,17 +372,17 @@ class _Layer:
         )
 
     def class_token(self, x: Tensor) -> Tensor:
-        """[b, D]"""
-        return _promote(x[:, 0] if self.batch_first else x[0])
+        """[b, D], a copy: a view would keep all tokens of every layer in memory."""
+        return _promote(x[:, 0] if self.batch_first else x[0]).clone()
 
     def row(self, y: Tensor) -> _Row:
         """The class token's attention in this block, from the block's normalised input y."""
         y = _promote(y if self.batch_first else y.transpose(0, 1))  # [b, N, D]
         W_q, W_k, W_v = self.weights()
         b_q, b_k, b_v = self.biases()
-        q = torch.einsum("bc,hec->bhe", y[:, 0], W_q) + b_q
+        q = torch.einsum("bD,HeD->bHe", y[:, 0], W_q) + b_q
         A = self.logits(q, y, W_k, b_k).softmax(dim=-1)  # [b, H, N]
-        value = torch.einsum("bhc,hec->bhe", A @ y, W_v) + b_v  # b_v once: attention weights sum to one
+        value = torch.einsum("bHD,HeD->bHe", A @ y, W_v) + b_v  # b_v once: attention weights sum to one
         if getattr(self.attn, "head_scale", None) is not None:
             value = value * _promote(self.attn.head_scale)[:, 0]
         bias, scale = self.leave(value.flatten(1))
@@ -393,8 +393,8 @@ class _Layer:
         ln_q, cosine = getattr(self.attn, "ln_q", None), getattr(self.attn, "logit_scale", None)
         if cosine is None and not isinstance(ln_q, nn.LayerNorm):
             # Keys are never made. q . b_k is the same for all tokens, and softmax does not see it.
-            return torch.einsum("bhe,hec->bhc", q, W_k) @ y.transpose(1, 2) * q.shape[-1] ** -0.5
-        k = torch.einsum("bnc,hec->bhne", y, W_k) + b_k[:, None]
+            return torch.einsum("bHe,HeD->bHD", q, W_k) @ y.transpose(1, 2) * q.shape[-1] ** -0.5
+        k = torch.einsum("bND,HeD->bHNe", y, W_k) + b_k[:, None]
         if cosine is not None:
             scale = _promote(cosine).clamp(max=self.attn.logit_scale_max).exp()  # [H, 1, 1]
             return (F.normalize(k, dim=-1) @ F.normalize(q, dim=-1)[..., None] * scale).squeeze(-1)
@@ -438,9 +438,9 @@ class _Layer:
         if getattr(self.attn, "head_scale", None) is not None:
             said = said * _promote(self.attn.head_scale)
         _, _, W_v = self.weights()
-        u = torch.einsum("hec,het->cht", W_v, said)  # [D, H, t]
+        u = torch.einsum("HeD,Het->DHt", W_v, said)  # [D, H, t]
         per_token = (row.inputs @ u.flatten(1)).unflatten(2, u.shape[1:]).transpose(1, 2)  # [b, H, N, t]
-        per_token = per_token + torch.einsum("he,het->ht", self.biases()[2], said)[:, None]
+        per_token = per_token + torch.einsum("He,Het->Ht", self.biases()[2], said)[:, None]
         return per_token * (row.attention / row.scale[:, None])[..., None]
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:

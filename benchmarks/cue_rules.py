@@ -66,7 +66,7 @@ def main() -> None:
         f"pseudo-labels explain > {THRESHOLD} (auto)": [h for h in everything if explained[h] > THRESHOLD],
         "pseudo-labels explain > 0.2": [h for h in everything if explained[h] > 0.2],
         "pseudo-labels explain > 0.5": [h for h in everything if explained[h] > 0.5],
-        "TextSpan: first text is of the cue": [h for h in everything if is_first(roles[h], "places")],
+        "TextSpan: more of the cue than of another": [h for h in everything if is_most(roles[h], "places")],
         "TextSpan: cue's texts explain > 0.3": [h for h in everything if roles[h]["places"] > 0.3],
         "the truth (looks at labels)": sorted(truth_heads),
     }
@@ -102,7 +102,7 @@ def main() -> None:
     )
 
 
-def is_first(shares: Counter, category: str) -> bool:
+def is_most(shares: Counter, category: str) -> bool:
     return bool(shares) and shares.most_common(1)[0][0] == category
 
 

@@ -33,7 +33,7 @@ class Reference:
 
     def heads(self) -> Tensor:
         """[L, H, d] every head's mean term."""
-        return torch.einsum("lhe,lhed->lhd", self.values.mean.to(self.maps), self.maps)
+        return torch.einsum("LHe,LHed->LHd", self.values.mean.to(self.maps), self.maps)
 
 
 def open_split(args: Namespace, clip: Clip, split: str) -> DemoBirds | Waterbirds:
@@ -105,7 +105,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as what they hold; the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in (header, *rows)
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

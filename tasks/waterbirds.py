@@ -152,10 +152,10 @@ def score(
         embedding, away = terms.embedding.to(maps), mean - terms.values
         batch = (
             embedding @ classes.T,
-            torch.einsum("blhe,lhec->blhc", away, read),
+            torch.einsum("bLHe,LHec->bLHc", away, read),
             (reference.mlps - terms.mlps) @ classes.T,
             (reference.stem - terms.stem) @ classes.T,
-            torch.einsum("blhe,lhec->blhc", away, read_cue),
+            torch.einsum("bLHe,LHec->bLHc", away, read_cue),
             (reference.embedding.mean.to(maps) - embedding) @ classes_cue,
         )
         parts.append([part.cpu() for part in batch])

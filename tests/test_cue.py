@@ -287,6 +287,11 @@ def test_a_head_that_writes_a_constant_does_not_look_at_the_cue():
     close(explained(texts, maps, embedding, values)[0, 1], 0.0)
 
 
+def test_a_small_variance_around_a_large_constant_still_counts():
+    texts, maps, embedding, values = world(0)  # 1e-4 of the norm, a thousand times what float32 rounds
+    close(explained(texts, maps, embedding, values + 1e4), explained(texts, maps, embedding, values))
+
+
 # ---- subspace --------------------------------------------------------------------------------------------------------------------
 
 SHARES = st.sampled_from([0.2, 0.5, 0.8, 0.95, 0.99])
@@ -380,6 +385,16 @@ def test_two_texts_have_one_direction():
 
 def test_texts_that_do_not_differ_have_no_direction_to_take_out():
     assert len(subspace(normal(0, 1, D).expand(4, D))) == 0
+
+
+def test_texts_that_differ_by_float32_rounding_have_no_direction_to_take_out():
+    assert len(subspace(normal(0, 1, D) + 1e-8 * normal(1, 4, D))) == 0
+
+
+def test_texts_that_differ_by_a_thousand_times_float32_rounding_have_their_directions():
+    differences = normal(1, 4, D)
+    a, b = subspace(normal(0, 1, D) + 1e-4 * differences), subspace(differences)
+    close(a.T @ a, b.T @ b)
 
 
 def test_the_directions_keep_the_type_of_the_texts():
