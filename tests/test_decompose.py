@@ -993,6 +993,15 @@ def test_the_block_with_a_weight_that_is_not_a_number_is_named(index):
         check(model, pictures(model))
 
 
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_the_block_that_writes_one_entry_that_is_not_a_number_is_named(index):
+    model = build()
+    with torch.no_grad():
+        blocks(model)[index].mlp.c_proj.bias[3] = torch.nan
+    with pytest.raises(DecompositionError, match=f"block {index} is the first to write something that is not a number"):
+        check(model, pictures(model))
+
+
 def test_a_stem_that_is_not_a_number_is_not_blamed_on_a_block():
     model = build()
     with torch.no_grad():
