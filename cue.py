@@ -26,7 +26,7 @@ class CueVotes:
     """Sums of every head's values by pseudo-label; memory does not grow with the number of images.
 
     Args:
-        texts: [t, d] the cue's texts.
+        texts: [t, d] the cue's texts, unit vectors: longer ones would win more votes.
         maps: [L, H, e, d] from values to terms.
         centre: [d] a mean embedding of such images. Texts differ in how near they are to images at large ("near the water" is near to
             everything); without the centre those win most votes, and the pseudo-labels say little.
@@ -34,7 +34,7 @@ class CueVotes:
 
     def __init__(self, texts: Tensor, maps: Tensor, centre: Tensor) -> None:
         depth, heads, width, _ = maps.shape
-        self.texts, self.maps, self.centre = texts, maps, centre
+        self.texts, self.maps, self.centre = texts, maps, centre.to(texts)
         self.count = torch.zeros(len(texts), dtype=torch.float64)
         self.sum = torch.zeros(len(texts), depth, heads, width, dtype=torch.float64)
 
@@ -63,7 +63,7 @@ class CueVotes:
         between = torch.einsum("k,kLHe,LHef,kLHf->LH", self.count[seen], shift, gram, shift)
         total = (gram * moments.scatter).sum(dim=(-2, -1))
         within = (total - between) / max(moments.count - int(seen.sum()), 1)
-        share = (1 - within * (moments.count - 1) / total.clamp_min(1e-300)).clamp_min(0)
+        share = (1 - within * (moments.count - 1) / total).clamp_min(0)
         mean = torch.einsum("LHe,LHef,LHf->LH", moments.mean, gram, moments.mean)
         return torch.where(total > 1e-12 * moments.count * mean, share, 0.0)  # a head that always writes the same has no share
 

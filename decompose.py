@@ -47,7 +47,7 @@ class Decomposition:
     smaller than `heads`, and its mean and covariance give those of the term.
     """
 
-    embedding: Tensor  # [b, d] what model.encode_image returned
+    embedding: Tensor  # [b, d] what model.encode_image returned, in the model's own precision
     stem: Tensor  # [b, d] the residual stream that enters the first block
     heads: Tensor  # [b, L, H, d]
     mlps: Tensor  # [b, L, d]
@@ -135,7 +135,7 @@ def token_scores(model: nn.Module, images: Tensor, texts: Tensor, layers: Sequen
     """
     depth = len(_layers(model))
     wanted = list(range(depth)) if layers is None else list(layers)
-    if not wanted or not all(-depth <= layer < depth for layer in wanted):
+    if not wanted or not all(isinstance(layer, int) and -depth <= layer < depth for layer in wanted):
         raise ValueError(f"layers must be between {-depth} and {depth - 1} and at least one, got {wanted}")
     wanted = [layer % depth for layer in wanted]
     scores: dict[int, Tensor] = {}
@@ -180,8 +180,8 @@ def check(model: nn.Module, images: Tensor, tolerance: float = 1e-4) -> float:
     if not error <= tolerance:
         total, embedding = terms.total().norm(), terms.embedding.to(terms.stem.dtype).norm()
         raise DecompositionError(
-            f"the terms do not sum to the embedding: relative error {error:.1e}, tolerance {tolerance:.1e} "
-            f"({terms.embedding.dtype}); norm of the sum {total:.6g}, norm of the embedding {embedding:.6g}; {_culprit(model, images)}"
+            f"the terms do not sum to the embedding: relative error {error:.1e}, tolerance {tolerance:.1e} ({terms.embedding.dtype}); "
+            f"norm of the sum {total:.6g}, norm of the embedding {embedding:.6g}; {_culprit(model, images, tolerance)}"
         )
     return error
 
@@ -281,7 +281,7 @@ def _scan(
     return readout.sigma(seen.last)
 
 
-def _culprit(model: nn.Module, images: Tensor) -> str:
+def _culprit(model: nn.Module, images: Tensor, tolerance: float) -> str:
     """Which block does not add up, and where in it; for the message of `check`."""
     layers, heads, written, stream = _layers(model), [], [], []
 
@@ -301,9 +301,10 @@ def _culprit(model: nn.Module, images: Tensor) -> str:
         for handle in handles:
             handle.remove()
     stream.append(seen.last)
-    broken = next((i for i, x in enumerate(stream[1:]) if not x.isfinite().all()), None)
+    broken = next((i for i, x in enumerate(stream) if not x.isfinite().all()), None)
     if broken is not None:
-        return f"block {broken} is the first to write something that is not a number"
+        first = f"block {broken - 1} is" if broken else "the embedding of patches and positions is"
+        return f"{first} the first to write something that is not a number"
     gaps = []
     for i in range(len(layers)):
         added = stream[i + 1] - stream[i]
@@ -311,6 +312,8 @@ def _culprit(model: nn.Module, images: Tensor) -> str:
         gaps.append((added - written[i] - seen.mlps[i], added, i, "its attention and MLP differ from what it added to the stream"))
     floor = 1e-12 * stream[0].norm()  # of an attention that writes nothing
     gap, block, where = max((float(gap.norm() / whole.norm().clamp_min(floor)), block, where) for gap, whole, block, where in gaps)
+    if gap < tolerance:
+        return "every block adds up, so the difference arises in the read-out after them"
     return f"largest gap in block {block}: {where} by {gap:.1e} of its norm"
 
 
@@ -363,13 +366,9 @@ class _Layer:
         self.block, self.attn = block, attn
         self.batch_first = attn.batch_first if multihead else batch_first
         self.n_heads = attn.num_heads
-        # The custom block's norms on the attention's way out; Identity where it has none.
-        self.norms = [
-            norm for norm in (getattr(attn, "ln_inner", None), getattr(block, "ln_attn", None)) if isinstance(norm, nn.LayerNorm)
-        ]
-        self.ln_inner, self.ln_attn = (
-            n if n in self.norms else None for n in (getattr(attn, "ln_inner", None), getattr(block, "ln_attn", None))
-        )
+        # The custom block's norms on the attention's way out; nn.Identity where it has none.
+        ways_out = getattr(attn, "ln_inner", None), getattr(block, "ln_attn", None)
+        self.ln_inner, self.ln_attn = (norm if isinstance(norm, nn.LayerNorm) else None for norm in ways_out)
 
     def class_token(self, x: Tensor) -> Tensor:
         """[b, D], a copy: a view would keep all tokens of every layer in memory."""

@@ -112,7 +112,7 @@ def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, ran
         contributions: [n, d] the head's term for each image, or their Moments.
         texts: [m, d] embeddings of the candidates. Longer vectors score higher: normalise them unless that is wanted.
         size: number of texts to pick.
-        rank: first project the texts onto this many top right singular directions of the uncentred contributions, without
+        rank: at least 1. First project the texts onto this many top right singular directions of the uncentred contributions, without
             normalising them again: what the authors' code does (80 holds every head of their models). A text then competes with the
             part of it that the head can write at all. Directions of negligible strength are left out, where their code
             keeps whatever rounding put there. None: no projection, the algorithm as printed.
@@ -121,18 +121,25 @@ def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, ran
         TextSpan. directions[i] is text i's embedding, projected, minus its projection onto directions[:i].
 
     Raises:
-        ValueError: shapes that do not fit, NaN, no variance, or more texts wanted than the bank or the contributions' rank holds.
+        ValueError: shapes that do not fit, NaN, no variance, or more texts wanted than the bank or the projected texts' directions hold
+            (those of the uncentred contributions; without a projection, those of the joint space).
     """
     moments = contributions if isinstance(contributions, Moments) else Moments(contributions.shape[-1]).update(contributions)
+    if moments.mean.ndim != 1:
+        raise ValueError(
+            f"expected the contributions of one head, got moments of {list(moments.mean.shape)}; index them: moments[l, h]"
+        )
     R = texts.detach().to("cpu", torch.float64)
     if R.ndim != 2 or R.shape[1] != len(moments.mean):
         raise ValueError(f"texts must be [m, {len(moments.mean)}] like the contributions, got {list(R.shape)}")
     if not R.isfinite().all():
         raise ValueError("the texts' embeddings hold a NaN or an infinity")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, or None for no projection; got {rank}")
     if not 1 <= size <= len(R):
         raise ValueError(f"size must be between 1 and the number of texts, {len(R)}; got {size}")
     variance = moments.covariance.trace()
-    if not variance > NEGLIGIBLE * moments.mean.square().sum() or variance == 0:
+    if not variance > NEGLIGIBLE * moments.mean.square().sum():
         raise ValueError(f"the contributions have no variance over {moments.count} images: there is nothing to name")
 
     F, length = _factor(moments.covariance), R.square().sum(dim=1)  # [k, d], [m]

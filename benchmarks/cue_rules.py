@@ -1,6 +1,7 @@
 """How well are a cue's heads found without labels? Rules side by side on the demo, where the truth is known.
 
-    $ python -m benchmarks.cue_rules
+    $ python -m benchmarks.cue_rules                                # the demo's model
+    $ python -m benchmarks.cue_rules --weights FILE                 # another one that demo.train has made
 
 The truth: heads over 30 % of whose variance on the reference images the true place (8 values) explains. The accuracies are those of
 --task waterbirds on the test split, with the rule's heads mean-ablated and with only the cue's directions removed from them.
@@ -8,11 +9,14 @@ The truth: heads over 30 % of whose variance on the reference images the true pl
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import demo
 from cue import THRESHOLD, CueVotes, subspace
 from datasets import DemoBirds
 from decompose import head_maps
@@ -20,12 +24,16 @@ from evaluate import parse_args
 from tasks.common import centre, summarise, table
 from tasks.waterbirds import measure, pick, score
 from textspan import textspan
-from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
+from zeroshot import Clip, classifier, default_bank, embed_texts, load_bank, templates
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=demo.FOLDER / f"{demo.NAME}.safetensors")
+    weights = parser.parse_args().weights
     args = parse_args(["--task", "waterbirds"])
-    clip = load_clip(device="cpu")
+    model, preprocess, tokenizer = demo.load(weights=weights)
+    clip = Clip(model, preprocess, tokenizer, demo.NAME, str(weights), torch.device("cpu"), is_demo=True)
     bank = load_bank(default_bank(clip))
     cue = embed_texts(clip, bank.of("places"))
     maps = head_maps(clip.model)

@@ -1037,6 +1037,13 @@ def test_the_gap_outside_the_attention_is_named_by_its_share_of_what_the_block_a
         check(model, pictures(model))
 
 
+def test_an_embedding_altered_after_the_last_block_is_blamed_on_no_block():
+    model = build()
+    model.visual.register_forward_hook(lambda m, args, output: output + 1)
+    with pytest.raises(DecompositionError, match="every block adds up, so the difference arises in the read-out"):
+        check(model, pictures(model))
+
+
 def test_the_message_has_both_norms():
     model = build()
     blocks(model)[0].attn.register_forward_hook(lambda m, args, output: (2 * output[0], None))

@@ -679,9 +679,17 @@ def test_more_texts_than_the_rank_asked_for_are_refused():
         textspan(head(0), bank(0), 3, rank=2)
 
 
-def test_a_rank_of_zero_leaves_nothing_to_name():
-    with pytest.raises(ValueError, match="hold 0 independent directions"):
-        textspan(head(0), bank(0), 1, rank=0)
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_below_one_is_refused(rank):
+    with pytest.raises(ValueError, match=f"rank must be at least 1, or None for no projection; got {rank}"):
+        textspan(head(0), bank(0), 1, rank)
+
+
+def test_moments_of_many_heads_must_be_indexed():
+    moments = Moments(6, (2, 3)).update(normal(0, 8, 2, 3, 6))
+    with pytest.raises(ValueError, match=r"one head, got moments of \[2, 3, 6\]"):
+        textspan(moments, normal(1, 5, 6), 1)
+    assert len(textspan(moments[1, 2], normal(1, 5, 6), 1).indices) == 1
 
 
 @pytest.mark.parametrize("rank", [None, 80])
