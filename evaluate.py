@@ -75,6 +75,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
     number = int(text) if text.lstrip("-").isdigit() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")

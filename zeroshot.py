@@ -118,6 +118,7 @@ def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batc
 
 
 def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
+    """[t, context] on the model's device."""
     try:
         return clip.tokenizer(list(texts)).to(clip.device)
     except ValueError as error:  # the demo's tokenizer refuses words it was not trained on
@@ -153,6 +154,7 @@ class Bank:
 
 
 def default_bank(clip: Clip) -> Path:
+    """The general bank; for the demo its own, in the words that it knows."""
     return demo.FOLDER / "text_bank.txt" if clip.is_demo else Path(__file__).parent / "text_bank.txt"
 
 

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import demo
 from cue import THRESHOLD, CueVotes, subspace
 from datasets import DemoBirds
-from decompose import head_maps
+from decompose import Decomposition, head_maps
 from evaluate import parse_args
-from tasks.common import centre, summarise, table
+from tasks.common import Head, Reference, centre, summarise, table
 from tasks.waterbirds import measure, pick, score
 from textspan import textspan
-from zeroshot import Clip, classifier, default_bank, embed_texts, load_bank, templates
+from zeroshot import Bank, Clip, classifier, default_bank, embed_texts, load_bank, templates
 
 
 def main() -> None:
@@ -36,86 +37,87 @@ def main() -> None:
     clip = Clip(model, preprocess, tokenizer, demo.NAME, str(weights), torch.device("cpu"), is_demo=True)
     bank = load_bank(default_bank(clip))
     cue = embed_texts(clip, bank.of("places"))
-    maps = head_maps(clip.model)
-    depth, heads, _, _ = maps.shape
-    data = DemoBirds("train", clip.preprocess)
-    everything = [(layer, head) for layer in range(depth) for head in range(heads)]
-
-    votes, labels = CueVotes(cue, maps, centre(clip, args)), []
-    nearest = CueVotes(cue, maps, torch.zeros(maps.shape[3]))
-    truth = CueVotes(torch.eye(8, maps.shape[3]), maps, torch.zeros(maps.shape[3]))  # votes of the true place, by one-hot "embeddings"
-    seen = 0
-
-    def watch(terms) -> None:
-        nonlocal seen
-        place = data.facts["place"][seen : seen + len(terms.embedding)]
-        seen += len(place)
-        votes.update(terms.embedding, terms.values)
-        nearest.update(terms.embedding, terms.values)
-        truth.update(F.one_hot(place, maps.shape[3]).float(), terms.values)
-        labels.append(votes.labels(terms.embedding))
-
-    reference = summarise(clip, args, watch)
-    explained, true_share = votes.explained(reference.values), truth.explained(reference.values)
-    truth_heads = {head for head in everything if true_share[head] > THRESHOLD}
-
-    texts = embed_texts(clip, bank.texts)
-    roles = {}
-    for layer, head in everything:
-        moments = reference.values[layer, head].map(maps[layer, head])
-        span = textspan(moments, texts, size=8)
-        shares = Counter()
-        for i, share in zip(span.indices, span.explained.tolist(), strict=True):
-            shares[bank.categories[i]] += share
-        roles[layer, head] = shares
-    spread = {head: float((maps[head] @ maps[head].T * reference.values.covariance[head].float()).sum()) for head in everything}
-
-    rules = {
-        f"pseudo-labels explain > {THRESHOLD} (auto)": [h for h in everything if explained[h] > THRESHOLD],
-        "pseudo-labels explain > 0.2": [h for h in everything if explained[h] > 0.2],
-        "pseudo-labels explain > 0.5": [h for h in everything if explained[h] > 0.5],
-        "TextSpan: more of the cue than of another": [h for h in everything if is_most(roles[h], "places")],
-        "TextSpan: cue's texts explain > 0.3": [h for h in everything if roles[h]["places"] > 0.3],
-        "the truth (looks at labels)": sorted(truth_heads),
-    }
-    by_nearest = nearest.explained(reference.values)
-    rules[f"nearest text, not centred: > {THRESHOLD}"] = [h for h in everything if by_nearest[h] > THRESHOLD]
-    n = len(rules[f"pseudo-labels explain > {THRESHOLD} (auto)"]) or 1
-    rules[f"the {n} heads that write most"] = sorted(everything, key=lambda h: -spread[h])[:n]
+    reference, shares, labels = explain(clip, args, cue)
+    rules = choose(reference, shares, find_roles(reference, bank, embed_texts(clip, bank.texts)))
 
     test = DemoBirds("test", clip.preprocess)
-    names = [*test.classes, *test.kinds]
-    scores = score(clip, args, test, reference, classifier(clip, names, templates(clip)), subspace(cue))
-    base = measure(scores.embedding, test)
-    lines = [["base", "", "", "", percent(base["worst"]), percent(base["average"]), percent(base["kinds"]), "", ""]]
+    scores = score(clip, args, test, reference, classifier(clip, [*test.classes, *test.kinds], templates(clip)), subspace(cue))
+    base, truth = measure(scores.embedding, test), set(rules["the truth (looks at labels)"])
+    lines = [["base", "", "", "", *percent(base, "worst", "average", "kinds"), "", ""]]
     for label, chosen in rules.items():
-        hit = len(truth_heads & set(chosen))
+        hit = len(truth & set(chosen))
         whole = measure(scores.embedding + pick(scores.heads, chosen), test)
         part = measure(scores.embedding + pick(scores.heads_cue, chosen), test)
-        cells = [str(len(chosen)), f"{hit}/{len(chosen)}", f"{hit}/{len(truth_heads)}"]
-        lines.append(
-            [
-                label,
-                *cells,
-                *(percent(whole[k]) for k in ("worst", "average", "kinds")),
-                *(percent(part[k]) for k in ("worst", "kinds")),
-            ]
-        )
+        counts = [str(len(chosen)), f"{hit}/{len(chosen)}", f"{hit}/{len(truth)}"]
+        lines.append([label, *counts, *percent(whole, "worst", "average", "kinds"), *percent(part, "worst", "kinds")])
     print(table(["rule", "heads", "right", "found", "worst", "average", "kinds", "dir.: worst", "dir.: kinds"], lines))
-    used = F.one_hot(torch.cat(labels), len(cue)).double()
-    purity = (used.T @ F.one_hot(data.facts["place"]).double()).max(dim=1).values.sum() / len(data)
+
+    used = F.one_hot(labels, len(cue)).double()
+    place = F.one_hot(DemoBirds("train", clip.preprocess).facts["place"]).double()
+    purity = (used.T @ place).max(dim=1).values.sum() / len(place)
     print(
         f"\nPseudo-labels: {int((used.sum(dim=0) > 0).sum())} of {len(cue)} cue texts used; "
         f"{purity:.1%} of the images are of the true place that is commonest under their label."
     )
 
 
-def is_most(shares: Counter, category: str) -> bool:
-    return bool(shares) and shares.most_common(1)[0][0] == category
+def explain(clip: Clip, args: argparse.Namespace, cue: Tensor) -> tuple[Reference, dict[str, Tensor], Tensor]:
+    """The reference, how much of each head [L, H] three kinds of labels explain, and the rule's pseudo-labels [n]."""
+    maps = head_maps(clip.model)
+    zero, place = torch.zeros(maps.shape[3]), DemoBirds("train", clip.preprocess).facts["place"]
+    votes = {
+        "auto": CueVotes(cue, maps, centre(clip, args)),
+        "nearest": CueVotes(cue, maps, zero),
+        "truth": CueVotes(torch.eye(8, maps.shape[3]), maps, zero),  # votes of the true place, by one-hot "embeddings"
+    }
+    labels: list[Tensor] = []
+
+    def watch(terms: Decomposition) -> None:
+        true = F.one_hot(place[sum(map(len, labels)) :][: len(terms.values)], maps.shape[3]).float()
+        labels.append(votes["auto"].labels(terms.embedding))
+        for name, vote in votes.items():
+            vote.update(true if name == "truth" else terms.embedding, terms.values)
+
+    reference = summarise(clip, args, watch)
+    return reference, {name: vote.explained(reference.values) for name, vote in votes.items()}, torch.cat(labels)
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def find_roles(reference: Reference, bank: Bank, texts: Tensor) -> dict[Head, Counter]:
+    """What share of each head each category's texts explain, by TextSpan."""
+    roles = {}
+    for head in every(reference):
+        span = textspan(reference.values[head].map(reference.maps[head]), texts, size=8)
+        roles[head] = Counter()
+        for i, share in zip(span.indices, span.explained.tolist(), strict=True):
+            roles[head][bank.categories[i]] += share
+    return roles
+
+
+def choose(reference: Reference, shares: dict[str, Tensor], roles: dict[Head, Counter]) -> dict[str, list[Head]]:
+    """Each rule's heads."""
+    heads = every(reference)
+    spread = torch.einsum("LHed,LHef,LHfd->LH", reference.maps.double(), reference.values.covariance, reference.maps.double())
+    above = lambda labels, threshold: [head for head in heads if shares[labels][head] > threshold]  # noqa: E731
+    auto = above("auto", THRESHOLD)
+    return {
+        f"pseudo-labels explain > {THRESHOLD} (auto)": auto,
+        "pseudo-labels explain > 0.2": above("auto", 0.2),
+        "pseudo-labels explain > 0.5": above("auto", 0.5),
+        "TextSpan: more of the cue than of another": [head for head in heads if roles[head].most_common(1)[0][0] == "places"],
+        "TextSpan: cue's texts explain > 0.3": [head for head in heads if roles[head]["places"] > 0.3],
+        "the truth (looks at labels)": above("truth", THRESHOLD),
+        f"nearest text, not centred: > {THRESHOLD}": above("nearest", THRESHOLD),
+        f"the {len(auto)} heads that write most": sorted(heads, key=lambda head: -spread[head])[: len(auto)],
+    }
+
+
+def every(reference: Reference) -> list[Head]:
+    depth, heads = reference.maps.shape[:2]
+    return [(layer, head) for layer in range(depth) for head in range(heads)]
+
+
+def percent(row: dict, *columns: str) -> list[str]:
+    return [f"{100 * row[column]:.1f}" for column in columns]
 
 
 if __name__ == "__main__":

@@ -147,6 +147,21 @@ def test_the_random_control_draws_as_many_heads(table):
     assert control["worst"]["mean"] <= control["worst"]["max"] <= 1
 
 
+def test_the_demo_keeps_its_promise(tmp_path):
+    """auto lifts the worst group by 20 points, above every random draw; directions cost the kinds of birds at most 2 points."""
+    code, results = run(tmp_path, "--task", "waterbirds", "--limit", "1500", "--batch-size", "250")
+    rows, random = results["rows"], results["random"]
+    assert code == 0
+    assert 0.25 <= rows["base"]["worst"] <= 0.60
+    assert rows["heads mean-ablated"]["worst"] >= rows["base"]["worst"] + 0.20
+    assert rows["heads mean-ablated"]["average"] > rows["base"]["average"]
+    assert random["draws"] == 100
+    assert random["worst"]["max"] < rows["heads mean-ablated"]["worst"]
+    assert random["worst"]["mean"] < rows["heads mean-ablated"]["worst"] - 0.1
+    assert rows["cue's directions in the heads"]["worst"] >= rows["base"]["worst"] + 0.20
+    assert rows["cue's directions in the heads"]["kinds"] >= rows["base"]["kinds"] - 0.02
+
+
 def test_without_another_set_to_draw_there_is_no_control(tmp_path, capsys):
     code, results = run(tmp_path, "--task", "waterbirds", *QUICK, "--heads", ",".join(f"3.{h}" for h in range(8)))
     assert code == 0
