@@ -56,6 +56,8 @@ def summarise(clip: Clip, args: Namespace, on_batch: Callable[[Decomposition], N
     reference = Reference(Moments(width, (depth, heads)), 0, 0, Moments(dim), maps, data.description)
     for images in stream(clip, data, args, f"reference ({args.reference})"):
         terms = decompose(clip.model, images)
+        if not terms.embedding.isfinite().all():
+            raise InputError(f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32")
         reference.values.update(terms.values)
         reference.embedding.update(terms.embedding.float())
         reference.mlps += terms.mlps.double().sum(dim=0)
