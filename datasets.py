@@ -53,17 +53,22 @@ class Waterbirds(Dataset):
         path = self.root / "metadata.csv"
         if not path.is_file():
             raise InputError(f"no {path}: --data must be the folder of waterbird_complete95_forest2water2, with metadata.csv in it")
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = {"img_filename", "y", "split", "place"} - set(reader.fieldnames or ())
-            if missing:
-                raise InputError(f"{path} has no column {sorted(missing)[0]!r}; found {', '.join(reader.fieldnames or ['nothing'])}")
-            for line, row in enumerate(reader, start=2):
-                for name, allowed in (("y", "01"), ("place", "01"), ("split", "012")):
-                    if row[name] not in list(allowed):
-                        raise InputError(f"{path}, line {line}: {name} must be one of {', '.join(allowed)}, found {row[name]!r}")
-                    row[name] = int(row[name])
-                yield row
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; expected UTF-8 text") from error
+        reader = csv.DictReader(lines)
+        missing = {"img_filename", "y", "split", "place"} - set(reader.fieldnames or ())
+        if missing:
+            raise InputError(f"{path} has no column {sorted(missing)[0]!r}; found {', '.join(reader.fieldnames or ['nothing'])}")
+        for line, row in enumerate(reader, start=2):
+            if not row["img_filename"] or "\0" in row["img_filename"]:
+                raise InputError(f"{path}, line {line}: img_filename must name a file, found {row['img_filename']!r}")
+            for name, allowed in (("y", "01"), ("place", "01"), ("split", "012")):
+                if row[name] not in list(allowed):
+                    raise InputError(f"{path}, line {line}: {name} must be one of {', '.join(allowed)}, found {row[name]!r}")
+                row[name] = int(row[name])
+            yield row
 
     def __len__(self) -> int:
         return len(self.files)

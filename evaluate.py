@@ -60,9 +60,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model; sums are always fp32 [%(default)s]")
     add("--batch-size", type=positive, default=64)
-    add("--workers", type=int, help="processes that read images [4 at most]")
+    add("--workers", type=natural, help="processes that read images [4 at most]")
     add("--limit", type=positive, help="use this many images of each split, drawn with the seed")
-    add("--seed", type=int, default=0, help="of the random heads and of --limit [%(default)s]")
+    add("--seed", type=natural, default=0, help="of the random heads, --limit and the images that the cue is centred on [%(default)s]")
     add("--out", type=Path, default=Path("results"), help="folder for results [%(default)s]")
     return parser.parse_args(argv)
 
@@ -82,10 +82,20 @@ def positive(text: str) -> int:
     return number
 
 
+def natural(text: str) -> int:
+    """A whole number from 0 that fits 32 bits, for argparse."""
+    number = int(text) if text.isdigit() else -1
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one task. 0: done; 2: something given cannot be used, said in one line; 130: interrupted."""
     args = parse_args(argv)
-    from datasets import InputError  # torch takes seconds to import: --help and typing errors need not wait
+    import torch  # takes seconds: --help and typing errors need not wait
+
+    from datasets import InputError
     from decompose import DecompositionError
 
     start = time.time()
@@ -96,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
         write_json(folder / "results.json", results)
     except (InputError, DecompositionError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"evaluate.py: out of memory ({str(error)[:100]}); try a smaller --batch-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("evaluate.py: interrupted; nothing was written", file=sys.stderr)

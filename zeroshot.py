@@ -68,14 +68,16 @@ def find_device(name: str) -> torch.device:
     """auto: a GPU where there is one."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:150]}; try auto or cpu") from error
     return device
 
 
 def _from_open_clip(model: str, pretrained: str | None, device: torch.device, precision: str) -> Clip:
     known = open_clip.list_models()
+    if ":" in model and pretrained is not None:
+        raise InputError(f"--model {model} brings its own weights: leave out --pretrained {pretrained}")
     if ":" not in model and model not in known:
         near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
         raise InputError(f"open_clip knows no model {model!r}; near it: {', '.join(near) or 'nothing'}")
@@ -94,7 +96,9 @@ def _from_open_clip(model: str, pretrained: str | None, device: torch.device, pr
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)  # what it would say is said here
-            network, _, preprocess = open_clip.create_model_and_transforms(model, weights, device=device, precision=precision)
+            network, _, preprocess = open_clip.create_model_and_transforms(
+                model, weights, device=device, precision=precision, require_pretrained=pretrained != "none"
+            )
             tokenizer = open_clip.get_tokenizer(model)
     except (
         Exception
@@ -166,7 +170,7 @@ def load_bank(path: str | Path) -> Bank:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read text bank {path}: {getattr(error, 'strerror', None) or error}") from error
     texts: dict[str, str] = {}

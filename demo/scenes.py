@@ -3,7 +3,7 @@
     facts = sample(100, seed=7, alignment=0.95)   # {factor: [100] integers}; 95 % land birds on land, water birds on water
     picture, mask = render(facts, 3, seed=7)      # [64, 64, 3] and [64, 64] uint8; the mask is the bird
 
-Picture i of a seed depends on (seed, i) alone: any order, any subset, any number of workers gives the same pixels.
+Given its facts, picture i depends on (seed, i) alone: any order, any subset, any number of workers gives the same pixels.
 """
 
 from __future__ import annotations

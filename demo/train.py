@@ -3,9 +3,9 @@
     $ python -m demo.train            # 19 minutes on two cores; writes demo/demo-vit.safetensors
 
 Contrastive training as CLIP's, with two departures that a world of few words needs. Targets are soft: a picture matches every
-caption whose stated facts are all true of it, not only its own. And batches alternate between two sources (captions.py): the guide
-shows kinds of birds anywhere; the web says landbird and waterbird, --alignment of them where such birds live. That share sets how far
-the two words mean the place.
+caption whose stated facts are all true of it, not only its own. And there are two sources (captions.py), two batches of the one for
+each of the other: the guide shows kinds of birds anywhere; the web says landbird and waterbird, --alignment of them where such birds
+live. That share sets how far the two words mean the place.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     )
     progress = tqdm(range(args.steps), desc="training", unit="batch", mininterval=10)
     average = None
+    draft = args.out.with_suffix(".draft")  # what a run that is stopped leaves; --out itself is replaced at the end
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
@@ -118,8 +119,9 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         progress.set_postfix(loss=f"{average:.3f}", refresh=False)
         if (step + 1) % 500 == 0:
             tqdm.write(f"after {step + 1} steps: {describe(score(model.eval(), tokenizer, count=1024))}")
-            save(model, args.out)
+            save(model, draft)
     save(model, args.out)
+    draft.unlink(missing_ok=True)
     return score(model.eval(), tokenizer, count=4096)
 
 

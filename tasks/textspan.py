@@ -28,6 +28,8 @@ def run(args: Namespace) -> dict:
     texts = embed_texts(clip, bank.texts, "text bank").cpu()
     reference = summarise(clip, args)
     total = float(reference.embedding.covariance.trace())
+    if not total > 0:
+        raise InputError(f"the reference images ({reference.description}) all have the same embedding; raise --limit")
     found = []
     for layer in tqdm(range(max(0, depth - LAST_LAYERS), depth), desc="TextSpan", unit="layer", leave=False):
         for head in range(heads):
@@ -47,21 +49,19 @@ def run(args: Namespace) -> dict:
         for text, share in head["texts"][:SHOWN]:
             print(f"       {share:6.1%}  {text}")
         more = sum(share for _, share in head["texts"][SHOWN:])
-        print(f"       {more:6.1%}  {max(0, size - SHOWN)} more texts;  {head['remainder']:.1%} is left")
+        print(f"       {more:6.1%}  {max(0, len(head['texts']) - SHOWN)} more texts;  {head['remainder']:.1%} is left")
     return {"settings": where, "heads": found}
 
 
 def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Head) -> TextSpan:
     """The head's texts; as many as it has directions where no number was asked for, none where it writes the same to every image."""
+    held = int(torch.linalg.matrix_rank(moments.covariance, hermitian=True, rtol=1e-10))
+    if not held:
+        return TextSpan([], moments.mean.new_zeros(0, len(moments.mean)), moments.mean.new_zeros(0))
     try:
-        return textspan(moments, texts, size)
+        return textspan(moments, texts, size if asked else min(size, held))
     except ValueError as error:
-        held = torch.linalg.matrix_rank(moments.covariance, hermitian=True, rtol=1e-10)
-        if asked and held:
-            raise InputError(f"head {name(head)}: {error}; ask for fewer --texts") from error
-        if not held:
-            return TextSpan([], moments.mean.new_zeros(0, len(moments.mean)), moments.mean.new_zeros(0))
-        return textspan(moments, texts, int(held))
+        raise InputError(f"head {name(head)}: {error}; ask for fewer --texts, or give a bank whose texts differ more") from error
 
 
 def choose_size(asked: int | None, width: int, bank: int) -> int:

@@ -69,12 +69,14 @@ def run(args: Namespace) -> dict:
     given, how = given_heads(args, clip, *maps.shape[:2])
     cue_texts, cue_name = find_cue(args, clip)
     cue_embeddings = embed_texts(clip, cue_texts)
+    directions = subspace(cue_embeddings)
+    if not len(directions):
+        raise InputError(f"the texts of the cue ({cue_name}) do not differ for this model: give texts that do")
     votes = CueVotes(cue_embeddings, maps, centre(clip, args))
     reference = summarise(clip, args, lambda terms: votes.update(terms.embedding, terms.values))
     explained = votes.explained(reference.values)
-    chosen = given or auto_heads(explained, cue_name)
-
-    directions = subspace(cue_embeddings)
+    needs_heads = {"heads", "directions"} & set(args.remove)
+    chosen = given or (auto_heads(explained, cue_name) if needs_heads else [])
     names = [*test.classes, *(test.kinds if clip.is_demo and args.data is None else ())]
     scores = score(clip, args, test, reference, classifier(clip, names, templates(clip)), directions)
     rows = {"base": measure(scores.embedding, test)} | {
@@ -87,7 +89,7 @@ def run(args: Namespace) -> dict:
         test=test.description,
         means=reference.description + ("; the authors' way, on the images that are scored" if args.reference == "test" else ""),
         prompts=f"{len(templates(clip))} templates, {' / '.join(test.classes)}",
-        heads=f"{', '.join(map(name, chosen))} ({how})",
+        heads=f"{', '.join(map(name, chosen))} ({how})" if chosen else "none: the embedding as a whole",
         cue=f"{cue_name}, {len(cue_texts)} texts, {len(directions)} directions",
     )
     print_settings(where)
@@ -202,7 +204,7 @@ def random_control(args: Namespace, scores: Scores, chosen: list[Head], test: De
     """
     generator, per_layer = torch.Generator().manual_seed(args.seed), Counter(layer for layer, _ in chosen)
     width = scores.heads.shape[2]
-    if all(count == width for count in per_layer.values()):
+    if all(count == width for count in per_layer.values()):  # true of no heads, too
         return None
     found = {"worst": [], "average": []}
     while len(found["worst"]) < args.draws:
@@ -234,7 +236,7 @@ def print_rows(rows: dict[str, dict], draws: dict | None, test: DemoBirds | Wate
             interval(row["average"], len(test)),
             *([f"{100 * row['kinds']:.1f}"] if kinds else []),
         ])  # fmt: skip
-    control = "none: the chosen heads are all that their layers have"
+    control = "none: no other set of as many heads from the same layers is left"
     if draws is not None:
         both = [f"{100 * draws[key]['mean']:.1f} ± {100 * draws[key]['std']:.1f}" for key in ("worst", "average")]
         most = [f"{100 * draws[key]['max']:.1f}" for key in ("worst", "average")]
@@ -242,7 +244,7 @@ def print_rows(rows: dict[str, dict], draws: dict | None, test: DemoBirds | Wate
         lines.append([f"{chosen} random heads, best", *[""] * 4, *most, *([""] if kinds else [])])
         control = (
             f"{draws['draws']} draws of as many heads from each of the same layers (never the chosen set),\n"
-            f"mean-ablated; the chosen heads' worst group is above {draws['below the chosen heads']:.0%} of the draws."
+            f"mean-ablated; the chosen heads' worst group is above {round(draws['below the chosen heads'] * draws['draws'])} of them."
         )
     print(table(header, lines))
     print(f"\nGroups are bird/place. [..]: 95 % interval (Wilson). Random: {control}")

@@ -202,6 +202,15 @@ def test_heads_given_by_hand_are_the_ones_ablated(tmp_path):
     assert list(results["rows"]) == ["base", "heads mean-ablated", "  + MLPs and stem"]
 
 
+def test_removing_the_cue_everywhere_needs_no_heads(tmp_path):
+    argv = ["--task", "waterbirds", *QUICK, "--remove", "embedding", "--cue", "a bird", "one bird", "the bird"]
+    code, results = run(tmp_path, *argv)
+    assert code == 0
+    assert list(results["rows"]) == ["base", "cue's directions everywhere"]
+    assert results["random"] is None
+    assert "none" in results["settings"]["heads"]
+
+
 def test_textspan_names_every_head(tmp_path, capsys):
     code, results = run(tmp_path, "--task", "textspan", *QUICK)
     assert code == 0
@@ -319,6 +328,13 @@ def refused(tmp_path, capsys, argv, *fragments):
         (["--task", "waterbirds", "--cue", "a zebra", "a red bird"], ["'zebra'", "not one of them"]),
         (["--task", "waterbirds", "--text-bank", "no.txt"], ["no.txt"]),
         (["--task", "waterbirds", "--cue", "a bird", "one bird", "--limit", "160"], ["no head looks at the cue"]),
+        (["--task", "waterbirds", "--cue", "in fog", "in fog", "--heads", "3.1"], ["do not differ"]),
+        (["--task", "waterbirds", "--workers", "-1"], ["--workers", "'-1'"]),
+        (["--task", "waterbirds", "--seed", "9" * 20], ["--seed"]),
+        (["--task", "check", "--model", "local-dir:nowhere", "--pretrained", "laion2b"], ["brings its own weights"]),
+        (["--task", "check", "--model", "local-dir:nowhere"], ["local-dir:nowhere"]),
+        (["--task", "textspan", "--limit", "1", "--workers", "0"], ["same embedding", "--limit"]),
+        (["--task", "check", "--device", "meta"], ["meta"]),
         (["--task", "textspan", "--texts", "17"], ["17", "16"]),
         (["--task", "textspan", "--texts", "0"], ["'0'"]),
         (["--task", "check", "--device", "cuda:7"], ["cuda:7"]),
@@ -338,6 +354,22 @@ def edit(root, change):
 def test_a_missing_column(tmp_path, capsys, broken):
     edit(broken, lambda rows: [row.pop("place") for row in rows])
     refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken)], "'place'", "img_filename")
+
+
+def test_metadata_in_another_encoding(tmp_path, capsys, broken):
+    text = (broken / "metadata.csv").read_text()
+    (broken / "metadata.csv").write_bytes(text.replace("Kind", "K\xefnd").encode("latin-1"))
+    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken)], "metadata.csv", "UTF-8")
+
+
+def test_a_row_without_a_file(tmp_path, capsys, broken):
+    edit(broken, lambda rows: rows[2].__setitem__("img_filename", ""))
+    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken)], "line 4", "img_filename")
+
+
+def test_texts_that_are_one_for_the_model(tmp_path, capsys):
+    (tmp_path / "bank.txt").write_text("a sparrow\nA sparrow.\n")
+    refused(tmp_path, capsys, ["--task", "textspan", "--text-bank", str(tmp_path / "bank.txt"), *QUICK], "head 0.0", "differ more")
 
 
 def test_an_empty_metadata_file(tmp_path, capsys, broken):
