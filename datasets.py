@@ -10,7 +10,9 @@ import csv
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -109,7 +111,11 @@ class DemoBirds(Dataset):
 
     def picture(self, index: int) -> Image.Image:
         """The image before the transform."""
-        return Image.fromarray(self._render(self.all_facts, self.rows[index], self.seed)[0])
+        return Image.fromarray(self.render(index)[0])
+
+    def render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The picture [64, 64, 3], and the bird's mask [64, 64] (0 to 255, soft at the edge)."""
+        return self._render(self.all_facts, self.rows[index], self.seed)
 
 
 def subset(count: int, limit: int | None, seed: int) -> list[int]:
@@ -121,16 +127,17 @@ def subset(count: int, limit: int | None, seed: int) -> list[int]:
     return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
 
 
-def read(path: Path, transform: Callable, root: Path | None = None) -> Tensor | str:
-    """The image as a tensor; or a line that says why not, for `batches` to raise in the main process.
+def read(path: Path, transform: Callable, root: Path | None = None, keep_mode: bool = False) -> Any:
+    """transform(image); or a line that says why not, for `batches` to raise in the main process.
 
     root: a folder that the file must lie in, for paths that come out of a data set's own files.
+    keep_mode: hand the image over as it is; else as RGB.
     """
     if root is not None and not path.resolve().is_relative_to(root.resolve()):
         return f"{path} lies outside {root}"
     try:
         with Image.open(path) as image:
-            return transform(eight_bits(image))
+            return transform(image if keep_mode else eight_bits(image))
     except FileNotFoundError:
         return f"no image {path}"
     except UnidentifiedImageError:
@@ -149,8 +156,10 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def batches(data: Dataset, batch_size: int, workers: int | None, title: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: Dataset, batch_size: int, workers: int | None, title: str, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
     """(images on the device, indices) under a progress bar, every image once, in order.
+
+    Images are a tensor, or a list of tensors where the data set gives more of each (its mask, say).
 
     Raises:
         InputError: naming the first image that cannot be read.
@@ -161,11 +170,13 @@ def batches(data: Dataset, batch_size: int, workers: int | None, title: str, dev
         for images, indices in loader:
             if isinstance(images, str):
                 raise InputError(images)
-            yield images.to(device, non_blocking=True), indices
+            several = isinstance(images, list)
+            moved = [x.to(device, non_blocking=True) for x in (images if several else [images])]
+            yield (moved if several else moved[0]), indices
             progress.update(len(indices))
 
 
-def _collate(items: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor | str, Tensor]:
+def _collate(items: Sequence[tuple[Any, int]]) -> tuple[Any, Tensor]:
     broken = next((image for image, _ in items if isinstance(image, str)), None)
     images, indices = zip(*items, strict=True)
     return (broken or default_collate(images)), torch.tensor(indices)

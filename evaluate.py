@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-TASKS = ("check", "textspan", "waterbirds")
+TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--task", choices=TASKS, required=True)
     add("--model", help="open_clip's name of an architecture; without it the demo model")
     add("--pretrained", help="open_clip's tag, or a checkpoint file; none: random weights")
-    add("--data", help="folder of Waterbirds; without it the demo world")
+    add("--data", help="folder of Waterbirds; segmentation: gtsegs_ijcv.mat, or a folder with images/ and masks/ [the demo world]")
     add(
         "--reference",
         choices=("train", "val", "test"),
@@ -51,6 +51,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     remove = ("heads", "directions", "embedding")
     add("--remove", nargs="+", choices=remove, default=remove, help="waterbirds: rows of the table [all]")
     add("--draws", type=positive, default=100, help="waterbirds: random draws of heads [%(default)s]")
+    add("--methods", nargs="+", metavar="NAME", help="segmentation, heatmap: which attributions [all]")
+    add(
+        "--prompt",
+        default="predicted",
+        metavar="CLASS",
+        help="segmentation: explain the predicted class, the true one, or the one named [%(default)s]",
+    )
+    add("--classes", nargs="+", metavar="NAME", help="segmentation: classes to predict among, or a file [the data's, or ImageNet's]")
+    add(
+        "--contrast",
+        choices=("all", "paper", "none"),
+        default="all",
+        help="segmentation: who explains the class minus the mean over classes; paper: the decomposition alone [%(default)s]",
+    )
+    add(
+        "--score",
+        choices=("published", "dot", "cosine", "logit"),
+        default="published",
+        help="segmentation, heatmap: what a method explains; published: each its own [%(default)s]",
+    )
+    add(
+        "--protocol",
+        choices=("aligned", "authors"),
+        default="aligned",
+        help="segmentation: masks cropped like images, or squashed as the authors do [%(default)s]",
+    )
+    add("--void", type=natural, metavar="VALUE", help="segmentation: value of mask pixels to leave out")
+    add("--image", metavar="FILE", help="heatmap: the image")
+    add("--text", action="append", metavar="TEXT", help="heatmap: what to look for; may be given several times")
     add("--texts", type=positive, help="textspan: texts per head [20, or half of a narrower head's width]")
     add(
         "--text-bank",

@@ -130,10 +130,10 @@ def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def classifier(clip: Clip, names: Sequence[str], templates: Sequence[str | Callable]) -> Tensor:
+def classifier(clip: Clip, names: Sequence[str], templates: Sequence[str | Callable], title: str | None = None) -> Tensor:
     """[c, d] unit vectors: per class the mean of its normalised prompt embeddings, normalised (Radford et al. 2021, 3.1.4)."""
     texts = [template(name) if callable(template) else template.format(name) for name in names for template in templates]
-    embeddings = embed_texts(clip, texts).unflatten(0, (len(names), len(templates)))
+    embeddings = embed_texts(clip, texts, title).unflatten(0, (len(names), len(templates)))
     return F.normalize(embeddings.mean(dim=1), dim=-1)
 
 

@@ -1,0 +1,262 @@
+"""Images with masks, to judge maps by: ImageNet-Segmentation, a folder of images and masks, the demo's birds.
+
+Every data set yields ((image, mask, foreground), index): the image as the model takes it, the mask [height, width] int8 in the same
+geometry (1 foreground, 0 background, -1 not labelled), and the value that meant foreground in the file (0: the mask has none).
+
+An open_clip transform may resize and crop. "aligned" puts the mask through the same; "authors" squashes the whole mask onto the crop,
+as the paper's authors do (compute_segmentations.py:169-171), which misplaces it wherever the image is not square.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode
+
+from datasets import DemoBirds, InputError, eight_bits, read, subset
+
+PROTOCOLS = ("aligned", "authors")
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+VOID = 255  # in masks on their way through the geometry
+
+
+class Masked(Dataset):
+    """What the data sets below share: one geometry for image and mask.
+
+    labels [n], indices into `names`, where the data set says what each image shows; None where it does not.
+    """
+
+    labels: Tensor | None = None
+    names: list[str] | None = None
+    description: str
+
+    def __init__(self, transform: Callable, protocol: str = "aligned", void: int | None = None) -> None:
+        if void == 0:
+            raise InputError("--void 0: the value 0 means background in a mask")
+        self.transform, self.protocol, self.void = transform, protocol, void
+        self._mask_geometry = mask_geometry(transform)
+
+    def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """The image, and its mask [height, width] in the file's own values."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor, int] | str, int]:
+        try:
+            image, values = self.pair(index)
+            if values.shape != (image.height, image.width):
+                raise InputError(
+                    f"the mask of {self.name(index)} is {values.shape[1]} x {values.shape[0]} pixels, its image "
+                    f"{image.width} x {image.height}; they must agree"
+                )
+            mask, foreground = self._labels(values, index)
+            pixels = self.transform(image)
+            squash = self.protocol == "authors"
+            mask = Image.fromarray(mask)
+            mask = mask.resize(pixels.shape[:0:-1], Image.Resampling.NEAREST) if squash else self._mask_geometry(mask)
+            mask = torch.from_numpy(np.array(mask))
+            if mask.shape != pixels.shape[1:] or bool((mask == VOID).all()):
+                raise InputError(f"nothing of the mask of {self.name(index)} is left after the model's resizing and cropping")
+        except InputError as error:
+            return str(error), index
+        return (pixels, torch.where(mask == VOID, -1, mask.to(torch.int8)), foreground), index
+
+    def _labels(self, values: np.ndarray, index: int) -> tuple[np.ndarray, int]:
+        """uint8 of 0, 1, VOID; and the value that stood for 1."""
+        found = [int(value) for value in np.unique(values)]
+        foreground = [value for value in found if value > 0 and value != self.void]
+        if len(foreground) > 1:
+            some = ", ".join(map(str, found[:5])) + ", ..." * (len(found) > 5)
+            raise InputError(
+                f"the mask of {self.name(index)} holds {len(found)} values ({some}); expected "
+                "0 for background and one other; --void V leaves out pixels of value V"
+            )
+        mask = (values > 0).astype(np.uint8)
+        mask[(values < 0) | (values == (-1 if self.void is None else self.void))] = VOID
+        if (mask == VOID).all():
+            raise InputError(f"the mask of {self.name(index)} holds no labelled pixel")
+        return mask, foreground[0] if foreground else 0
+
+
+class ImageNetSegmentation(Masked):
+    """gtsegs_ijcv.mat (Guillaumin, Küttel and Ferrari 2014): 4,276 images of ImageNet with masks. Needs h5py.
+
+    Raises:
+        InputError: no h5py, no such file, or one that is something else.
+    """
+
+    def __init__(self, path: str | Path, transform: Callable, limit: int | None = None, seed: int = 0, **options) -> None:
+        super().__init__(transform, **options)
+        self.path, self._file = Path(path), None
+        try:
+            import h5py  # noqa: F401
+        except ImportError:
+            raise InputError(f"reading {path} needs h5py: pip install h5py") from None
+        if not self.path.is_file():
+            raise InputError(f"no {path}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/")
+        count = len(self._references("img"))
+        if count != len(self._references("gt")) or not count:
+            raise InputError(f"{path} holds {count} images and {len(self._references('gt'))} masks; expected as many of both")
+        self.rows = subset(count, limit, seed)
+        self.description = f"ImageNet-Segmentation in {path}, {len(self.rows):,} of {count:,} images"
+        self._file = None  # every process opens its own
+
+    def _references(self, name: str) -> np.ndarray:
+        import h5py
+
+        try:
+            if self._file is None:
+                self._file = h5py.File(self.path, "r")
+            references = self._file[f"value/{name}"][()]
+        except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise InputError(f"{self.path} is not gtsegs_ijcv.mat, an HDF5 file with value/img and value/gt: {error}") from error
+        if references.dtype.kind != "O":
+            raise InputError(f"{self.path}: value/{name} holds {references.dtype}, expected references to arrays")
+        return references.ravel()
+
+    def _array(self, name: str, row: int) -> np.ndarray:
+        try:
+            return self._file[self._references(name)[row]][()].T  # MATLAB's order of axes
+        except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise InputError(f"cannot read value/{name} of image {row} in {self.path}: {error}") from error
+
+    def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        self._references("img")  # opens the file in this process
+        pixels, mask = self._array("img", self.rows[index]), self._array("gt", self.rows[index])
+        if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+            raise InputError(f"{self.name(index)} is an array {pixels.shape} of {pixels.dtype}, expected [rows, columns, 3] of uint8")
+        if mask.ndim != 2 or mask.dtype.kind not in "bui":
+            raise InputError(
+                f"the mask of {self.name(index)} is an array {mask.shape} of {mask.dtype}, expected integers [rows, columns]"
+            )
+        return eight_bits(Image.fromarray(np.ascontiguousarray(pixels))), mask.astype(int)
+
+    def name(self, index: int) -> str:
+        return f"image {self.rows[index]} of {self.path}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class MaskFolder(Masked):
+    """images/NAME.jpg with masks/NAME.png (any format, any depth of folders). images/CLASS/NAME.jpg also says what an image shows.
+
+    In a mask 0 is background and one other value foreground, the same in all masks.
+
+    Raises:
+        InputError: no such folders, no images, or an image without a mask.
+    """
+
+    def __init__(self, root: str | Path, transform: Callable, limit: int | None = None, seed: int = 0, **options) -> None:
+        super().__init__(transform, **options)
+        self.root = root = Path(root)
+        for folder in (root / "images", root / "masks"):
+            if not folder.is_dir():
+                raise InputError(f"no folder {folder}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/")
+        files = [path.relative_to(root / "images") for path in sorted((root / "images").rglob("*")) if path.suffix.lower() in IMAGES]
+        if not files:
+            raise InputError(f"no images in {root / 'images'} ({', '.join(sorted(IMAGES))})")
+        found = (path for path in sorted((root / "masks").rglob("*")) if path.suffix.lower() in IMAGES)
+        masks = {path.relative_to(root / "masks").with_suffix(""): path for path in found}
+        missing = next((file for file in files if file.with_suffix("") not in masks), None)
+        if missing is not None:
+            raise InputError(f"no mask for {root / 'images' / missing}: expected {root / 'masks' / missing.with_suffix('.png')}")
+        total, files = len(files), [files[i] for i in subset(len(files), limit, seed)]
+        self.files, self.masks = files, [masks[file.with_suffix("")] for file in files]
+        if all(len(file.parts) > 1 for file in files):
+            self.names = sorted({file.parts[0] for file in files})
+            self.labels = torch.tensor([self.names.index(file.parts[0]) for file in files])
+        self.description = f"{root}, {len(files):,} of {total:,} images"
+
+    def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        image = read(self.root / "images" / self.files[index], lambda image: image)
+        if isinstance(image, str):
+            raise InputError(image)
+        values = read(self.masks[index], np.array, keep_mode=True)
+        if isinstance(values, str):
+            raise InputError(values)
+        if values.ndim == 3 and values.shape[2] == 3 and (values == values[..., :1]).all():
+            values = values[..., 0]
+        if values.ndim != 2 or values.dtype.kind not in "bui":
+            raise InputError(f"{self.masks[index]} has colours or transparency; expected a mask of one channel")
+        return image, values.astype(int)
+
+    def name(self, index: int) -> str:
+        return str(self.root / "images" / self.files[index])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+class DemoMasks(Masked):
+    """The demo's balanced test split; the mask is the bird, and what an image shows is its kind."""
+
+    def __init__(self, transform: Callable, limit: int | None = None, seed: int = 0, split: str = "test", **options) -> None:
+        super().__init__(transform, **options)
+        self.birds = DemoBirds(split, transform, limit, seed)
+        self.names, self.labels, self.description = list(self.birds.kinds), self.birds.facts["kind"], self.birds.description
+
+    def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        picture, mask = self.birds.render(index)
+        return Image.fromarray(picture), (mask > 127).astype(int)  # its edge is soft
+
+    def name(self, index: int) -> str:
+        return f"picture {index} of the demo"
+
+    def __len__(self) -> int:
+        return len(self.birds)
+
+
+def mask_geometry(transform: Callable) -> Callable[[Image.Image], Image.Image]:
+    """What an open_clip image transform does to positions, for a mask: the same resizing and cropping, no new values.
+
+    Raises:
+        InputError: the transform is not one of open_clip's for evaluation.
+    """
+    steps = []
+    for step in getattr(transform, "transforms", [transform]):
+        if hasattr(step, "interpolation"):  # Resize, ResizeKeepRatio
+            step = copy.copy(step)
+            step.interpolation = InterpolationMode.NEAREST
+            steps.append(step)
+        elif type(step).__name__ in ("CenterCrop", "CenterCropOrPad"):
+            step = copy.copy(step)
+            step.fill = VOID
+            steps.append(step)
+        elif type(step).__name__ not in ("MaybeConvertMode", "ToTensor", "MaybeToTensor", "Normalize"):
+            raise InputError(f"cannot tell what the image transform's step {type(step).__name__} does to positions")
+
+    def apply(mask: Image.Image) -> Image.Image:
+        for step in steps:
+            mask = step(mask)
+        return mask
+
+    return apply
+
+
+def seen(transform: Callable, size: tuple[int, int], model: tuple[int, int]) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of what the model sees, in the image's pixels; beyond the image where the transform pads.
+
+    Args:
+        size: width and height of the image.
+        model: width and height of what the transform makes of it.
+    """
+    mask_geometry(transform)  # refuses what it does not know
+    first = getattr(transform, "transforms", [transform])[0]
+    pitch = [image / pixels for image, pixels in zip(size, model, strict=True)]  # of the model's pixels
+    if hasattr(first, "longest"):  # ResizeKeepRatio: 1 fits the image in, 0 fills
+        pitch = [first.longest * max(pitch) + (1 - first.longest) * min(pitch)] * 2
+    elif isinstance(first.size, int):
+        pitch = [min(pitch)] * 2  # Resize of the shorter side, then CenterCrop
+    half = [p * pixels / 2 for p, pixels in zip(pitch, model, strict=True)]
+    return size[0] / 2 - half[0], size[1] / 2 - half[1], size[0] / 2 + half[0], size[1] / 2 + half[1]

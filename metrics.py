@@ -1,0 +1,131 @@
+"""How well do maps segment? Pixel accuracy, mean IoU and average precision, from running sums. This file needs torch alone.
+
+    segmentation = Segmentation()
+    for maps, masks in batches: segmentation.update(maps, masks)     # [b, rows, cols], [b, height, width]
+    segmentation.pixel_accuracy, segmentation.mean_iou, segmentation.mean_ap
+
+The protocol is that of ImageNet-Segmentation in Chefer, Gur and Wolf 2021 (https://arxiv.org/abs/2012.09838), which the paper follows
+in section 5: a map is resized to its mask bilinearly, scaled to 0..1, and foreground is what lies above its mean.
+
+Axes: b images, p pixels of one image.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Segmentation:
+    """Running sums over images; memory does not grow with their number, and any split into batches gives the same.
+
+    Args:
+        clip: set negative values to zero before a map is scaled, as the paper's authors do with theirs.
+    """
+
+    def __init__(self, clip: bool = False) -> None:
+        self.clip = clip
+        self.images = 0
+        self.labelled = 0  # pixels
+        self.shared, self.either = [0, 0], [0, 0]  # pixels of background and foreground: intersection and union with the truth
+        self.precision = self.precision_squared = 0.0  # sums over images of the average precision
+
+    def update(self, maps: Tensor, masks: Tensor) -> Segmentation:
+        """Add images.
+
+        Args:
+            maps: [b, rows, cols], of any range.
+            masks: [b, height, width] integers: 1 foreground, 0 background, negative: not labelled, left out of every measure.
+
+        Raises:
+            ValueError: shapes that do not fit, a map that is not finite, another label, an image without a labelled pixel.
+        """
+        if maps.ndim != 3 or masks.ndim != 3 or len(maps) != len(masks):
+            raise ValueError(f"expected maps [b, rows, cols] and masks [b, height, width], got {list(maps.shape)}, {list(masks.shape)}")
+        if not maps.isfinite().all():
+            raise ValueError("a map holds a NaN or an infinity")
+        if masks.is_floating_point() or masks.max() > 1:
+            raise ValueError(f"masks must hold 1, 0 or a negative number, got {masks.dtype} up to {masks.max()}")
+        truth = masks.flatten(1)  # [b, p]
+        counted = truth >= 0
+        if not counted.any(dim=1).all():
+            raise ValueError("a mask holds no labelled pixel")
+        if not len(maps):
+            return self
+        scores = scale(maps, masks.shape[-2:], self.clip).flatten(1)
+        found = scores > scores.mean(dim=1, keepdim=True)
+        for label in (0, 1):
+            said, true = (found == label) & counted, truth == label
+            self.shared[label] += int((said & true).sum())
+            self.either[label] += int((said | true).sum())
+        self.labelled += int(counted.sum())
+        # One ranking per image of twice its pixels: as foreground by the map, as background by what is left of it to 1.
+        both = torch.cat([1 - scores, scores], dim=1)
+        precision = average_precision(both, torch.cat([truth == 0, truth == 1], dim=1), counted.repeat(1, 2))
+        self.precision += float(precision.sum())
+        self.precision_squared += float(precision.square().sum())
+        self.images += len(maps)
+        return self
+
+    def merge(self, other: Segmentation) -> Segmentation:
+        """Add what `other` has seen."""
+        if self.clip != other.clip:
+            raise ValueError("one of the two clips its maps, the other does not")
+        for name in ("images", "labelled", "precision", "precision_squared"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("shared", "either"):
+            setattr(self, name, [ours + theirs for ours, theirs in zip(getattr(self, name), getattr(other, name), strict=True)])
+        return self
+
+    @property
+    def pixel_accuracy(self) -> float:
+        """Share of all labelled pixels that are on the right side."""
+        return sum(self.shared) / self.labelled
+
+    @property
+    def mean_iou(self) -> float:
+        """Intersection over union, each summed over all images; mean of background and foreground (one alone where the other never is)."""
+        ratios = [shared / either for shared, either in zip(self.shared, self.either, strict=True) if either]
+        return sum(ratios) / len(ratios)
+
+    @property
+    def mean_ap(self) -> float:
+        """Mean over images of the average precision. A random map has about 0.5, and so has a constant one."""
+        return self.precision / self.images
+
+    @property
+    def mean_ap_error(self) -> float:
+        """Standard error of `mean_ap`, from its spread over images."""
+        variance = max(0.0, self.precision_squared / self.images - self.mean_ap**2)
+        return (variance / max(self.images - 1, 1)) ** 0.5
+
+
+def scale(maps: Tensor, size: tuple[int, int], clip: bool = False) -> Tensor:
+    """[b, rows, cols] to [b, *size] in float64: resized bilinearly, scaled to 0..1. A constant map, which tells nothing, becomes 0.5."""
+    maps = F.interpolate(maps.double()[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    maps = maps.clamp_min(0) if clip else maps
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    return torch.where(high > low, (maps - low) / (high - low), 0.5)
+
+
+def average_precision(scores: Tensor, positive: Tensor, counted: Tensor | None = None) -> Tensor:
+    """[b] area under each row's precision-recall steps, exactly: equal scores enter the ranking together.
+
+    Sum over distinct scores s, from the highest, of (recall down to s - recall before it) * (precision down to s). This is
+    sklearn.metrics.average_precision_score.
+
+    Args:
+        scores: [b, p].
+        positive: [b, p] bool, what should have the high scores; at least one in each row.
+        counted: [b, p] bool, entries that take part; None: all.
+    """
+    counted = torch.ones_like(positive) if counted is None else counted
+    scores, order = scores.sort(dim=1, descending=True)
+    true = (positive & counted).gather(1, order).double().cumsum(dim=1)
+    taken = counted.gather(1, order).double().cumsum(dim=1)
+    last = torch.ones_like(positive)  # of its group of equal scores
+    last[:, :-1] = scores[:, :-1] != scores[:, 1:]
+    upto = torch.where(last, true, 0)
+    before = F.pad(upto.cummax(dim=1).values[:, :-1], (1, 0))  # true positives of all groups before
+    return ((upto - before) * last * true / taken.clamp_min(1)).sum(dim=1) / true[:, -1]

@@ -1,0 +1,135 @@
+"""--task heatmap: where in an image does each method see a text? One picture per text and method, and a sheet of them all."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from datasets import InputError, eight_bits, read
+from masks import seen
+from metrics import scale
+from zeroshot import Clip, embed_texts, load_clip
+
+from .attribution import attribute, choose_methods, clipped, score_of
+from .common import print_settings, settings, table
+
+LONG_SIDE = 512  # of the pictures
+TILE, ACROSS, GAP = 200, 6, 8  # of the sheet
+# matplotlib's inferno at eight even steps: brighter is more, also without colour.
+INFERNO = np.float32(
+    [[0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21], [250, 193, 39], [252, 255, 164]]
+)
+
+
+def run(args: Namespace) -> dict:
+    """Every method's map of every text, drawn over the image."""
+    if args.image is None or not args.text:
+        raise InputError(f"--task heatmap needs {'--image FILE' if args.image is None else '--text TEXT'}")
+    if any(not text.strip() for text in args.text):
+        raise InputError("--text is empty: give a text to look for")
+    image = read(Path(args.image), lambda image: eight_bits(ImageOps.exif_transpose(image)), keep_mode=True)
+    if isinstance(image, str):
+        raise InputError(image)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision)
+    methods = choose_methods(args)
+    texts = embed_texts(clip, args.text)
+    pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
+    cosine = similarity(clip, pixels, texts)
+    box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
+    folder, files = args.out / "heatmap", {}
+    for i, text in enumerate(args.text):
+        tiles = {"image": resized(image)}
+        for method in methods:
+            heat = attribute(method, clip.model, pixels, texts[i : i + 1], args.score)
+            tiles[method] = overlay(image, heat, box, clipped(method))
+            name = f"{i + 1}-{slug(text)}-{method}.png"
+            files[name] = tiles[method]
+        files[f"{i + 1}-{slug(text)}-all.png"] = sheet(f'"{text}"  cosine {cosine[i]:.3f}', tiles)
+    for name, picture in files.items():
+        save(picture, folder / name)
+    where = settings(args, clip, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods))
+    where["seen"] = "all of it" if covers(box, image.size) else "what the model's cropping leaves; the rest is dimmed"
+    print_settings(where)
+    print()
+    rows = [[text, f"{cosine[i]:.3f}", str(folder / f"{i + 1}-{slug(text)}-all.png")] for i, text in enumerate(args.text)]
+    print(table(["text", "cosine", "all methods in one picture"], rows))
+    print(f"\n{len(files)} pictures in {folder}. Each map from its least (dark) to its most (bright); the decomposition from zero.")
+    scores = {method: score_of(method, args.score) for method in methods}
+    return {"settings": where, "cosine": dict(zip(args.text, cosine, strict=True)), "scores": scores, "files": list(files)}
+
+
+@torch.no_grad()
+def similarity(clip: Clip, pixels: torch.Tensor, texts: torch.Tensor) -> list[float]:
+    """Cosine of the image with each text."""
+    embedding = clip.model.encode_image(pixels)
+    embedding = embedding[0] if isinstance(embedding, tuple) else embedding
+    return (F.normalize(embedding.to(texts), dim=-1) @ texts.T)[0].tolist()
+
+
+def resized(image: Image.Image) -> Image.Image:
+    """With a long side of LONG_SIDE."""
+    factor = LONG_SIDE / max(image.size)
+    size = tuple(max(1, round(side * factor)) for side in image.size)
+    return image.resize(size, Image.Resampling.BICUBIC if factor < 3 else Image.Resampling.NEAREST)
+
+
+def overlay(image: Image.Image, heat: torch.Tensor, box: tuple[float, ...], clip: bool = False) -> Image.Image:
+    """The image with the map [1, rows, cols] laid on `box` of it; what lies outside is dimmed."""
+    canvas = resized(image)
+    factors = [canvas.width / image.width, canvas.height / image.height] * 2
+    left, top, right, bottom = (round(edge * factor) for edge, factor in zip(box, factors, strict=True))
+    inside = scale(heat.cpu(), (max(1, bottom - top), max(1, right - left)), clip)[0].float().numpy()
+    whole = np.zeros((canvas.height, canvas.width), dtype=np.float32)
+    rows, cols = slice(max(0, top), min(canvas.height, bottom)), slice(max(0, left), min(canvas.width, right))
+    whole[rows, cols] = inside[rows.start - top : rows.stop - top, cols.start - left : cols.stop - left]
+    grey = np.asarray(canvas.convert("L"), dtype=np.float32)[..., None]
+    base = 0.5 * np.asarray(canvas, dtype=np.float32) + 0.5 * grey
+    opacity = (0.35 + 0.45 * whole)[..., None]
+    return Image.fromarray((base * (1 - opacity) + colours(whole) * opacity).clip(0, 255).astype(np.uint8))
+
+
+def colours(heat: np.ndarray) -> np.ndarray:
+    """[..., 3] in 0..255 for values in 0..1."""
+    steps = np.linspace(0, 1, len(INFERNO))
+    return np.stack([np.interp(heat, steps, channel) for channel in INFERNO.T], axis=-1)
+
+
+def sheet(title: str, tiles: dict[str, Image.Image]) -> Image.Image:
+    """All tiles with their names, ACROSS in a row, under the title."""
+    width, height = TILE, round(TILE * next(iter(tiles.values())).height / next(iter(tiles.values())).width)
+    rows, font = -(-len(tiles) // ACROSS), ImageFont.load_default(15)
+    across = min(ACROSS, len(tiles))
+    picture = Image.new("RGB", (across * (width + GAP) + GAP, rows * (height + 24 + GAP) + 32), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((GAP, 6), title, "black", ImageFont.load_default(17))
+    for k, (name, tile) in enumerate(tiles.items()):
+        left, top = GAP + k % ACROSS * (width + GAP), 32 + k // ACROSS * (height + 24 + GAP)
+        draw.text((left, top), name, "#333", font)
+        picture.paste(tile.resize((width, height), Image.Resampling.LANCZOS), (left, top + 22))
+    return picture
+
+
+def slug(text: str) -> str:
+    """The text as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "text"
+
+
+def covers(box: tuple[float, ...], size: tuple[int, int]) -> bool:
+    return box[0] <= 0.5 and box[1] <= 0.5 and box[2] >= size[0] - 0.5 and box[3] >= size[1] - 0.5
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """As PNG, under another name first: what stood there stays until the new picture is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        picture.save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,171 @@
+"""--task segmentation: do a method's maps lie on the object? (section 5 of the paper)
+
+Every method explains the same class of an image, from the same model, and is judged by the same measures.
+"""
+
+from __future__ import annotations
+
+import difflib
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from datasets import InputError, batches
+from masks import DemoMasks, ImageNetSegmentation, Masked, MaskFolder
+from metrics import Segmentation
+from zeroshot import Clip, classifier, load_clip, templates
+
+from .attribution import NO_TEXT, OURS, OURS_ABS, attribute, choose_methods, clipped, score_of
+from .common import print_settings, settings, table
+
+BLOB, RANDOM = "centred blob", "random"  # what a method must beat
+
+
+def run(args: Namespace) -> dict:
+    """Pixel accuracy, mean IoU and mean AP of every method."""
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision)
+    data = open_masks(args, clip)
+    methods = choose_methods(args, extra=(BLOB, RANDOM))
+    names = class_names(args, data)
+    prompt, labels = choose_prompt(args, data, names)
+    classes = classifier(clip, names, templates(clip), title="classes")
+    totals = {method: Segmentation(clip=clipped(method)) for method in methods}
+    foregrounds: dict[int, int] = {}
+    for (images, masks, foreground), indices in batches(data, args.batch_size, args.workers, "segmentation", clip.device):
+        same_foreground(foregrounds, foreground, indices, data)
+        images = images.to(clip.dtype)
+        shown = labels[indices].to(clip.device) if labels is not None else predict(clip, images, classes)
+        for method, total in totals.items():
+            maps = sanity(method, images, clip, indices, args.seed)
+            if maps is None:
+                texts = classes[shown] - classes.mean(dim=0) if contrasted(method, args.contrast) else classes[shown]
+                maps = attribute(method, clip.model, images, texts, args.score)
+            try:
+                total.update(maps, masks)
+            except ValueError as error:
+                raise InputError(f"{method} on images {int(indices[0])} to {int(indices[-1])}: {error}") from error
+    where = settings(
+        args,
+        clip,
+        images=data.description,
+        explained=prompt,
+        prompts=f"{len(templates(clip))} templates, {len(names):,} classes",
+        protocol={"aligned": "masks resized and cropped as images", "authors": "masks squashed onto the crop"}[args.protocol],
+    )
+    rows = {method: measures(method, total, args) for method, total in totals.items()}
+    print_settings(where)
+    print()
+    print_rows(rows)
+    return {"settings": where, "rows": rows}
+
+
+def open_masks(args: Namespace, clip: Clip) -> Masked:
+    """--data: a .mat file, a folder of images and masks, or the demo."""
+    options = {"limit": args.limit, "seed": args.seed, "protocol": args.protocol, "void": args.void}
+    if args.data is None:
+        return DemoMasks(clip.preprocess, **options)
+    return (MaskFolder if Path(args.data).is_dir() else ImageNetSegmentation)(args.data, clip.preprocess, **options)
+
+
+def class_names(args: Namespace, data: Masked) -> list[str]:
+    """The classes that an image is told from: --classes, else what the data set says, else ImageNet's 1,000."""
+    if args.classes is None:
+        from open_clip import IMAGENET_CLASSNAMES
+
+        return data.names or list(IMAGENET_CLASSNAMES)
+    names = args.classes
+    if len(names) == 1:
+        try:
+            names = [line.strip() for line in Path(names[0]).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"--classes takes at least two names, or a file with one on each line; cannot read {names[0]}: "
+                f"{getattr(error, 'strerror', None) or error}"
+            ) from error
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if len(names) < 2 or twice is not None:
+        raise InputError("--classes needs at least two names" if twice is None else f"--classes holds {twice!r} twice")
+    return list(names)
+
+
+def choose_prompt(args: Namespace, data: Masked, names: list[str]) -> tuple[str, Tensor | None]:
+    """--prompt in words, and the class of each image that it means; None: the predicted one, not known yet."""
+    if args.prompt == "predicted":
+        return "the predicted class", None
+    if args.prompt == "true":
+        if data.labels is None:
+            raise InputError("--prompt true: these images have no labels; put each class's into a folder of its own, images/CLASS/")
+        unknown = next((name for name in data.names if name not in names), None)
+        if unknown is not None:
+            raise InputError(f"--prompt true: the images show {unknown!r}, which is none of the {len(names):,} --classes")
+        return "the true class", torch.tensor([names.index(name) for name in data.names])[data.labels]
+    if args.prompt not in names:
+        near = difflib.get_close_matches(args.prompt, names, n=3)
+        raise InputError(
+            f"--prompt takes predicted, true, or one of the {len(names):,} classes; {args.prompt!r} is none"
+            + (f"; near it: {', '.join(near)}" if near else f" ({', '.join(names[:5])}, ...)")
+        )
+    return f"{args.prompt!r}, whatever the image shows", torch.full((len(data),), names.index(args.prompt))
+
+
+@torch.no_grad()
+def predict(clip: Clip, images: Tensor, classes: Tensor) -> Tensor:
+    """[b] the class whose prompt the image is nearest to."""
+    embedding = clip.model.encode_image(images)
+    embedding = embedding[0] if isinstance(embedding, tuple) else embedding
+    return (embedding.to(classes) @ classes.T).argmax(dim=1)
+
+
+def contrasted(method: str, contrast: str) -> bool:
+    """Does the method explain the class minus the mean over classes?"""
+    return method not in NO_TEXT and (contrast == "all" or (contrast == "paper" and method in (OURS, OURS_ABS)))
+
+
+def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) -> Tensor | None:
+    """[b, rows, cols] of the two rows that look at nothing; None for a method."""
+    if method not in (BLOB, RANDOM):
+        return None
+    rows, cols = (pixels // patch for pixels, patch in zip(images.shape[-2:], clip.model.visual.patch_size, strict=True))
+    if method == BLOB:
+        y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, cols), indexing="ij")
+        return torch.exp(-2 * (x**2 + y**2)).expand(len(images), -1, -1).to(clip.device)  # standard deviation: a quarter of the side
+    draws = [torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed + (i << 32))) for i in indices.tolist()]
+    return torch.stack(draws).to(clip.device)  # each image's own: the batch size changes nothing
+
+
+def same_foreground(seen: dict[int, int], values: Tensor, indices: Tensor, data: Masked) -> None:
+    """Notes which value means foreground, and refuses a second one."""
+    for value, index in zip(values.tolist(), indices.tolist(), strict=True):
+        if value:
+            seen.setdefault(value, index)
+    if len(seen) > 1:
+        (one, first), (other, second) = list(seen.items())[:2]
+        raise InputError(
+            f"the mask of {data.name(first)} marks foreground with {one}, that of {data.name(second)} with {other}; "
+            "if one of them marks pixels to leave out, give it as --void"
+        )
+
+
+def measures(method: str, total: Segmentation, args: Namespace) -> dict:
+    told = "-" if method in (BLOB, RANDOM, *NO_TEXT) else "class - mean" if contrasted(method, args.contrast) else "class"
+    return {
+        "score": "-" if method in (BLOB, RANDOM) else score_of(method, args.score),
+        "text": told,
+        "pixel accuracy": total.pixel_accuracy,
+        "mIoU": total.mean_iou,
+        "mAP": total.mean_ap,
+        "mAP standard error": total.mean_ap_error,
+    }
+
+
+def print_rows(rows: dict[str, dict]) -> None:
+    lines = [
+        [method, row["score"], row["text"], *(f"{100 * row[key]:.1f}" for key in ("pixel accuracy", "mIoU")),
+         f"{100 * row['mAP']:.1f} ± {100 * row['mAP standard error']:.1f}"]
+        for method, row in rows.items()
+    ]  # fmt: skip
+    print(table(["%", "score", "text", "pixel accuracy", "mIoU", "mAP"], lines))
+    print("\nA map is resized to its mask; above its mean is foreground. mIoU: background and foreground, summed over all images.")
+    print("mAP: ± standard error over images; random is about 50. The decomposition is clipped at zero, as in the paper.")
