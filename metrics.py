@@ -85,7 +85,7 @@ class Segmentation:
 
     @property
     def mean_iou(self) -> float:
-        """Intersection over union, each summed over all images; mean of background and foreground (one alone where the other never is)."""
+        """Intersection over union, each summed over all images; mean of background and foreground."""
         ratios = [shared / either for shared, either in zip(self.shared, self.either, strict=True) if either]
         return sum(ratios) / len(ratios)
 
@@ -102,7 +102,7 @@ class Segmentation:
 
 
 def scale(maps: Tensor, size: tuple[int, int], clip: bool = False) -> Tensor:
-    """[b, rows, cols] to [b, *size] in float64: resized bilinearly, scaled to 0..1. A constant map, which tells nothing, becomes 0.5."""
+    """[b, rows, cols] to [b, *size] in float64: resized bilinearly, scaled to 0..1; a constant map becomes 0.5."""
     maps = F.interpolate(maps.double()[:, None], size, mode="bilinear", align_corners=False)[:, 0]
     maps = maps.clamp_min(0) if clip else maps
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)

@@ -781,6 +781,17 @@ def test_relevance_of_a_matrix_product_that_is_zero_is_lost():
     assert not R_b.any()
 
 
+@both_rules
+def test_the_rules_leave_their_arguments_as_found(conserving):
+    x, W, R, a, b = noise(2, 5, 4, seed=0), noise(6, 4, seed=1), noise(2, 5, 6, seed=2), noise(2, 5, 6, seed=3), noise(2, 4, 6, seed=4)
+    arguments = [x, W, R, a, b]
+    before = [t.clone() for t in arguments]
+    baselines._linear(x, W, R, conserving)
+    baselines._add(a, R, R, conserving)
+    baselines._matmul(x, b, R)
+    assert all(torch.equal(t, as_found) for t, as_found in zip(arguments, before, strict=True))
+
+
 # Relevance through the whole model.
 
 
@@ -790,7 +801,7 @@ def test_relevance_of_every_block_is_that_of_the_long_way(score, conserving):
     model = build()
     images, texts = pictures(model), sentences(model)
     truth = [relevances(forward(model, i), t, score, conserving) for i, t in zip(images, texts, strict=True)]
-    for layer, R_A, R in relevance(model, images, texts, conserving=conserving, score=score):
+    for layer, R_A, R in list(relevance(model, images, texts, conserving=conserving, score=score)):  # none changes later
         assert far(R_A, torch.stack([R_As[layer] for R_As, _ in truth])) < RELEVANCE
         assert far(R, torch.stack([Rs[layer] for _, Rs in truth])) < RELEVANCE
 
