@@ -51,8 +51,6 @@ class CueVotes:
     def explained(self, moments: Moments) -> Tensor:
         """[L, H] share of the variance of each head's term that lies between pseudo-labels, corrected for their number.
 
-        Chance alone gives k groups of n images a share of (k - 1) / (n - 1); the correction (epsilon squared, Kelley 1935) makes it 0.
-
         Args:
             moments: of the same images' values.
         """
@@ -62,10 +60,18 @@ class CueVotes:
         shift = self.sum[seen] / self.count[seen, None, None, None] - moments.mean  # [k, L, H, e]
         between = torch.einsum("k,kLHe,LHef,kLHf->LH", self.count[seen], shift, gram, shift)
         total = (gram * moments.scatter).sum(dim=(-2, -1))
-        within = (total - between) / max(moments.count - int(seen.sum()), 1)
-        share = (1 - within * (moments.count - 1) / total).clamp_min(0)
+        share = corrected(between, total, moments.count, int(seen.sum()))
         mean = torch.einsum("LHe,LHef,LHf->LH", moments.mean, gram, moments.mean)
         return torch.where(total > 1e-12 * moments.count * mean, share, 0.0)  # a head that always writes the same has no share
+
+
+def corrected(between: Tensor, total: Tensor, images: int, groups: int) -> Tensor:
+    """Share between / total of a variance over images that lies between groups of them, 0 where the groups are as good as random.
+
+    Chance alone gives k groups of n images a share of (k - 1) / (n - 1); the correction (epsilon squared, Kelley 1935) makes it 0.
+    """
+    within = (total - between) / max(images - groups, 1)
+    return (1 - within * (images - 1) / total).clamp_min(0)
 
 
 def subspace(texts: Tensor, share: float = 0.95) -> Tensor:

@@ -78,6 +78,92 @@ class Waterbirds(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
         return read(self.root / self.files[index], self.transform, root=self.root), index
 
+    def picture(self, index: int) -> Image.Image:
+        """The image before the transform."""
+        image = read(self.root / self.files[index], lambda image: image, root=self.root)
+        if isinstance(image, str):
+            raise InputError(image)
+        return image
+
+    def caption(self, index: int) -> str:
+        """What to write under an image."""
+        return f"{self.files[index]}: {self.classes[self.y[index]]} on {self.places[self.place[index]]}"
+
+
+class ImageFolder(Dataset):
+    """Any folder of images. root/CLASS/NAME.jpg also says what an image shows; ImageNet is such a folder of WordNet ids.
+
+    Labels come from the folders' names, never from the order of files. For WordNet ids, classes[i] is the name of the i-th id in sorted
+    order, which is the order of ImageNet's classes; all 1,000 must be there, or the order would not tell.
+
+    Args:
+        root: the folder; where it has subfolders train, val or test, `split` picks one (ImageNet has no test labels: val is scored).
+
+    Raises:
+        InputError: no such folder, no images, some but not all WordNet ids.
+    """
+
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
+    def __init__(self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0) -> None:
+        self.root, self.transform = self._split(Path(root), split), transform
+        files = [path.relative_to(self.root) for path in sorted(self.root.rglob("*")) if path.suffix.lower() in self.suffixes]
+        if not files:
+            raise InputError(f"no images in {self.root} ({', '.join(self.suffixes)})")
+        total, rows = len(files), subset(len(files), limit, seed)
+        self.classes: tuple[str, ...] = ()
+        self.y = None
+        if all(len(file.parts) > 1 for file in files):
+            folders = sorted({file.parts[0] for file in files})
+            self.classes = self._names(folders)
+            self.y = torch.tensor([folders.index(files[i].parts[0]) for i in rows])
+        self.files = [files[i] for i in rows]
+        self.description = f"{self.root}, {len(rows):,} of {total:,} images" + (
+            f", {len(self.classes):,} classes" if self.classes else ""
+        )
+
+    @staticmethod
+    def _split(root: Path, split: str) -> Path:
+        if not root.is_dir():
+            raise InputError(f"no folder {root}: --data must be a folder of images, or of folders of images, one for each class")
+        there = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+        if not there:
+            return root
+        wanted = "val" if split == "test" and "test" not in there else split
+        if wanted not in there:
+            raise InputError(f"no folder {root / wanted}: found {', '.join(there)} there; choose with --reference")
+        return root / wanted
+
+    def _names(self, folders: list[str]) -> tuple[str, ...]:
+        ids = [name for name in folders if len(name) == 9 and name[0] == "n" and name[1:].isdigit()]
+        if not ids:
+            return tuple(name.replace("_", " ") for name in folders)
+        from open_clip import IMAGENET_CLASSNAMES
+
+        if len(ids) != len(folders) or len(ids) != len(IMAGENET_CLASSNAMES):
+            raise InputError(
+                f"{self.root} holds {len(folders):,} folders, {len(ids):,} of them WordNet ids; expected all {len(IMAGENET_CLASSNAMES):,} of "
+                "ImageNet (a class is named by the place of its id among all of them), or folders named by their class"
+            )
+        return tuple(IMAGENET_CLASSNAMES)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
+        return read(self.root / self.files[index], self.transform), index
+
+    def picture(self, index: int) -> Image.Image:
+        """The image before the transform."""
+        image = read(self.root / self.files[index], lambda image: image)
+        if isinstance(image, str):
+            raise InputError(image)
+        return image
+
+    def caption(self, index: int) -> str:
+        """What to write under an image."""
+        return str(self.files[index])
+
 
 class DemoBirds(Dataset):
     """One split of the demo world. `facts` holds every factor of every image; see demo/scenes.py.
@@ -112,6 +198,13 @@ class DemoBirds(Dataset):
     def picture(self, index: int) -> Image.Image:
         """The image before the transform."""
         return Image.fromarray(self.render(index)[0])
+
+    def caption(self, index: int) -> str:
+        """What the picture shows, in words."""
+        from demo.scenes import FACTORS
+
+        kind, colour, place, light, style = (FACTORS[name][int(self.facts[name][index])] for name in FACTORS)
+        return f"{colour} {kind}, {place}, {light}, {style}"
 
     def render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The picture [64, 64, 3], and the bird's mask [64, 64] (0 to 255, soft at the edge)."""

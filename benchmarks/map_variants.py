@@ -2,7 +2,8 @@
 
     $ python -m benchmarks.map_variants            # 512 images, half a minute
 
-Rows: which layers, which text, and what is done with negative values: "clipped when resized" is the paper's way. "oracle" is the share of bird in each patch: what the patch grid allows.
+Rows: which layers, which text, and what is done with negative values: "clipped when resized" is the paper's way. "oracle" is the
+share of bird in each patch: what the patch grid allows.
 """
 
 from __future__ import annotations
