@@ -118,9 +118,8 @@ class ImageFolder(Dataset):
             self.classes = self._names(folders)
             self.y = torch.tensor([folders.index(files[i].parts[0]) for i in rows])
         self.files = [files[i] for i in rows]
-        self.description = f"{self.root}, {len(rows):,} of {total:,} images" + (
-            f", {len(self.classes):,} classes" if self.classes else ""
-        )
+        classes = f", {len(self.classes):,} classes" if self.classes else ""
+        self.description = f"{self.root}, {len(rows):,} of {total:,} images{classes}"
 
     @staticmethod
     def _split(root: Path, split: str) -> Path:
@@ -142,8 +141,8 @@ class ImageFolder(Dataset):
 
         if len(ids) != len(folders) or len(ids) != len(IMAGENET_CLASSNAMES):
             raise InputError(
-                f"{self.root} holds {len(folders):,} folders, {len(ids):,} of them WordNet ids; expected all {len(IMAGENET_CLASSNAMES):,} of "
-                "ImageNet (a class is named by the place of its id among all of them), or folders named by their class"
+                f"{self.root} holds {len(folders):,} folders, {len(ids):,} of them WordNet ids; expected all "
+                f"{len(IMAGENET_CLASSNAMES):,} of ImageNet (an id's place among them names the class), or folders named by their class"
             )
         return tuple(IMAGENET_CLASSNAMES)
 
