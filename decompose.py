@@ -53,6 +53,7 @@ class Decomposition:
     mlps: Tensor  # [b, L, d]
     constant: Tensor  # [b, d] out-projection biases and LayerNorm's beta; zero for convention="paper"
     values: Tensor  # [b, L, H, e] attention-weighted values, divided by the frozen standard deviations
+    own: Tensor  # [b, L, H, e] the part of `values` that comes from the class token's attention to itself
 
     def total(self) -> Tensor:
         """[b, d] the sum of all terms."""
@@ -85,8 +86,8 @@ def decompose(model: nn.Module, images: Tensor, *, convention: str = "term") -> 
     if convention not in ("term", "paper"):
         raise ValueError(f'convention must be "term" or "paper", got {convention!r}')
     layers, readout = _layers(model), _Readout(model.visual)
-    rows: list[tuple[Tensor, Tensor]] = []
-    with _watch(model, layers, lambda _, row: rows.append((row.value, row.bias))) as seen:
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    with _watch(model, layers, lambda _, row: rows.append((row.value, row.own, row.bias))) as seen:
         embedding = _embedding(model, images)
 
     with _full_precision(images):
@@ -94,8 +95,9 @@ def decompose(model: nn.Module, images: Tensor, *, convention: str = "term") -> 
         G = readout.matrix(convention)  # [D, d]
         stem = seen.stem / sigma @ G
         mlps = torch.stack(seen.mlps, dim=1) / sigma[:, None] @ G
-        biases = torch.stack([bias for _, bias in rows], dim=1) / sigma[:, None] @ G  # [b, L, d]
-        values = torch.stack([value for value, _ in rows], dim=1) / sigma[:, None, None]
+        values, own, biases = (torch.stack(parts, dim=1) for parts in zip(*rows, strict=True))
+        values, own = values / sigma[:, None, None], own / sigma[:, None, None]
+        biases = biases / sigma[:, None] @ G  # [b, L, d]
         written = [torch.einsum("bHe,HeD->bHD", values[:, i], layer.writes()) for i, layer in enumerate(layers)]  # L x [b, H, D]
         heads = torch.stack([x @ G for x in written], dim=1)
         if convention == "term":
@@ -105,7 +107,7 @@ def decompose(model: nn.Module, images: Tensor, *, convention: str = "term") -> 
             share = (readout.beta() - mean) / (2 * len(layers) + 1)
             stem, mlps, constant = stem + share, mlps + share[:, None], torch.zeros_like(stem)
             heads = heads + ((biases + share[:, None]) / heads.shape[2])[:, :, None]
-    return Decomposition(embedding, stem, heads, mlps, constant, values)
+    return Decomposition(embedding, stem, heads, mlps, constant, values, own)
 
 
 @torch.no_grad()
@@ -195,6 +197,7 @@ class _Row:
 
     attention: Tensor  # [b, H, N]
     value: Tensor  # [b, H, e]
+    own: Tensor  # [b, H, e] the summand of `value` whose source is the class token
     bias: Tensor  # [b, D] what the attention adds that belongs to no head
     scale: Tensor  # [b, 1]
     inputs: Tensor  # [b, N, D] the block's normalised input
@@ -382,10 +385,11 @@ class _Layer:
         q = torch.einsum("bD,HeD->bHe", y[:, 0], W_q) + b_q
         A = self.logits(q, y, W_k, b_k).softmax(dim=-1)  # [b, H, N]
         value = torch.einsum("bHD,HeD->bHe", A @ y, W_v) + b_v  # b_v once: attention weights sum to one
+        own = A[:, :, :1] * (torch.einsum("bD,HeD->bHe", y[:, 0], W_v) + b_v)
         if getattr(self.attn, "head_scale", None) is not None:
-            value = value * _promote(self.attn.head_scale)[:, 0]
+            value, own = (x * _promote(self.attn.head_scale)[:, 0] for x in (value, own))
         bias, scale = self.leave(value.flatten(1))
-        return _Row(A, value / scale[:, None], bias, scale, y)
+        return _Row(A, value / scale[:, None], own / scale[:, None], bias, scale, y)
 
     def logits(self, q: Tensor, y: Tensor, W_k: Tensor, b_k: Tensor) -> Tensor:
         """[b, H, N]"""

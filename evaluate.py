@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap")
+TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap", "ablation", "completeness", "retrieval", "neurons")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,14 +78,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="segmentation: masks cropped like images, or squashed as the authors do [%(default)s]",
     )
     add("--void", type=natural, metavar="VALUE", help="segmentation: value of mask pixels to leave out")
-    add("--image", metavar="FILE", help="heatmap: the image")
-    add("--text", action="append", metavar="TEXT", help="heatmap: what to look for; may be given several times")
-    add("--texts", type=positive, help="textspan: texts per head [20, or half of a narrower head's width]")
+    add("--image", metavar="FILE", help="heatmap, retrieval: the image")
+    add("--text", action="append", metavar="TEXT", help="heatmap, retrieval: what to look for; heatmap takes several")
+    add("--texts", type=positive, help="textspan: texts per head [20, or half of a narrower head's width]; completeness: at most")
     add(
         "--text-bank",
         metavar="FILE",
         help="descriptions, one per line under `# category` lines [text_bank.txt; the demo has its own]",
     )
+    add("--words", metavar="FILE", help="completeness: a second pool of texts, one per line (the commonest English words, say)")
+    add("--head", metavar="L.H", help="retrieval: by this head's contribution")
+    add("--role", metavar="CATEGORY", help="retrieval: by all heads of this role together")
+    add("--top", type=positive, default=12, help="retrieval: images to show [%(default)s]")
+    add("--layer", type=int, help="neurons: which layer's MLP [the last]")
+    add("--neurons", type=positive, default=10, help="neurons: how many to show [%(default)s]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model; sums are always fp32 [%(default)s]")
     add("--batch-size", type=positive, default=64)

@@ -57,11 +57,7 @@ def find_roles(
         draws: random sets of texts for each category.
         bootstraps: samples of the images, drawn with replacement.
     """
-    maps, names = maps.float().cpu(), list(dict.fromkeys(categories))
-    # |x F| = |x A| for values x and the map A: all that follows happens in the heads' own, small spaces.
-    F = _factor(maps @ maps.mT)
-    written = torch.einsum("nLHe,LHef->nLHf", values.float().cpu(), F)
-    written = written - written.mean(dim=0)
+    names, written = list(dict.fromkeys(categories)), in_own_space(values, maps)
     # Centred: some texts are near to every image, and would be the label of all of them.
     embedding = embedding.float().cpu()
     fit = (embedding - embedding.mean(dim=0)) @ texts.float().cpu().T  # [n, t]
@@ -82,6 +78,12 @@ def find_roles(
         same = [_name(names, again[:, i], chance.flatten(1)[:, i]) == found[i] for i in range(heads)]
         stable += torch.tensor(same).view_as(stable) / bootstraps
     return Roles(names, share, chance, stable)
+
+
+def in_own_space(values: Tensor, maps: Tensor) -> Tensor:
+    """[n, L, H, e] float32: the heads' terms up to a rotation, so with their lengths and angles, in e dimensions instead of d."""
+    maps = maps.float().cpu()
+    return torch.einsum("nLHe,LHef->nLHf", values.float().cpu(), _factor(maps @ maps.mT))
 
 
 def explained(written: Tensor, label: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from datasets import DemoBirds, InputError, Waterbirds, batches, subset
+from datasets import DemoBirds, ImageFolder, InputError, Waterbirds, batches, subset
 from decompose import Decomposition, decompose, head_maps
 from textspan import Moments
 from zeroshot import Clip
@@ -27,6 +29,7 @@ class Reference:
     values: Moments  # of every head's values, [L, H, e]
     mlps: Tensor  # [L, d] mean
     stem: Tensor  # [d] mean
+    own: Tensor  # [L, H, e] mean of what of the values comes from the class token itself
     embedding: Moments  # [d]
     maps: Tensor  # [L, H, e, d] from values to terms, on the model's device
     description: str
@@ -36,10 +39,46 @@ class Reference:
         return torch.einsum("LHe,LHed->LHd", self.values.mean.to(self.maps), self.maps)
 
 
-def open_split(args: Namespace, clip: Clip, split: str) -> DemoBirds | Waterbirds:
+def open_split(args: Namespace, clip: Clip, split: str) -> DemoBirds | Waterbirds | ImageFolder:
+    """--data: Waterbirds where it holds metadata.csv, else any folder of images; the demo where it is not given."""
     if args.data is None:
         return DemoBirds(split, clip.preprocess, args.limit, args.seed)
-    return Waterbirds(args.data, split, clip.preprocess, args.limit, args.seed)
+    kind = Waterbirds if (Path(args.data) / "metadata.csv").exists() else ImageFolder
+    return kind(args.data, split, clip.preprocess, args.limit, args.seed)
+
+
+def zero_shot_problem(data: DemoBirds | Waterbirds | ImageFolder) -> tuple[list[str], Tensor]:
+    """The classes to tell, and each image's: kinds of birds in the demo."""
+    if isinstance(data, DemoBirds):
+        return list(data.kinds), data.facts["kind"]
+    if data.y is None or len(data.classes) < 2:
+        raise InputError(f"{data.root} has no labels: expected folders of images named by their class, two at least")
+    return list(data.classes), data.y
+
+
+class Kept:
+    """The values and embeddings of some images of a pass, chosen with the seed: memory does not grow with their number.
+
+    on_batch for `summarise`. Values are kept in the heads' own space, of the layers wanted.
+    """
+
+    def __init__(self, count: int, limit: int, seed: int, layers: slice) -> None:
+        self.rows = subset(count, limit, seed)
+        self.values: Tensor | list[Tensor] = []  # [n, l, H, e]
+        self.embedding: Tensor | list[Tensor] = []  # [n, d]
+        self._layers, self._wanted, self._seen = layers, torch.zeros(count, dtype=torch.bool), 0
+        self._wanted[self.rows] = True
+
+    def __call__(self, terms: Decomposition) -> None:
+        mine = self._wanted[self._seen : self._seen + len(terms.values)].to(terms.values.device)
+        self.values.append(terms.values[mine][:, self._layers].cpu())
+        self.embedding.append(terms.embedding[mine].float().cpu())
+        self._seen += len(mine)
+
+    def done(self) -> Kept:
+        """As tensors."""
+        self.values, self.embedding = torch.cat(self.values), torch.cat(self.embedding)
+        return self
 
 
 def stream(clip: Clip, data: Dataset, args: Namespace, title: str) -> Iterator[Tensor]:
@@ -48,12 +87,14 @@ def stream(clip: Clip, data: Dataset, args: Namespace, title: str) -> Iterator[T
         yield images.to(clip.dtype)
 
 
-def summarise(clip: Clip, args: Namespace, on_batch: Callable[[Decomposition], None] = lambda terms: None) -> Reference:
-    """One pass over the --reference split; on_batch sees every batch's terms."""
-    data = open_split(args, clip, args.reference)
+def summarise(
+    clip: Clip, args: Namespace, on_batch: Callable[[Decomposition], None] = lambda terms: None, data: Dataset | None = None
+) -> Reference:
+    """One pass over the --reference split, or `data` in its place; on_batch sees every batch's terms."""
+    data = open_split(args, clip, args.reference) if data is None else data
     maps = head_maps(clip.model)
     depth, heads, width, dim = maps.shape
-    reference = Reference(Moments(width, (depth, heads)), 0, 0, Moments(dim), maps, data.description)
+    reference = Reference(Moments(width, (depth, heads)), 0, 0, 0, Moments(dim), maps, data.description)
     for images in stream(clip, data, args, f"reference ({args.reference})"):
         terms = decompose(clip.model, images)
         if not terms.embedding.isfinite().all():
@@ -62,8 +103,10 @@ def summarise(clip: Clip, args: Namespace, on_batch: Callable[[Decomposition], N
         reference.embedding.update(terms.embedding.float())
         reference.mlps += terms.mlps.double().sum(dim=0)
         reference.stem += terms.stem.double().sum(dim=0)
+        reference.own += terms.own.double().sum(dim=0)
         on_batch(terms)
-    reference.mlps, reference.stem = ((x / len(data)).to(maps) for x in (reference.mlps, reference.stem))
+    for term in ("mlps", "stem", "own"):
+        setattr(reference, term, (getattr(reference, term) / len(data)).to(maps))
     return reference
 
 
@@ -77,14 +120,15 @@ def centre(clip: Clip, args: Namespace) -> Tensor:
     return torch.cat([decompose(clip.model, images).embedding for images in stream(clip, few, args, "centre")]).float().mean(dim=0)
 
 
-def parse_heads(text: str, depth: int, heads: int) -> list[Head]:
+def parse_heads(text: str, depth: int, heads: int, option: str = "--heads") -> list[Head]:
     """ "3.7,2.1" -> [(2, 1), (3, 7)], sorted, each once."""
     chosen = set()
     for part in text.split(","):
         try:
             layer, head = (int(number) for number in part.split("."))
         except ValueError:
-            raise InputError(f"--heads takes paper, auto, or a list like 3.7,2.1 (layer.head, both from 0); found {part!r}") from None
+            choices = "paper, auto, or a list" if option == "--heads" else "one or a list"
+            raise InputError(f"{option} takes {choices} like 3.7,2.1 (layer.head, both from 0); found {part!r}") from None
         if not (0 <= layer < depth and 0 <= head < heads):
             raise InputError(f"no head {part}: the model has layers 0 to {depth - 1} with heads 0 to {heads - 1}")
         chosen.add((layer, head))
@@ -126,3 +170,20 @@ def print_settings(lines: dict[str, str]) -> None:
     width = max(map(len, lines)) + 2
     for key, value in lines.items():
         print(f"{key + ':':<{width}}{value}")
+
+
+def percent(accuracy: float, count: int) -> str:
+    """With its 95 % interval."""
+    low, high = wilson(accuracy, count)
+    return f"{100 * accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """As PNG, under another name first: what stood there stays until the new picture is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        picture.save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -17,7 +17,7 @@ from metrics import scale
 from zeroshot import Clip, embed_texts, load_clip
 
 from .attribution import attribute, choose_methods, clipped, score_of
-from .common import print_settings, settings, table
+from .common import print_settings, save_picture, settings, table
 
 LONG_SIDE = 512  # of the pictures
 TILE, ACROSS, GAP = 200, 6, 8  # of the sheet
@@ -52,7 +52,7 @@ def run(args: Namespace) -> dict:
             files[name] = tiles[method]
         files[f"{i + 1}-{slug(text)}-all.png"] = sheet(f'"{text}"  cosine {cosine[i]:.3f}', tiles)
     for name, picture in files.items():
-        save(picture, folder / name)
+        save_picture(picture, folder / name)
     where = settings(args, clip, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods))
     where["seen"] = "all of it" if covers(box, image.size) else "what the model's cropping leaves; the rest is dimmed"
     print_settings(where)
@@ -122,14 +122,3 @@ def slug(text: str) -> str:
 
 def covers(box: tuple[float, ...], size: tuple[int, int]) -> bool:
     return box[0] <= 0.5 and box[1] <= 0.5 and box[2] >= size[0] - 0.5 and box[3] >= size[1] - 0.5
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """As PNG, under another name first: what stood there stays until the new picture is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        picture.save(partial, format="PNG")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

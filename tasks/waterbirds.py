@@ -27,12 +27,12 @@ from .common import (
     name,
     open_split,
     parse_heads,
+    percent,
     print_settings,
     settings,
     stream,
     summarise,
     table,
-    wilson,
 )
 
 # Section 4 of the paper; its authors' list for ViT-L-14 has 22.12 twice, here it stands once.
@@ -59,6 +59,8 @@ class Scores:
 def run(args: Namespace) -> dict:
     """Accuracy by group: as it is, without the cue's heads or directions, and without random heads."""
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
+    if args.data is not None:
+        Waterbirds(args.data, "test", clip.preprocess)  # other folders have no groups: refused here
     test = open_split(args, clip, "test")
     seen = Counter((2 * test.y + test.place).tolist())
     if len(seen) < 4:
@@ -232,8 +234,8 @@ def print_rows(rows: dict[str, dict], draws: dict | None, test: DemoBirds | Wate
         lines.append([
             label,
             *(f"{100 * row['groups'][group]:.1f}" for group in GROUPS),
-            interval(row["worst"], counts[worst]),
-            interval(row["average"], len(test)),
+            percent(row["worst"], counts[worst]),
+            percent(row["average"], len(test)),
             *([f"{100 * row['kinds']:.1f}"] if kinds else []),
         ])  # fmt: skip
     control = "none: no other set of as many heads from the same layers is left"
@@ -248,8 +250,3 @@ def print_rows(rows: dict[str, dict], draws: dict | None, test: DemoBirds | Wate
         )
     print(table(header, lines))
     print(f"\nGroups are bird/place. [..]: 95 % interval (Wilson). Random: {control}")
-
-
-def interval(accuracy: float, count: int) -> str:
-    low, high = wilson(accuracy, count)
-    return f"{100 * accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

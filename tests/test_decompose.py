@@ -276,7 +276,7 @@ def test_the_error_is_not_small_once_a_term_is_altered(part):
 def test_the_total_is_the_sum_of_every_term(part):
     parts = {"stem": torch.zeros(2, 5), "heads": torch.zeros(2, 3, 4, 5), "mlps": torch.zeros(2, 3, 5), "constant": torch.zeros(2, 5)}
     parts[part] = torch.randn_like(parts[part])
-    terms = Decomposition(embedding=torch.ones(2, 5), values=torch.ones(2, 3, 4, 2), **parts)
+    terms = Decomposition(embedding=torch.ones(2, 5), values=torch.ones(2, 3, 4, 2), own=torch.ones(2, 3, 4, 2), **parts)
     assert torch.allclose(terms.total(), parts[part].reshape(2, -1, 5).sum(1))
 
 
@@ -284,7 +284,7 @@ def alone(stem, embedding):
     """A decomposition of nothing but a stem."""
     b, d = stem.shape
     zero = torch.zeros_like(stem)
-    return Decomposition(embedding, stem, torch.zeros(b, 1, 1, d), torch.zeros(b, 1, d), zero, torch.zeros(b, 1, 1, 1))
+    return Decomposition(embedding, stem, torch.zeros(b, 1, 1, d), torch.zeros(b, 1, d), zero, *[torch.zeros(b, 1, 1, 1)] * 2)
 
 
 def test_the_error_is_the_largest_difference_over_the_largest_entry():

@@ -220,7 +220,7 @@ def test_textspan_names_every_head(tmp_path, capsys):
         shares = [share for _, share in head["texts"]]
         assert {text for text, _ in head["texts"]} <= bank
         assert sum(shares) + head["remainder"] == pytest.approx(1)
-        assert sum(head["categories"].values()) == pytest.approx(sum(shares))
+        assert sum(head["texts by category"].values()) == pytest.approx(sum(shares))
     assert results["heads"][-1]["texts"][0][0] in capsys.readouterr().out
 
 
