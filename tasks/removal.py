@@ -1,0 +1,177 @@
+"""What waterbirds and debias share: find the heads that look at a cue, and score every image with and without what they write.
+
+Every intervention changes the embedding by a sum of terms, and a class score is the embedding's dot product with the class, up to
+a positive factor that does not change which class wins. So one pass over the test images keeps each term's dot product with each
+class, and every intervention, the random ones too, is a sum of those.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cue import THRESHOLD, CueVotes, subspace
+from datasets import InputError
+from decompose import decompose, head_maps
+from zeroshot import Clip, default_bank, embed_texts, load_bank
+
+from .common import LAST_LAYERS, Head, Reference, centre, name, parse_heads, stream, summarise
+
+# Section 4 of the paper; its authors' list for ViT-L-14 has 22.12 twice, here it stands once.
+PAPER_HEADS = {
+    "ViT-B-16": "9.6,9.8,10.10,10.11,11.0,11.3,11.6",
+    "ViT-L-14": "21.1,21.3,21.6,21.8,21.11,21.13,21.14,22.2,22.12,22.13,22.15,23.1,23.3,23.5,23.6",
+    "ViT-H-14": "29.4,29.8,29.14,30.6,30.11,30.12,30.15,31.8,31.12",
+}
+
+
+@dataclass
+class Cue:
+    """A cue, the heads that look at it, and what the reference images say."""
+
+    texts: list[str]
+    name: str
+    directions: Tensor  # [k, d] orthonormal
+    votes: CueVotes
+    reference: Reference
+    explained: Tensor  # [L, H] share of each head's variance
+    heads: list[Head]
+    how: str  # the heads were chosen
+
+    def words(self) -> dict[str, str]:
+        """Lines for the settings above a table."""
+        return {
+            "heads": f"{', '.join(map(name, self.heads))} ({self.how})" if self.heads else "none: the embedding as a whole",
+            "cue": f"{self.name}, {len(self.texts)} texts, {len(self.directions)} directions",
+        }
+
+
+def look_for_cue(args: Namespace, clip: Clip) -> Cue:
+    """One pass over the reference images; no labels."""
+    maps = head_maps(clip.model)
+    given, how = given_heads(args, clip, *maps.shape[:2])
+    texts, title = find_cue(args, clip)
+    embeddings = embed_texts(clip, texts)
+    directions = subspace(embeddings)
+    if not len(directions):
+        raise InputError(f"the texts of the cue ({title}) do not differ for this model: give texts that do")
+    votes = CueVotes(embeddings, maps, centre(clip, args))
+    reference = summarise(clip, args, lambda terms: votes.update(terms.embedding, terms.values))
+    explained = votes.explained(reference.values)
+    needs_heads = {"heads", "directions"} & set(args.remove)
+    heads = given or (auto_heads(explained, title) if needs_heads else [])
+    return Cue(texts, title, directions, votes, reference, explained, heads, how)
+
+
+def find_cue(args: Namespace, clip: Clip) -> tuple[list[str], str]:
+    """--cue: a category of the bank, or texts."""
+    bank = load_bank(args.text_bank or default_bank(clip))
+    if len(args.cue) == 1 and args.cue[0] in bank.categories:
+        return bank.of(args.cue[0]), f"category {args.cue[0]!r} of {bank.path.name}"
+    if len(args.cue) == 1:
+        raise InputError(
+            f"--cue {args.cue[0]!r} is no category of {bank.path} ({', '.join(sorted(set(bank.categories)))}), "
+            "and one text has nothing to be told from: give a category or at least two texts"
+        )
+    return list(args.cue), f"{args.cue[0]!r} and {len(args.cue) - 1} more"
+
+
+def given_heads(args: Namespace, clip: Clip, depth: int, heads: int) -> tuple[list[Head], str]:
+    """What --heads says, and in words where it comes from; no heads yet where it says auto."""
+    if args.heads == "auto":
+        return [], f"auto: the cue explains over {THRESHOLD:.0%} of what they write on the reference images; no labels used"
+    if args.heads != "paper":
+        return parse_heads(args.heads, depth, heads), "given by hand"
+    if clip.name not in PAPER_HEADS:
+        raise InputError(f"--heads paper: the paper lists heads of {', '.join(PAPER_HEADS)}, not of {clip.name}; use auto or a list")
+    return parse_heads(PAPER_HEADS[clip.name], depth, heads), "the paper's list"
+
+
+def auto_heads(explained: Tensor, cue_name: str) -> list[Head]:
+    """The heads that look at the cue."""
+    chosen = [(layer, head) for layer, head in (explained > THRESHOLD).nonzero().tolist()]
+    if not chosen:
+        layer, head = divmod(int(explained.argmax()), explained.shape[1])
+        raise InputError(
+            f"no head looks at the cue ({cue_name}): it explains at most {explained.max():.0%} of a head's variance (head "
+            f"{layer}.{head}), below {THRESHOLD:.0%}; name heads with --heads or another --cue"
+        )
+    return chosen
+
+
+@dataclass
+class Scores:
+    """Dot products with every class c, for every test image: of the embedding, and of what each intervention would add to it."""
+
+    embedding: Tensor  # [n, c]
+    heads: Tensor  # [n, L, H, c] mean - term
+    mlps: Tensor  # [n, L, c] mean - term
+    stem: Tensor  # [n, c] mean - term
+    heads_cue: Tensor  # [n, L, H, c] (mean - term), projected onto the cue's directions
+    embedding_cue: Tensor  # [n, c] (mean - embedding), projected onto the cue's directions
+    label: Tensor  # [n] the cue's text that fits the image best
+
+
+def score(clip: Clip, args: Namespace, test: Dataset, cue: Cue, classes: Tensor) -> Scores:
+    """One pass over the test images."""
+    reference, directions = cue.reference, cue.directions
+    maps = reference.maps
+    classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
+    read, read_cue = maps @ classes.T, maps @ classes_cue  # [L, H, e, c]
+    mean = reference.values.mean.to(maps)
+    parts = []
+    for images in stream(clip, test, args, "test"):
+        terms = decompose(clip.model, images)
+        embedding, away = terms.embedding.to(maps), mean - terms.values
+        batch = (
+            embedding @ classes.T,
+            torch.einsum("bLHe,LHec->bLHc", away, read),
+            (reference.mlps - terms.mlps) @ classes.T,
+            (reference.stem - terms.stem) @ classes.T,
+            torch.einsum("bLHe,LHec->bLHc", away, read_cue),
+            (reference.embedding.mean.to(maps) - embedding) @ classes_cue,
+            cue.votes.labels(embedding),
+        )
+        parts.append([part.cpu() for part in batch])
+    return Scores(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def interventions(args: Namespace, scores: Scores, chosen: list[Head]) -> dict[str, Tensor]:
+    """What each row of the table adds to the class scores, [n, c]."""
+    rows, depth = {}, scores.heads.shape[1]
+    if "heads" in args.remove:
+        whole = pick(scores.heads, chosen)
+        rows["heads mean-ablated"] = whole
+        rows["  + MLPs and stem"] = whole = whole + scores.mlps.sum(dim=1) + scores.stem
+        if depth > LAST_LAYERS:
+            early = [(layer, head) for layer in range(depth - LAST_LAYERS) for head in range(scores.heads.shape[2])]
+            rows["  + earlier layers"] = whole + pick(scores.heads, sorted(set(early) - set(chosen)))
+    if "directions" in args.remove:
+        rows["cue's directions in the heads"] = pick(scores.heads_cue, chosen)
+    if "embedding" in args.remove:
+        rows["cue's directions everywhere"] = scores.embedding_cue
+    return rows
+
+
+def pick(scores: Tensor, chosen: list[Head]) -> Tensor:
+    """[n, c] the sum over the chosen heads of scores [n, L, H, c]."""
+    layers, heads = zip(*chosen, strict=True) if chosen else ((), ())
+    return scores[:, list(layers), list(heads)].sum(dim=1)
+
+
+def random_heads(chosen: list[Head], width: int, draws: int, seed: int) -> list[list[Head]]:
+    """As many heads in each layer as were chosen there, but never the chosen set itself; none where there is no other."""
+    generator, per_layer = torch.Generator().manual_seed(seed), Counter(layer for layer, _ in chosen)
+    if all(count == width for count in per_layer.values()):  # true of no heads, too
+        return []
+    found = []
+    while len(found) < draws:
+        drawn = [(layer, h) for layer, count in per_layer.items() for h in torch.randperm(width, generator=generator)[:count].tolist()]
+        if set(drawn) != set(chosen):
+            found.append(drawn)
+    return found
