@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap", "ablation", "completeness", "retrieval", "neurons")
+TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap", "ablation", "completeness", "debias", "retrieval", "neurons")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,7 +58,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="CLASS",
         help="segmentation: explain the predicted class, the true one, or the one named [%(default)s]",
     )
-    add("--classes", nargs="+", metavar="NAME", help="segmentation: classes to predict among, or a file [the data's, or ImageNet's]")
+    add(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="segmentation, debias: classes to predict among; segmentation: or a file [the data's, or ImageNet's]",
+    )
     add(
         "--contrast",
         choices=("all", "paper", "none"),
