@@ -97,7 +97,5 @@ def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: in
         shown = [f"{100 * x.mean():.1f} ± {100 * x.std(correction=0):.1f}" for x in both.values()]
         lines.append([f"{heads} random heads, mean ± std", *shown])
     print(table(header, lines))
-    print(
-        "\nFollows the cue: share of the variance of class scores between images that different texts of the cue fit best, corrected for"
-    )
+    print("\nFollows the cue: share of the variance of class scores between images that different texts of the cue fit best, corrected")
     print("for their number. It falls where the classifier stops using the cue, but not to 0 where the cue truly goes with a class.")
