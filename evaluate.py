@@ -1,8 +1,15 @@
-"""Run one of the paper's experiments and print its table; everything goes to results/<task>/results.json too.
+"""Run one of the experiments and print its table; everything goes to results/<task>/results.json too.
 
-    $ python evaluate.py --task waterbirds      # the embedded demo, offline
-    $ python evaluate.py --task textspan        # what each head writes, in words
+    $ python evaluate.py --task waterbirds      # the embedded demo, offline: take the background out of what decides
     $ python evaluate.py --task check           # do the terms sum to the embedding?
+    $ python evaluate.py --task textspan        # what each head writes, in words, and its role
+    $ python evaluate.py --task segmentation    # do maps lie on the object? the decomposition and ten other attributions
+    $ python evaluate.py --task heatmap --image FILE --text "a bird"
+    $ python evaluate.py --task ablation        # which terms does accuracy need?
+    $ python evaluate.py --task completeness    # how much of the heads do their texts hold?
+    $ python evaluate.py --task retrieval --head 3.4 --image FILE
+    $ python evaluate.py --task debias --classes NAME NAME --cue TEXT TEXT --data FOLDER
+    $ python evaluate.py --task neurons         # what single neurons of an MLP write
     $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper --data DIR
 
 DIR is the folder waterbird_complete95_forest2water2, with metadata.csv in it.
@@ -25,86 +32,69 @@ TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap", "ablation
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All options of all tasks."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=TASKS, required=True, metavar="TASK", help=", ".join(TASKS))
+    for add_options in (of_models, of_heads, of_cues, of_maps):
+        add_options(parser)
+    return parser.parse_args(argv)
+
+
+def of_models(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model, images, results").add_argument
     add("--model", help="open_clip's name of an architecture; without it the demo model")
     add("--pretrained", help="open_clip's tag, or a checkpoint file; none: random weights")
-    add("--data", help="folder of Waterbirds; segmentation: gtsegs_ijcv.mat, or a folder with images/ and masks/ [the demo world]")
-    add(
-        "--reference",
-        choices=("train", "val", "test"),
-        default="train",
-        help="images that means come from [%(default)s]; test: as the authors",
-    )
-    add(
-        "--heads",
-        default="auto",
-        help="waterbirds: paper, auto (found with --cue), or a list like 3.7,2.1 (layer.head) [%(default)s]",
-    )
-    add(
-        "--cue",
-        nargs="+",
-        default=["places"],
-        metavar="TEXT",
-        help="waterbirds: a category of the bank, or texts, to take out [places]",
-    )
-    remove = ("heads", "directions", "embedding")
-    add("--remove", nargs="+", choices=remove, default=remove, help="waterbirds: rows of the table [all]")
-    add("--draws", type=positive, default=100, help="waterbirds: random draws of heads [%(default)s]")
-    add("--methods", nargs="+", metavar="NAME", help="segmentation, heatmap: which attributions [all]")
+    data = "Waterbirds' folder, or any of images (CLASS/NAME.jpg gives labels); segmentation: gtsegs_ijcv.mat, or images/ and masks/"
+    add("--data", help=f"{data} [the demo world]")
+    splits = ("train", "val", "test")
+    add("--reference", choices=splits, default="train", help="images that means come from [%(default)s]; test: as the authors")
+    add("--limit", type=positive, help="use this many images of each split, drawn with the seed")
+    add("--seed", type=natural, default=0, help="of everything that is drawn at random [%(default)s]")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model; sums are always fp32 [%(default)s]")
+    add("--batch-size", type=positive, default=64, help="[%(default)s]")
+    add("--workers", type=natural, help="processes that read images [4 at most]")
+    add("--out", type=Path, default=Path("results"), help="folder for results [%(default)s]")
+
+
+def of_heads(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("textspan, completeness, retrieval, neurons").add_argument
+    add("--text-bank", metavar="FILE", help="descriptions, one per line under `# category` lines [text_bank.txt; the demo has its own]")
+    add("--texts", type=positive, help="textspan: texts per head [20, or half of a narrower head's width]; completeness: at most")
+    add("--words", metavar="FILE", help="completeness: a second pool of texts, one per line (the commonest English words, say)")
+    add("--head", metavar="L.H", help="retrieval: by what this head writes")
+    add("--role", metavar="CATEGORY", help="retrieval: by what all heads of this role write")
+    add("--top", type=positive, default=12, help="retrieval: images to show [%(default)s]")
+    add("--layer", type=int, help="neurons: which layer's MLP [the last]")
+    add("--neurons", type=positive, default=10, help="neurons: how many to show [%(default)s]")
+
+
+def of_cues(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("waterbirds, debias").add_argument
+    add("--heads", default="auto", help="paper, auto (found with --cue), or a list like 3.7,2.1 (layer.head) [%(default)s]")
+    add("--cue", nargs="+", default=["places"], metavar="TEXT", help="a category of the bank, or texts, to take out [places]")
+    ways = ("heads", "directions", "embedding")
+    add("--remove", nargs="+", choices=ways, default=ways, help="rows of the table [all]")
+    add("--draws", type=positive, default=100, help="random draws of heads [%(default)s]")
+    add("--classes", nargs="+", metavar="NAME", help="debias, segmentation: what to tell apart, or (segmentation) a file [the data's]")
+
+
+def of_maps(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("segmentation, heatmap").add_argument
+    add("--methods", nargs="+", metavar="NAME", help="which attributions [all]")
+    published = "what a method explains; published: each its own [%(default)s]"
+    add("--score", choices=("published", "dot", "cosine", "logit"), default="published", help=published)
     add(
         "--prompt",
         default="predicted",
         metavar="CLASS",
-        help="segmentation: explain the predicted class, the true one, or the one named [%(default)s]",
+        help="explain the predicted class, the true one, or the one named [%(default)s]",
     )
-    add(
-        "--classes",
-        nargs="+",
-        metavar="NAME",
-        help="segmentation, debias: classes to predict among; segmentation: or a file [the data's, or ImageNet's]",
-    )
-    add(
-        "--contrast",
-        choices=("all", "paper", "none"),
-        default="all",
-        help="segmentation: who explains the class minus the mean over classes; paper: the decomposition alone [%(default)s]",
-    )
-    add(
-        "--score",
-        choices=("published", "dot", "cosine", "logit"),
-        default="published",
-        help="segmentation, heatmap: what a method explains; published: each its own [%(default)s]",
-    )
-    add(
-        "--protocol",
-        choices=("aligned", "authors"),
-        default="aligned",
-        help="segmentation: masks cropped like images, or squashed as the authors do [%(default)s]",
-    )
-    add("--void", type=natural, metavar="VALUE", help="segmentation: value of mask pixels to leave out")
+    contrast = "who explains the class minus the mean over classes; paper: the decomposition alone [%(default)s]"
+    add("--contrast", choices=("all", "paper", "none"), default="all", help=contrast)
+    protocol = "masks cropped like images, or squashed as the authors do [%(default)s]"
+    add("--protocol", choices=("aligned", "authors"), default="aligned", help=protocol)
+    add("--void", type=natural, metavar="VALUE", help="value of mask pixels to leave out")
     add("--image", metavar="FILE", help="heatmap, retrieval: the image")
     add("--text", action="append", metavar="TEXT", help="heatmap, retrieval: what to look for; heatmap takes several")
-    add("--texts", type=positive, help="textspan: texts per head [20, or half of a narrower head's width]; completeness: at most")
-    add(
-        "--text-bank",
-        metavar="FILE",
-        help="descriptions, one per line under `# category` lines [text_bank.txt; the demo has its own]",
-    )
-    add("--words", metavar="FILE", help="completeness: a second pool of texts, one per line (the commonest English words, say)")
-    add("--head", metavar="L.H", help="retrieval: by this head's contribution")
-    add("--role", metavar="CATEGORY", help="retrieval: by all heads of this role together")
-    add("--top", type=positive, default=12, help="retrieval: images to show [%(default)s]")
-    add("--layer", type=int, help="neurons: which layer's MLP [the last]")
-    add("--neurons", type=positive, default=10, help="neurons: how many to show [%(default)s]")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model; sums are always fp32 [%(default)s]")
-    add("--batch-size", type=positive, default=64)
-    add("--workers", type=natural, help="processes that read images [4 at most]")
-    add("--limit", type=positive, help="use this many images of each split, drawn with the seed")
-    add("--seed", type=natural, default=0, help="of the random heads, --limit and the images that the cue is centred on [%(default)s]")
-    add("--out", type=Path, default=Path("results"), help="folder for results [%(default)s]")
-    return parser.parse_args(argv)
 
 
 class OneLineParser(argparse.ArgumentParser):
