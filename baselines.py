@@ -50,7 +50,7 @@ def raw_attention(model: nn.Module, images: Tensor, texts: Tensor, *, score: str
 
     TE ViT_LRP.py:382-387. The maps sum to one, less the class token's attention to itself.
     """
-    run = _run(model, images, texts, score, first=-1, keep="y")
+    run = _run(model, images, texts, score, first=-1, keep=("y",))
     q, k = run.blocks[-1].project(run.seen[-1].y, "qk")
     return run.grid(_attention(q[:, :, :1], k).mean(dim=1)[:, 0])
 
@@ -66,7 +66,7 @@ def rollout(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "do
         start_layer: first layer that takes part. 0 is the paper's; 1 is what the published segmentation comparison runs
             (TE imagenet_seg_eval.py:187).
     """
-    run = _run(model, images, texts, score, first=_start(model, start_layer), keep="y")
+    run = _run(model, images, texts, score, first=_start(model, start_layer), keep=("y",))
     row = run.class_token()
     for block, seen in zip(reversed(run.blocks), reversed(run.seen), strict=True):
         q, k = block.project(seen.y, "qk")
@@ -85,7 +85,7 @@ def gradcam(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "do
     row of the attention as their picture: TE ViT_explanation_generator.py:50-71. All zero where every weighted sum is negative;
     GradCAM is known to be weak on CLIP's ViTs.
     """
-    run = _run(model, images, texts, score, first=-1, keep="y a", graph=True)
+    run = _run(model, images, texts, score, first=-1, keep=("y", "a"), graph=True)
     block, seen = run.blocks[-1], run.seen[-1]
     q, k, v = block.project(seen.y)
     dA = block.attention_gradient(*run.gradients(seen.a), v)[:, :, 0]  # [b, H, N]
@@ -100,7 +100,7 @@ def chefer2021_mm(model: nn.Module, images: Tensor, texts: Tensor, *, score: str
     Chefer, Gur and Wolf, "Generic Attention-model Explainability", https://arxiv.org/abs/2103.15679, equations 5 and 6; MM's ViT
     notebook. MM's CLIP notebook takes the last layer alone: start_layer=L - 1.
     """
-    run = _run(model, images, texts, score, _start(model, start_layer), "y a", graph=True)
+    run = _run(model, images, texts, score, _start(model, start_layer), ("y", "a"), graph=True)
     gradients, row = run.gradients(*(seen.a for seen in run.seen)), run.class_token()
     for block, seen, da in zip(reversed(run.blocks), reversed(run.seen), reversed(gradients), strict=True):
         q, k, v = block.project(seen.y)
@@ -121,7 +121,7 @@ def legrad(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "cos
     """
     if not 1 <= layers <= len(_blocks(model)):
         raise ValueError(f"layers must be between 1 and the model's {len(_blocks(model))}, got {layers}")
-    run = _run(model, images, texts, score, first=-layers, keep="y a out", graph=True)
+    run = _run(model, images, texts, score, first=-layers, keep=("y", "a", "out"), graph=True)
     total = 0.0
     for block, seen in zip(run.blocks, run.seen, strict=True):
         with torch.enable_grad():
@@ -139,7 +139,7 @@ def grad_eclip(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = 
     concatenated in q, k, v and O. GE computes the last block anew with a single head, which changes the embedding; this is the
     model's own.
     """
-    run = _run(model, images, texts, score, first=-1, keep="y a", graph=True)
+    run = _run(model, images, texts, score, first=-1, keep=("y", "a"), graph=True)
     block, seen = run.blocks[-1], run.seen[-1]
     q, k, v = (_merge(x) for x in block.project(seen.y))  # [b, N, D]
     (da,) = run.gradients(seen.a)
@@ -177,7 +177,7 @@ def partial_lrp(model: nn.Module, images: Tensor, texts: Tensor, *, score: str =
 
     Voita et al., https://arxiv.org/abs/1905.09418; TE ViT_LRP.py:371-380, method "last_layer" of orig_lrp.
     """
-    run = _run(model, images, texts, score, first=-1, keep="x")
+    run = _run(model, images, texts, score, first=-1, keep=("x",))
     _, R_A, _ = next(_relevance(run, conserving=False))
     return run.grid(R_A[:, :, 0].relu().mean(dim=1))
 
@@ -193,7 +193,7 @@ def chefer2021(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = 
     Args:
         start_layer: 1 is what the published segmentation comparison runs.
     """
-    run = _run(model, images, texts, score, _start(model, start_layer), "x y a", graph=True)
+    run = _run(model, images, texts, score, _start(model, start_layer), ("x", "y", "a"), graph=True)
     gradients, row = run.gradients(*(seen.a for seen in run.seen)), run.class_token()
     for i, (_, R_A, _) in enumerate(_relevance(run, conserving=True), start=1):
         (v,) = run.blocks[-i].project(run.seen[-i].y, "v")
@@ -227,7 +227,7 @@ def relevance(
     Args:
         conserving: Chefer et al. 2021 (TE layers_ours.py) where True, TE layers_lrp.py where False.
     """
-    yield from _relevance(_run(model, images, texts, score, first=0, keep="x"), conserving)
+    yield from _relevance(_run(model, images, texts, score, first=0, keep=("x",)), conserving)
 
 
 def _relevance(run: _Run, conserving: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -270,7 +270,7 @@ def _through_block(block: _Block, x: Tensor, R: Tensor, conserving: bool) -> tup
 
 def _full_relevance(model: nn.Module, images: Tensor, texts: Tensor, score: str, conserving: bool) -> Tensor:
     """[b, rows, cols] down to the patches: what the position embeddings get, and the class token, is left out."""
-    run = _run(model, images, texts, score, first=0, keep="x")
+    run = _run(model, images, texts, score, first=0, keep=("x",))
     for _, _, R in _relevance(run, conserving):  # noqa: B007
         pass
     position = _promote(run.visual.positional_embedding).expand_as(run.tokens)
@@ -374,12 +374,12 @@ class _Run:
         return row[:, 1:].unflatten(1, self.size)
 
 
-def _run(model: nn.Module, images: Tensor, texts: Tensor, score: str, first: int, keep: str, graph: bool = False) -> _Run:
+def _run(model: nn.Module, images: Tensor, texts: Tensor, score: str, first: int, keep: tuple[str, ...], graph: bool = False) -> _Run:
     """Run the stock model, which is left as it was found.
 
     Args:
         first: keep what blocks from this one on take and give; negative counts from the end.
-        keep: names of _Seen, apart by blanks.
+        keep: which of _Seen.
         graph: keep what gradients from block `first` on need.
     """
     blocks = _blocks(model)
@@ -399,7 +399,7 @@ def _run(model: nn.Module, images: Tensor, texts: Tensor, score: str, first: int
 
     def enter(i: int) -> Callable:
         def hook(module: nn.Module, args: tuple) -> tuple | None:
-            seen[i].x = args[0] if "x" in keep.split() else None
+            seen[i].x = args[0] if "x" in keep else None
             if graph and i == first:  # nothing below this block needs a gradient
                 torch.set_grad_enabled(True)
                 return (args[0].detach().requires_grad_(), *args[1:])
@@ -422,7 +422,7 @@ def _run(model: nn.Module, images: Tensor, texts: Tensor, score: str, first: int
         block = visual.transformer.resblocks[i]
         hooks.append(lambda block=block, i=i: block.register_forward_pre_hook(enter(i)))
         modules = {"y": block.ln_1, "a": block.attn, "out": block}
-        for name in modules.keys() & set(keep.split()):
+        for name in modules.keys() & set(keep):
             hooks.append(lambda module=modules[name], i=i, name=name: module.register_forward_hook(leave(i, name)))
     with _watched(model, hooks), torch.no_grad():  # which also ends what `enter` switches on
         embedding = model.encode_image(images)
