@@ -122,7 +122,16 @@ def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batc
 
 
 def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
-    """[t, context] on the model's device."""
+    """[t, context] on the model's device.
+
+    Raises:
+        InputError: a text that the tokenizer does not know or would cut.
+    """
+    encode, room = getattr(clip.tokenizer, "encode", None), getattr(clip.tokenizer, "context_length", None)
+    if encode is not None and room is not None:  # open_clip's own tokenizer; it cuts without a word
+        for text in texts:
+            if len(text.encode()) > room - 2 < len(encode(text)):  # a token is a byte at least
+                raise InputError(f"the model reads {room - 2} tokens at most, and this text has {len(encode(text))}: {text[:80]!r}...")
     try:
         return clip.tokenizer(list(texts)).to(clip.device)
     except ValueError as error:  # the demo's tokenizer refuses words it was not trained on
