@@ -39,12 +39,13 @@ def run(args: Namespace) -> dict:
     names, labels = zero_shot_problem(test)
     classes = classifier(clip, names, templates(clip), title="classes")
     reference = summarise(clip, args)
+    read = reference.maps @ classes.T  # [L, H, e, c] from values to class scores
     right: dict[str, int] = defaultdict(int)
     start = 0
     for images in stream(clip, test, args, "test"):
         truth = labels[start : start + len(images)].to(classes.device)
         start += len(images)
-        for label, scores in ablations(decompose(clip.model, images), reference, classes):
+        for label, scores in ablations(decompose(clip.model, images), reference, classes, read):
             right[label] += int((scores.argmax(dim=1) == truth).sum())
     accuracy = {label: count / len(test) for label, count in right.items()}
     where = settings(
@@ -61,16 +62,15 @@ def run(args: Namespace) -> dict:
     return {"settings": where, "images": len(test), "accuracy": accuracy}
 
 
-def ablations(terms: Decomposition, reference: Reference, classes: Tensor) -> list[tuple[str, Tensor]]:
+def ablations(terms: Decomposition, reference: Reference, classes: Tensor, read: Tensor) -> list[tuple[str, Tensor]]:
     """(name, class scores [b, c]) of the embedding as it is, and after each ablation."""
-    maps = reference.maps
-    depth, heads = maps.shape[:2]
-    base = terms.embedding.to(maps) @ classes.T
-    away = reference.values.mean.to(maps) - terms.values  # [b, L, H, e]
-    by_layer = torch.stack([torch.einsum("bHe,Hec->bc", away[:, i], maps[i] @ classes.T) for i in range(depth)], dim=1)
+    depth, heads = read.shape[:2]
+    base = terms.embedding.to(read) @ classes.T
+    away = reference.values.mean.to(read) - terms.values  # [b, L, H, e]
+    by_layer = torch.stack([away[:, i].flatten(1) @ read[i].flatten(0, 1) for i in range(depth)], dim=1)  # [b, L, c]
     mlps = (reference.mlps - terms.mlps) @ classes.T  # [b, L, c]
     stem = (reference.stem - terms.stem) @ classes.T
-    own = (reference.own - terms.own).flatten(1, 2).flatten(1) @ (maps @ classes.T).flatten(0, 2)
+    own = (reference.own - terms.own).flatten(1) @ read.flatten(0, 2)
     found = [
         ("base", base),
         ("all MLPs", base + mlps.sum(dim=1)),
@@ -81,7 +81,7 @@ def ablations(terms: Decomposition, reference: Reference, classes: Tensor) -> li
     found += [(f"attention of layers 0 to {i}", base + upto[:, i]) for i in range(depth)]
     found += [(f"attention of layer {i}", base + by_layer[:, i]) for i in range(depth)]
     for layer in range(max(0, depth - LAST_LAYERS), depth):
-        each = torch.einsum("bHe,Hec->bHc", away[:, layer], maps[layer] @ classes.T)
+        each = torch.einsum("bHe,Hec->bHc", away[:, layer], read[layer])
         found += [(f"head {name((layer, head))}", base + each[:, head]) for head in range(heads)]
     return found
 
