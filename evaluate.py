@@ -1,4 +1,4 @@
-"""Run one of the experiments and print its table; everything goes to results/<task>/results.json too.
+"""Run one of the experiments and print its table; results/<task>/ gets a page to look at and everything as JSON.
 
     $ python evaluate.py --task waterbirds      # the embedded demo, offline: take the background out of what decides
     $ python evaluate.py --task check           # do the terms sum to the embedding?
@@ -131,9 +131,10 @@ def main(argv: list[str] | None = None) -> int:
     start = time.time()
     try:
         folder = writable(args.out / args.task)
-        results = importlib.import_module(f"tasks.{args.task}").run(args)
+        results, sections = importlib.import_module(f"tasks.{args.task}").run(args)
         results |= {"task": args.task, "seconds": round(time.time() - start, 1)}
         write_json(folder / "results.json", results)
+        write_page(folder / "report.html", results, sections)
     except (InputError, DecompositionError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("evaluate.py: interrupted; nothing was written", file=sys.stderr)
         return 130
-    print(f"\n{time.time() - start:.0f} s; everything in {folder / 'results.json'}")
+    print(f"\n{time.time() - start:.0f} s; a page to look at: {folder / 'report.html'}; everything: {folder / 'results.json'}")
     return 0
 
 
@@ -169,6 +170,18 @@ def write_json(path: Path, results: dict) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror or error}; what stood there before still does") from error
+
+
+def write_page(path: Path, results: dict, sections: list[str]) -> None:
+    """One HTML file that needs nothing else."""
+    import report
+    from datasets import InputError
+
+    title = f"{results['task']}: {results['settings']['model'].split(',')[0]}"
+    try:
+        report.write(path, report.page(title, results["settings"], sections))
+    except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; what stood there before still does") from error
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     classes = torch.nn.functional.normalize(torch.randn(CLASSES, dim), dim=-1)
     read = maps @ classes.T
     mean = SimpleNamespace(mean=torch.zeros(depth, heads, width))
-    reference = Reference(mean, torch.zeros(depth, dim), torch.zeros(dim), torch.zeros(depth, heads, width), None, maps, "")
+    reference = Reference(mean, torch.zeros(depth, dim), torch.zeros(dim), torch.zeros(depth, heads, width), None, maps, 0.0, "")
     moments, kept = Moments(width, (depth, heads)), Kept(10**6, 10**6, 0, slice(depth - 4, depth))
     jobs = {
         "encode_image": lambda: model.encode_image(images),

@@ -15,6 +15,7 @@ from torch import Tensor
 from decompose import Decomposition, decompose
 from zeroshot import classifier, load_clip, templates
 
+from . import pages
 from .common import (
     LAST_LAYERS,
     Reference,
@@ -32,7 +33,7 @@ from .common import (
 PAPER = "The paper, ImageNet, all MLPs ablated: ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3."
 
 
-def run(args: Namespace) -> dict:
+def run(args: Namespace) -> tuple[dict, list]:
     """Accuracy without the MLPs, without the class token's attention to itself, and without layers and heads."""
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
     test = open_split(args, clip, "test")
@@ -54,12 +55,14 @@ def run(args: Namespace) -> dict:
         test=f"{test.description}",
         means=reference.description + ("; on the images that are scored" if args.reference == "test" else ""),
         prompts=f"{len(templates(clip))} templates, {len(names):,} classes",
+        sum=reference.sum(),
     )
     depth, heads = reference.maps.shape[:2]
     print_settings(where)
     print()
     print_tables(accuracy, len(test), depth, heads)
-    return {"settings": where, "images": len(test), "accuracy": accuracy}
+    results = {"settings": where, "images": len(test), "accuracy": accuracy}
+    return results, pages.ablation(results, depth, heads, max(0, depth - LAST_LAYERS))
 
 
 def ablations(terms: Decomposition, reference: Reference, classes: Tensor, read: Tensor) -> list[tuple[str, Tensor]]:

@@ -9,13 +9,14 @@ import torch
 from decompose import DecompositionError, check, decompose, token_scores
 from zeroshot import load_clip
 
+from . import pages
 from .common import open_split, print_settings, settings, stream, table
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 IMAGES = 64
 
 
-def run(args: Namespace) -> dict:
+def run(args: Namespace) -> tuple[dict, list]:
     """The error of the sum, in both conventions and by source token, over at most 64 images (--limit for another number)."""
     args.limit = args.limit or IMAGES
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
@@ -44,4 +45,5 @@ def run(args: Namespace) -> dict:
     )
     if not all(error <= TOLERANCE[dtype] for error in errors.values()):
         raise DecompositionError("an error above is larger than the tolerance; --precision fp32 tells rounding from a wrong sum")
-    return {"settings": where, "errors": errors}
+    results = {"settings": where, "tolerance": TOLERANCE[dtype], "errors": errors}
+    return results, pages.check(results)

@@ -32,11 +32,16 @@ class Reference:
     own: Tensor  # [L, H, e] mean of what of the values comes from the class token itself
     embedding: Moments  # [d]
     maps: Tensor  # [L, H, e, d] from values to terms, on the model's device
+    error: float  # largest relative error of the sum of terms
     description: str
 
     def heads(self) -> Tensor:
         """[L, H, d] every head's mean term."""
         return torch.einsum("LHe,LHed->LHd", self.values.mean.to(self.maps), self.maps)
+
+    def sum(self) -> str:
+        """For the settings above a table."""
+        return f"the terms sum to the embedding within {self.error:.0e} of its largest entry"
 
 
 def open_split(args: Namespace, clip: Clip, split: str) -> DemoBirds | Waterbirds | ImageFolder:
@@ -94,11 +99,12 @@ def summarise(
     data = open_split(args, clip, args.reference) if data is None else data
     maps = head_maps(clip.model)
     depth, heads, width, dim = maps.shape
-    reference = Reference(Moments(width, (depth, heads)), 0, 0, 0, Moments(dim), maps, data.description)
+    reference = Reference(Moments(width, (depth, heads)), 0, 0, 0, Moments(dim), maps, 0.0, data.description)
     for images in stream(clip, data, args, f"reference ({args.reference})"):
         terms = decompose(clip.model, images)
         if not terms.embedding.isfinite().all():
             raise InputError(f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32")
+        reference.error = max(reference.error, terms.error())
         reference.values.update(terms.values)
         reference.embedding.update(terms.embedding.float())
         reference.mlps += terms.mlps.double().sum(dim=0)

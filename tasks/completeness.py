@@ -17,6 +17,7 @@ from tqdm import tqdm
 from decompose import decompose
 from zeroshot import Clip, classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
+from . import pages
 from .common import LAST_LAYERS, Reference, open_split, percent, print_settings, settings, stream, summarise, table, zero_shot_problem
 from .textspan import name_head
 
@@ -24,7 +25,7 @@ SIZES = (0, 1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40, 50, 60)
 MEAN_ONLY = "nothing but means"
 
 
-def run(args: Namespace) -> dict:
+def run(args: Namespace) -> tuple[dict, list]:
     """Accuracy against the number of texts per head, for several pools of texts."""
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
     test = open_split(args, clip, "test")
@@ -64,6 +65,7 @@ def run(args: Namespace) -> dict:
         means=reference.description + ("; on the images that are scored" if args.reference == "test" else ""),
         prompts=f"{len(templates(clip))} templates, {len(names):,} classes",
         heads=f"layers {first} to {depth - 1}; every other term is its mean",
+        sum=reference.sum(),
         pools="; ".join(f"{pool}: {len(texts):,} texts" for pool, texts in pools.items()),
     )
     print_settings(where)
@@ -74,7 +76,8 @@ def run(args: Namespace) -> dict:
     print("\n" + "\n".join(f"{key + ':':<28}{percent(value, len(test))}" for key, value in whole.items()))
     print("The paper, ViT-L-14 on ImageNet: 72.8 with 60 texts per head, 75.3 unchanged.")
     curves = {pool: [(m, accuracy[pool, m]) for m in sizes] for pool in pools}
-    return {"settings": where, "images": len(test), "curves": curves, "whole": whole}
+    results = {"settings": where, "images": len(test), "curves": curves, "whole": whole}
+    return results, pages.completeness(results)
 
 
 def text_pools(args: Namespace, clip: Clip, names: list[str]) -> dict[str, Tensor]:

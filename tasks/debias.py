@@ -16,13 +16,14 @@ from datasets import DemoBirds, ImageFolder, InputError, Waterbirds
 from roles import explained
 from zeroshot import classifier, load_clip, templates
 
+from . import pages
 from .common import open_split, percent, print_settings, settings, table
 from .removal import Scores, interventions, look_for_cue, pick, random_heads, score
 
 Images = DemoBirds | Waterbirds | ImageFolder
 
 
-def run(args: Namespace) -> dict:
+def run(args: Namespace) -> tuple[dict, list]:
     """Predictions with and without the cue, with or without labels."""
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
     test = open_split(args, clip, "test")
@@ -43,12 +44,14 @@ def run(args: Namespace) -> dict:
         labels="none given" if labels is None else "from the folders or metadata; used for the accuracies alone",
         means=cue.reference.description,
         **cue.words(),
+        sum=cue.reference.sum(),
     )
     print_settings(where)
     print()
     print_rows(rows, control, len(test), len(cue.heads))
     heads = [list(head) for head in cue.heads]
-    return {"settings": where, "rows": rows, "random": control, "explained": cue.explained.tolist(), "heads": heads}
+    results = {"settings": where, "rows": rows, "random": control, "explained": cue.explained.tolist(), "heads": heads}
+    return results, pages.debias(results)
 
 
 def class_problem(args: Namespace, test: Images) -> tuple[list[str], Tensor | None]:

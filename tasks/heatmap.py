@@ -16,6 +16,7 @@ from masks import seen
 from metrics import scale
 from zeroshot import Clip, embed_texts, load_clip
 
+from . import pages
 from .attribution import attribute, choose_methods, clipped, score_of
 from .common import print_settings, save_picture, settings, table
 
@@ -27,7 +28,7 @@ INFERNO = np.float32(
 )
 
 
-def run(args: Namespace) -> dict:
+def run(args: Namespace) -> tuple[dict, list]:
     """Every method's map of every text, drawn over the image."""
     if args.image is None or not args.text:
         raise InputError(f"--task heatmap needs {'--image FILE' if args.image is None else '--text TEXT'}")
@@ -42,7 +43,7 @@ def run(args: Namespace) -> dict:
     pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
     cosine = similarity(clip, pixels, texts)
     box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
-    folder, files = args.out / "heatmap", {}
+    folder, files, sheets = args.out / "heatmap", {}, {}
     for i, text in enumerate(args.text):
         tiles = {"image": resized(image)}
         for method in methods:
@@ -50,7 +51,8 @@ def run(args: Namespace) -> dict:
             tiles[method] = overlay(image, heat, box, clipped(method))
             name = f"{i + 1}-{slug(text)}-{method}.png"
             files[name] = tiles[method]
-        files[f"{i + 1}-{slug(text)}-all.png"] = sheet(f'"{text}"  cosine {cosine[i]:.3f}', tiles)
+        sheets[f'"{text}", cosine {cosine[i]:.3f}'] = tiles
+        files[f"{i + 1}-{slug(text)}-all.png"] = sheet(list(sheets)[-1], tiles)
     for name, picture in files.items():
         save_picture(picture, folder / name)
     where = settings(args, clip, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods))
@@ -61,7 +63,8 @@ def run(args: Namespace) -> dict:
     print(table(["text", "cosine", "all methods in one picture"], rows))
     print(f"\n{len(files)} pictures in {folder}. Each map from its least (dark) to its most (bright); the decomposition from zero.")
     scores = {method: score_of(method, args.score) for method in methods}
-    return {"settings": where, "cosine": dict(zip(args.text, cosine, strict=True)), "scores": scores, "files": list(files)}
+    results = {"settings": where, "cosine": dict(zip(args.text, cosine, strict=True)), "scores": scores, "files": list(files)}
+    return results, pages.heatmap(sheets)
 
 
 @torch.no_grad()

@@ -21,13 +21,14 @@ from decompose import decompose, head_maps
 from roles import find_roles, in_own_space
 from zeroshot import Clip, default_bank, embed_texts, load_bank, load_clip
 
+from . import pages
 from .common import Head, Kept, name, open_split, parse_heads, print_settings, save_picture, settings, stream, summarise, table
 from .textspan import ROLE_IMAGES
 
 TILE, ACROSS, GAP = 150, 6, 8  # of the contact sheet
 
 
-def run(args: Namespace) -> dict:
+def run(args: Namespace) -> tuple[dict, list]:
     """The nearest images, as a table and a contact sheet."""
     if (args.head is None) == (args.role is None):
         raise InputError("--task retrieval needs either --head L.H or --role CATEGORY")
@@ -64,7 +65,8 @@ def run(args: Namespace) -> dict:
     )
     found = [{"rank": rank, "score": float(score[i]), "image": data.caption(i)} for rank, i in enumerate(order, start=1)]
     path = args.out / "retrieval" / "sheet.png"
-    save_picture(sheet(query, [(data.picture(i), data.caption(i)) for i in order]), path)
+    items = [(data.picture(i), data.caption(i)) for i in order]
+    save_picture(sheet(query, items), path)
     print_settings(where)
     print()
     print(table(["nearest", "score", "image"], [[str(row["rank"]), f"{row['score']:.3f}", row["image"]] for row in found]))
@@ -74,7 +76,7 @@ def run(args: Namespace) -> dict:
         words = ", ".join(f"{factor} {share:.0%} (all images {chance:.0%})" for factor, (share, chance) in results["agree"].items())
         print(f"\nPairs of these images that are the same in: {words}")
     print(f"\nContact sheet: {path}")
-    return results
+    return results, pages.retrieval(results, query, items)
 
 
 def open_picture(path: str) -> Image.Image:

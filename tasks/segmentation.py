@@ -17,13 +17,14 @@ from masks import DemoMasks, ImageNetSegmentation, Masked, MaskFolder
 from metrics import Segmentation
 from zeroshot import Clip, classifier, load_clip, templates
 
+from . import pages
 from .attribution import NO_TEXT, OURS, OURS_ABS, attribute, choose_methods, clipped, score_of
 from .common import print_settings, settings, table
 
 BLOB, RANDOM = "centred blob", "random"  # what a method must beat
 
 
-def run(args: Namespace) -> dict:
+def run(args: Namespace) -> tuple[dict, list]:
     """Pixel accuracy, mean IoU and mean AP of every method."""
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
     data = open_masks(args, clip)
@@ -58,7 +59,8 @@ def run(args: Namespace) -> dict:
     print_settings(where)
     print()
     print_rows(rows)
-    return {"settings": where, "rows": rows}
+    results = {"settings": where, "rows": rows}
+    return results, pages.segmentation(results)
 
 
 def open_masks(args: Namespace, clip: Clip) -> Masked:

@@ -16,14 +16,16 @@ from roles import Roles, explained, find_roles, in_own_space
 from textspan import Moments, TextSpan, textspan
 from zeroshot import Bank, Clip, default_bank, embed_texts, load_bank, load_clip
 
+from . import pages
 from .common import LAST_LAYERS, Head, Kept, name, open_split, print_settings, settings, stream, summarise
 
+PICTURES = 6  # per head on the page
 SHOWN = 4  # texts per head on screen; all are in results.json
 ROLE_IMAGES = 4000  # that roles are found on; they are kept, in the heads' own space
 FACTORS = {"animals": "kind", "colours": "colour", "places": "place", "light": "light", "styles": "style"}  # of the demo, by category
 
 
-def run(args: Namespace) -> dict:
+def run(args: Namespace) -> tuple[dict, list]:
     """Each head's texts with the share of its variance that they explain, what is left, and its role by category."""
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
     bank = load_bank(args.text_bank or default_bank(clip))
@@ -38,19 +40,23 @@ def run(args: Namespace) -> dict:
     if not total > 0:
         raise InputError(f"the reference images ({reference.description}) all have the same embedding; raise --limit")
     roles = find_roles(kept.done().values, reference.maps[layers.start :], kept.embedding, texts, bank.categories, seed=args.seed)
-    found = []
+    found, images = [], {}
     for layer in tqdm(layers, desc="TextSpan", unit="layer", leave=False):
         for head in range(heads):
             moments = reference.values[layer, head].map(reference.maps[layer, head])
             span = name_head(moments, texts, size, asked=args.texts is not None, head=(layer, head))
             spread = float(moments.covariance.trace()) / total
             found.append(describe((layer, head), span, bank, spread, roles, layer - layers.start))
+            if span.indices:
+                most = strongest(kept.values[:, layer - layers.start, head], reference.maps[layer, head], span)
+                images[name((layer, head))] = [data.picture(kept.rows[i]) for i in most]
     where = settings(
         args,
         clip,
         images=reference.description,
         bank=f"{bank.path.name}, {len(bank.texts):,} texts in {len(set(bank.categories))} categories",
         texts=f"{size} per head",
+        sum=reference.sum(),
         roles=f"from {len(kept.rows):,} images; a category that explains over {THRESHOLD:.0%} of a head, and more than random texts do",
     )
     truth = true_factors(clip, args, layers.start) if clip.is_demo and set(FACTORS) <= set(bank.categories) else None
@@ -65,7 +71,12 @@ def run(args: Namespace) -> dict:
     if truth is not None:
         results["agreement"] = agreement(truth, found)
         print_agreement(results["agreement"])
-    return results
+    return results, pages.textspan(results, images)
+
+
+def strongest(values: Tensor, A: Tensor, span: TextSpan) -> list[int]:
+    """The images, of values [n, e], whose term under the map A [e, d] goes farthest along the head's first text."""
+    return (values @ (A.cpu().double() @ span.directions[0]).float()).argsort(descending=True)[:PICTURES].tolist()
 
 
 def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Head) -> TextSpan:

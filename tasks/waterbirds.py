@@ -11,13 +11,14 @@ from torch import Tensor
 from datasets import DemoBirds, InputError, Waterbirds
 from zeroshot import classifier, load_clip, templates
 
+from . import pages
 from .common import Head, open_split, percent, print_settings, settings, table
 from .removal import Scores, interventions, look_for_cue, pick, random_heads, score
 
 GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 
 
-def run(args: Namespace) -> dict:
+def run(args: Namespace) -> tuple[dict, list]:
     """Accuracy by group: as it is, without the cue's heads or directions, and without random heads."""
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
     if args.data is not None:
@@ -42,17 +43,19 @@ def run(args: Namespace) -> dict:
         means=cue.reference.description + ("; the authors' way, on the images that are scored" if args.reference == "test" else ""),
         prompts=f"{len(templates(clip))} templates, {' / '.join(test.classes)}",
         **cue.words(),
+        sum=cue.reference.sum(),
     )
     print_settings(where)
     print()
     print_rows(rows, draws, test, len(cue.heads))
-    return {
+    results = {
         "settings": where,
         "rows": rows,
         "random": draws,
         "explained": cue.explained.tolist(),
         "heads": [list(head) for head in cue.heads],
     }
+    return results, pages.waterbirds(results, {group: seen[i] for i, group in enumerate(GROUPS)})
 
 
 def measure(scores: Tensor, test: DemoBirds | Waterbirds) -> dict:
@@ -79,7 +82,11 @@ def random_control(args: Namespace, scores: Scores, chosen: list[Head], test: De
         for key, values in found.items():
             values.append(row[key])
     ours = measure(scores.embedding + pick(scores.heads, chosen), test)["worst"]
-    control = {"draws": args.draws, "below the chosen heads": sum(worst < ours for worst in found["worst"]) / args.draws}
+    control = {
+        "draws": args.draws,
+        "worst values": found["worst"],
+        "below the chosen heads": sum(worst < ours for worst in found["worst"]) / args.draws,
+    }
     for key, values in found.items():
         values = torch.tensor(values, dtype=torch.float64)
         control[key] = {"mean": values.mean().item(), "std": values.std(correction=0).item(), "max": values.max().item()}
