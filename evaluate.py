@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     import torch  # takes seconds: --help and typing errors need not wait
 
+    from baselines import BaselineError
     from datasets import InputError
     from decompose import DecompositionError
 
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         results |= {"task": args.task, "seconds": round(time.time() - start, 1)}
         write_json(folder / "results.json", results)
         write_page(folder / "report.html", results, sections)
-    except (InputError, DecompositionError) as error:
+    except (InputError, DecompositionError, BaselineError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from baselines import BaselineError
 from datasets import InputError, eight_bits, read
 from masks import seen
 from metrics import scale
@@ -43,11 +44,17 @@ def run(args: Namespace) -> tuple[dict, list]:
     pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
     cosine = similarity(clip, pixels, texts)
     box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
-    folder, files, sheets = args.out / "heatmap", {}, {}
+    folder, files, sheets, refused = args.out / "heatmap", {}, {}, {}
     for i, text in enumerate(args.text):
         tiles = {"image": resized(image)}
         for method in methods:
-            heat = attribute(method, clip.model, pixels, texts[i : i + 1], args.score)
+            try:
+                heat = attribute(method, clip.model, pixels, texts[i : i + 1], args.score)
+            except BaselineError as error:  # the decomposition supports more models than they do
+                if args.methods:
+                    raise
+                refused[method] = str(error)
+                continue
             tiles[method] = overlay(image, heat, box, clipped(method))
             name = f"{i + 1}-{slug(text)}-{method}.png"
             files[name] = tiles[method]
@@ -62,6 +69,8 @@ def run(args: Namespace) -> tuple[dict, list]:
     rows = [[text, f"{cosine[i]:.3f}", str(folder / f"{i + 1}-{slug(text)}-all.png")] for i, text in enumerate(args.text)]
     print(table(["text", "cosine", "all methods in one picture"], rows))
     print(f"\n{len(files)} pictures in {folder}. Each map from its least (dark) to its most (bright); the decomposition from zero.")
+    for reason in dict.fromkeys(refused.values()):
+        print(f"Without {', '.join(method for method in refused if refused[method] == reason)}: {reason}")
     scores = {method: score_of(method, args.score) for method in methods}
     results = {"settings": where, "cosine": dict(zip(args.text, cosine, strict=True)), "scores": scores, "files": list(files)}
     return results, pages.heatmap(sheets)

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from baselines import BaselineError
 from datasets import InputError, batches
+from decompose import DecompositionError
 from masks import DemoMasks, ImageNetSegmentation, Masked, MaskFolder
 from metrics import Segmentation
 from zeroshot import Clip, classifier, load_clip, templates
@@ -34,17 +36,24 @@ def run(args: Namespace) -> tuple[dict, list]:
     classes = classifier(clip, names, templates(clip), title="classes")
     totals = {method: Segmentation(clip=clipped(method)) for method in methods}
     foregrounds: dict[int, int] = {}
+    refused: dict[str, str] = {}  # methods that do not support this model
     for (images, masks, foreground), indices in batches(data, args.batch_size, args.workers, "segmentation", clip.device):
         same_foreground(foregrounds, foreground, indices, data)
         images = images.to(clip.dtype)
         shown = labels[indices].to(clip.device) if labels is not None else predict(clip, images, classes)
-        for method, total in totals.items():
-            maps = sanity(method, images, clip, indices, args.seed)
-            if maps is None:
-                texts = classes[shown] - classes.mean(dim=0) if contrasted(method, args.contrast) else classes[shown]
-                maps = attribute(method, clip.model, images, texts, args.score)
+        for method in [method for method in totals if method not in refused]:
             try:
-                total.update(maps, masks)
+                maps = sanity(method, images, clip, indices, args.seed)
+                if maps is None:
+                    texts = classes[shown] - classes.mean(dim=0) if contrasted(method, args.contrast) else classes[shown]
+                    maps = attribute(method, clip.model, images, texts, args.score)
+            except (BaselineError, DecompositionError) as error:
+                refused[method] = str(error)
+                if args.methods or all(name in (*refused, BLOB, RANDOM) for name in totals):
+                    raise InputError(str(error)) from error
+                continue
+            try:
+                totals[method].update(maps, masks)
             except ValueError as error:
                 raise InputError(f"{method} on images {int(indices[0])} to {int(indices[-1])}: {error}") from error
     where = settings(
@@ -55,11 +64,13 @@ def run(args: Namespace) -> tuple[dict, list]:
         prompts=f"{len(templates(clip))} templates, {len(names):,} classes",
         protocol={"aligned": "masks resized and cropped as images", "authors": "masks squashed onto the crop"}[args.protocol],
     )
-    rows = {method: measures(method, total, args) for method, total in totals.items()}
+    rows = {method: measures(method, total, args) for method, total in totals.items() if method not in refused}
     print_settings(where)
     print()
     print_rows(rows)
-    results = {"settings": where, "rows": rows}
+    for reason in dict.fromkeys(refused.values()):
+        print(f"Without {', '.join(method for method in refused if refused[method] == reason)}: {reason}")
+    results = {"settings": where, "rows": rows, "refused": refused}
     return results, pages.segmentation(results)
 
 
@@ -129,7 +140,10 @@ def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) 
     """[b, rows, cols] of the two rows that look at nothing; None for a method."""
     if method not in (BLOB, RANDOM):
         return None
-    rows, cols = (pixels // patch for pixels, patch in zip(images.shape[-2:], clip.model.visual.patch_size, strict=True))
+    patch_size = getattr(clip.model.visual, "patch_size", None)
+    if patch_size is None:
+        raise BaselineError(f"no map for {type(clip.model.visual).__name__}: it has no patches")
+    rows, cols = (pixels // patch for pixels, patch in zip(images.shape[-2:], patch_size, strict=True))
     if method == BLOB:
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, cols), indexing="ij")
         return torch.exp(-2 * (x**2 + y**2)).expand(len(images), -1, -1).to(clip.device)  # standard deviation: a quarter of the side
