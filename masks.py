@@ -117,7 +117,7 @@ class ImageNetSegmentation(Masked):
         try:
             if self._file is None:
                 self._file = h5py.File(self.path, "r")
-            references = self._file[f"value/{name}"][()]
+            references = np.asarray(self._file[f"value/{name}"][()])
         except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise InputError(f"{self.path} is not gtsegs_ijcv.mat, an HDF5 file with value/img and value/gt: {error}") from error
         if references.dtype.kind != "O":
@@ -126,7 +126,7 @@ class ImageNetSegmentation(Masked):
 
     def _array(self, name: str, row: int) -> np.ndarray:
         try:
-            return self._file[self._references(name)[row]][()].T  # MATLAB's order of axes
+            return np.asarray(self._file[self._references(name)[row]][()]).T  # MATLAB's order of axes
         except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise InputError(f"cannot read value/{name} of image {row} in {self.path}: {error}") from error
 
@@ -171,12 +171,12 @@ class MaskFolder(Masked):
         missing = next((file for file in files if file.with_suffix("") not in masks), None)
         if missing is not None:
             raise InputError(f"no mask for {root / 'images' / missing}: expected {root / 'masks' / missing.with_suffix('.png')}")
-        total, files = len(files), [files[i] for i in subset(len(files), limit, seed)]
-        self.files, self.masks = files, [masks[file.with_suffix("")] for file in files]
+        self.files = [files[i] for i in subset(len(files), limit, seed)]
+        self.masks = [masks[file.with_suffix("")] for file in self.files]
         if all(len(file.parts) > 1 for file in files):
-            self.names = sorted({file.parts[0] for file in files})
-            self.labels = torch.tensor([self.names.index(file.parts[0]) for file in files])
-        self.description = f"{root}, {len(files):,} of {total:,} images"
+            self.names = sorted({file.parts[0] for file in files})  # of all: --limit must not change what there is to tell apart
+            self.labels = torch.tensor([self.names.index(file.parts[0]) for file in self.files])
+        self.description = f"{root}, {len(self.files):,} of {len(files):,} images"
 
     def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
         image = read(self.root / "images" / self.files[index], lambda image: image)

@@ -43,6 +43,8 @@ class Segmentation:
         """
         if maps.ndim != 3 or masks.ndim != 3 or len(maps) != len(masks):
             raise ValueError(f"expected maps [b, rows, cols] and masks [b, height, width], got {list(maps.shape)}, {list(masks.shape)}")
+        if not len(maps):
+            return self
         if not maps.isfinite().all():
             raise ValueError("a map holds a NaN or an infinity")
         if masks.is_floating_point() or masks.max() > 1:
@@ -51,8 +53,6 @@ class Segmentation:
         counted = truth >= 0
         if not counted.any(dim=1).all():
             raise ValueError("a mask holds no labelled pixel")
-        if not len(maps):
-            return self
         scores = scale(maps, masks.shape[-2:], self.clip).flatten(1)
         found = scores > scores.mean(dim=1, keepdim=True)
         for label in (0, 1):

@@ -494,6 +494,13 @@ def test_a_map_has_a_row_and_a_column_for_every_patch(method):
 
 
 @every_method
+def test_the_map_of_a_single_patch_is_finite(method):
+    maps = mapped(method, build(image_size=4))
+    assert maps.shape == (3, 1, 1)
+    assert maps.isfinite().all()
+
+
+@every_method
 def test_a_float64_model_has_float64_maps(method):
     assert mapped(method, build()).dtype == torch.float64
 
@@ -1101,6 +1108,7 @@ def test_a_model_in_half_precision_has_finite_maps(method, mixed):
     maps = mapped(method, half(torch.bfloat16, mixed))
     assert maps.shape == (3, 2, 3)
     assert maps.isfinite().all()
+    assert maps.dtype == torch.float32  # half precision is for the model alone
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["pure", "mixed"])
@@ -1163,7 +1171,14 @@ def test_a_resnet_is_refused():
 
 
 def test_a_timm_tower_is_refused():
-    refused("TimmModel", with_tower(TimmModel("test_vit", embed_dim=24, pretrained=False)))  # timm's own toy ViT
+    refused("TimmModel.*timm", with_tower(TimmModel("test_vit", embed_dim=24, pretrained=False)))  # timm's own toy ViT
+
+
+@pytest.mark.parametrize("name", ["transformer", "ln_post"])
+def test_a_tower_without_blocks_or_last_norm_is_refused(name):
+    model = build()
+    delattr(model.visual, name)
+    refused("VisionTransformer.*ViT", model)
 
 
 CUSTOM = {
@@ -1212,13 +1227,13 @@ def test_an_unknown_score_is_refused_with_the_choices(call):
 @pytest.mark.parametrize("start_layer", [-1, 3])
 @pytest.mark.parametrize("method", ["rollout", "chefer2021", "chefer2021-mm"])
 def test_a_start_layer_that_does_not_exist_is_refused(method, start_layer):
-    with pytest.raises(ValueError, match=f"start_layer.*{start_layer}"):
+    with pytest.raises(ValueError, match=f"start_layer.*0 and 2.*got {start_layer}"):
         mapped(method, build(), start_layer=start_layer)
 
 
 @pytest.mark.parametrize("layers", [-1, 0, 4])
 def test_a_number_of_layers_that_does_not_exist_is_refused(layers):
-    with pytest.raises(ValueError, match=f"layers.*{layers}"):
+    with pytest.raises(ValueError, match=f"layers.*1 and.*3, got {layers}"):
         mapped("legrad", build(), layers=layers)
 
 
@@ -1239,7 +1254,14 @@ def test_relevance_has_no_default_rules():
 def found(model):
     """All that a call might leave behind."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    modules = {name: (m.training, sorted(vars(m)), *(list(getattr(m, h)) for h in hooks)) for name, m in model.named_modules()}
+    modules = {
+        name: (
+            sorted(vars(m)),
+            [v for v in vars(m).values() if isinstance(v, bool | int | float | str)],
+            *(list(getattr(m, h)) for h in hooks),
+        )
+        for name, m in model.named_modules()
+    }
     parameters = {
         name: (p.requires_grad, p.dtype, p.tolist(), None if p.grad is None else p.grad.tolist())
         for name, p in model.named_parameters()
@@ -1248,18 +1270,20 @@ def found(model):
 
 
 def half_trained():
-    """A model with modes, gradients and requirements mixed, and a hook of the user's."""
+    """A model with modes, gradients and requirements mixed, a hook of the user's, and checkpointing."""
     model = build(patch_dropout=0.5).train()
     blocks(model)[1].eval()
     model.visual.ln_post.eval()
     model.visual.conv1.requires_grad_(False)
     model.encode_image(pictures(model)).sum().backward()
     blocks(model)[0].register_forward_hook(lambda module, args, output: None)
+    model.set_grad_checkpointing()
     return model
 
 
 CHANGES = {
     "mode": lambda model: model.eval(),
+    "checkpointing": lambda model: model.set_grad_checkpointing(False),
     "hook": lambda model: model.visual.register_forward_hook(print),
     "attribute": lambda model: setattr(model.visual, "forward", print),
     "weight": lambda model: model.visual.proj.data.add_(1e-9),
@@ -1394,6 +1418,17 @@ def test_gradient_checkpointing_changes_nothing(method):
     expected = mapped(method, model)
     model.set_grad_checkpointing()
     assert far(mapped(method, model.train()), expected) < tolerance(method)
+
+
+@every_call
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_block_runs_once(call, checkpointing):
+    model, calls = build(), []
+    model.set_grad_checkpointing(checkpointing)
+    for i, block in enumerate(blocks(model)):
+        block.register_forward_hook(lambda module, args, output, i=i: calls.append(i))
+    call(model, pictures(model), sentences(model))
+    assert calls == [0, 1, 2]
 
 
 @every_method
