@@ -21,6 +21,9 @@ from torch import Tensor
 
 from cue import THRESHOLD, corrected
 
+NEGLIGIBLE = 1e-12  # variance over squared mean: values come in float32
+ROUNDING = 1e-4  # of shares
+
 
 @dataclass(frozen=True)
 class Roles:
@@ -88,18 +91,20 @@ def in_own_space(values: Tensor, maps: Tensor) -> Tensor:
 
 def explained(written: Tensor, label: Tensor) -> Tensor:
     """[L, H] share of the variance of written [n, L, H, e] between images of different label, corrected for the number of labels."""
-    flat = (written - written.mean(dim=0)).flatten(1)
+    mean = written.mean(dim=0)
+    flat = (written - mean).flatten(1)
     count = torch.bincount(label)
     sums = torch.zeros(len(count), flat.shape[1]).index_add_(0, label, flat)
     seen = count > 0
     between = (sums[seen].square() / count[seen, None]).sum(dim=0).view(written.shape[1:]).sum(dim=-1)
     total = flat.square().sum(dim=0).view(written.shape[1:]).sum(dim=-1)
-    return torch.where(total > 0, corrected(between, total, len(written), int(seen.sum())), 0.0)
+    varies = total > NEGLIGIBLE * len(written) * mean.square().sum(dim=-1)  # else the head always writes the same, but for rounding
+    return torch.where(varies, corrected(between, total, len(written), int(seen.sum())), 0.0)
 
 
 def _name(names: list[str], share: Tensor, chance: Tensor) -> str | None:
     best = int(share.argmax())
-    return names[best] if share[best] > max(THRESHOLD, float(chance[best])) else None
+    return names[best] if share[best] > max(THRESHOLD, float(chance[best]) + ROUNDING) else None
 
 
 def _factor(gram: Tensor) -> Tensor:
