@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     from datasets import InputError
     from decompose import DecompositionError
 
-    start = time.time()
+    start, code, message = time.time(), 2, ""
     try:
         folder = writable(args.out / args.task)
         results, sections = importlib.import_module(f"tasks.{args.task}").run(args)
@@ -137,14 +137,14 @@ def main(argv: list[str] | None = None) -> int:
         write_json(folder / "results.json", results)
         write_page(folder / "report.html", results, sections)
     except (InputError, DecompositionError, BaselineError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"evaluate.py: out of memory ({str(error)[:100]}); try a smaller --batch-size", file=sys.stderr)
-        return 2
+        message = f"out of memory ({str(error)[:100]}); try a smaller --batch-size"
     except KeyboardInterrupt:
-        print("evaluate.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        code, message = 130, "interrupted; nothing was written"
+    if message:  # said here, where the exception is gone, and with it the progress bars that it held open
+        print(f"evaluate.py: {message}", file=sys.stderr)
+        return code
     print(f"\n{time.time() - start:.0f} s; a page to look at: {folder / 'report.html'}; everything: {folder / 'results.json'}")
     return 0
 

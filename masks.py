@@ -98,12 +98,12 @@ class ImageNetSegmentation(Masked):
     def __init__(self, path: str | Path, transform: Callable, limit: int | None = None, seed: int = 0, **options) -> None:
         super().__init__(transform, **options)
         self.path, self._file = Path(path), None
+        if not self.path.is_file():
+            raise InputError(f"no {path}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/")
         try:
             import h5py  # noqa: F401
         except ImportError:
             raise InputError(f"reading {path} needs h5py: pip install h5py") from None
-        if not self.path.is_file():
-            raise InputError(f"no {path}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/")
         count = len(self._references("img"))
         if count != len(self._references("gt")) or not count:
             raise InputError(f"{path} holds {count} images and {len(self._references('gt'))} masks; expected as many of both")

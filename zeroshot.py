@@ -114,10 +114,8 @@ def _from_open_clip(model: str, pretrained: str | None, device: torch.device, pr
 def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batch_size: int = 256) -> Tensor:
     """[t, d] unit vectors in float32, on the model's device."""
     chunks = range(0, len(texts), batch_size)
-    rows = [
-        F.normalize(clip.model.encode_text(tokenize(clip, texts[i : i + batch_size])).float(), dim=-1)
-        for i in tqdm(chunks, desc=title, unit="x256", leave=False, disable=title is None)
-    ]
+    with tqdm(chunks, desc=title, unit="x256", leave=False, disable=title is None) as progress:
+        rows = [F.normalize(clip.model.encode_text(tokenize(clip, texts[i : i + batch_size])).float(), dim=-1) for i in progress]
     return torch.cat(rows)
 
 

@@ -114,7 +114,8 @@ def colours(heat: np.ndarray) -> np.ndarray:
 
 def sheet(title: str, tiles: dict[str, Image.Image]) -> Image.Image:
     """All tiles with their names, ACROSS in a row, under the title."""
-    width, height = TILE, round(TILE * next(iter(tiles.values())).height / next(iter(tiles.values())).width)
+    first = next(iter(tiles.values()))
+    width, height = TILE, max(1, round(TILE * first.height / first.width))
     rows, font = -(-len(tiles) // ACROSS), ImageFont.load_default(15)
     across = min(ACROSS, len(tiles))
     picture = Image.new("RGB", (across * (width + GAP) + GAP, rows * (height + 24 + GAP) + 32), "white")

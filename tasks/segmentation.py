@@ -87,6 +87,8 @@ def class_names(args: Namespace, data: Masked) -> list[str]:
     if args.classes is None:
         from open_clip import IMAGENET_CLASSNAMES
 
+        if data.names is not None and len(data.names) < 2:
+            raise InputError(f"the images' folders name one class, {data.names[0]!r}, and at least two are needed: give --classes")
         return data.names or list(IMAGENET_CLASSNAMES)
     names = args.classes
     if len(names) == 1:
@@ -147,7 +149,9 @@ def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) 
     if method == BLOB:
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, cols), indexing="ij")
         return torch.exp(-2 * (x**2 + y**2)).expand(len(images), -1, -1).to(clip.device)  # standard deviation: a quarter of the side
-    draws = [torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed + (i << 32))) for i in indices.tolist()]
+    # The generator takes 32 bits of a seed.
+    seeds = [(seed * 1_000_003 + i) % 2**32 for i in indices.tolist()]
+    draws = [torch.rand(rows, cols, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(draws).to(clip.device)  # each image's own: the batch size changes nothing
 
 

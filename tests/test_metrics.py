@@ -140,7 +140,7 @@ def test_average_precision_by_hand(scores, positive, expected):
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.permutations(range(12)))
-def test_the_order_of_tied_entries_does_not_matter(order):
+def test_the_order_of_tied_entries_changes_nothing(order):
     scores = torch.tensor([[3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1]]).double()
     positive = torch.tensor([[1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0]]).bool()
     assert_close(average_precision(scores[:, order], positive[:, order]), average_precision(scores, positive), rtol=0, atol=0)
@@ -391,13 +391,13 @@ def test_masks_of_different_sizes_can_come_in_batches_of_their_own():
     assert total.mean_ap == pytest.approx((measured(*first).mean_ap + measured(*second).mean_ap) / 2, abs=1e-12)
 
 
-def test_the_order_of_images_does_not_matter():
+def test_the_order_of_images_changes_nothing():
     maps, masks = problem(13, b=8)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     assert_same_sums(measured(maps[order], masks[order]), measured(maps, masks))
 
 
-def test_which_map_belongs_to_which_mask_matters():
+def test_maps_given_to_other_masks_change_the_sums():
     maps, masks = problem(13, b=8)
     assert sums(measured(maps.roll(1, 0), masks)) != sums(measured(maps, masks))
 

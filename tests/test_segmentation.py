@@ -1,0 +1,1050 @@
+"""The segmentation and heatmap tasks, run in-process on the demo, on folders of its birds and on pictures of any shape."""
+
+import contextlib
+import functools
+import io
+import json
+import re
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import tasks.heatmap
+import tasks.segmentation
+import zeroshot
+from baselines import METHODS, BaselineError
+from datasets import DemoBirds
+from decompose import heatmap
+from evaluate import main
+from masks import DemoMasks, MaskFolder, seen
+from metrics import Segmentation
+from tasks.attribution import attribute
+from tasks.heatmap import INFERNO, LONG_SIDE, colours, covers, overlay, resized, sheet, slug
+from zeroshot import classifier, embed_texts, templates
+
+KINDS = ["sparrow", "cardinal", "crow", "woodpecker", "duck", "gull", "heron", "pelican"]
+MEASURES = ("pixel accuracy", "mIoU", "mAP", "mAP standard error")
+GREY = (200, 200, 200)
+
+load_once = functools.cache(zeroshot.load_clip)  # the tasks leave the model as they found it
+
+
+@pytest.fixture(autouse=True)
+def one_model(monkeypatch):
+    """Loading is tested elsewhere; here a hundred runs share a model."""
+    for module in (tasks.segmentation, tasks.heatmap):
+        monkeypatch.setattr(module, "load_clip", load_once)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load_once(None, None, "auto", "fp32")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model of random weights with the tokenizer of real ones, for texts that the demo does not know."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 2, "width": 32, "head_width": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (folder / "tiny-maps.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny-maps.json")
+    return ["--model", "tiny-maps", "--pretrained", "none"]
+
+
+def run(tmp_path, task, *argv):
+    """(exit code, what results.json holds)"""
+    code = main(["--task", task, *map(str, argv), "--out", str(tmp_path / "results")])
+    path = tmp_path / "results" / task / "results.json"
+    return code, json.loads(path.read_text()) if path.exists() else None
+
+
+def segment(tmp_path, *argv):
+    """The rows of a run that went well."""
+    code, results = run(tmp_path, "segmentation", "--workers", "0", *argv)
+    assert code == 0
+    return results["rows"]
+
+
+def refused(tmp_path, capsys, task, argv, *fragments):
+    """One line, exit code 2, and what was there before still there."""
+    results = tmp_path / "results" / task / "results.json"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text("earlier results")
+    try:
+        code = main(["--task", task, *map(str, argv), "--out", str(tmp_path / "results")])
+    except SystemExit as error:  # argparse
+        code = error.code
+    stderr = [line.split("\r")[-1] for line in capsys.readouterr().err.splitlines()]
+    lines = [line for line in stderr if line.startswith("evaluate.py: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert "Traceback" not in "".join(stderr)
+    for fragment in fragments:
+        assert fragment in lines[0]
+    assert results.read_text() == "earlier results"
+    assert [path.name for path in results.parent.iterdir()] == ["results.json"]
+
+
+# Pictures with a bird at a known place.
+
+
+def cut_out(count, size):
+    """Birds of the demo, cut out along their masks: [(picture, mask, kind)], long side `size`."""
+    data, found = DemoBirds("val", lambda image: image), []
+    for i in range(count):
+        picture, mask = data.render(i)
+        rows, cols = np.nonzero(mask > 127)
+        box = (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1)
+        factor = size / max(box[2] - box[0], box[3] - box[1])
+        shape = max(1, round((box[2] - box[0]) * factor)), max(1, round((box[3] - box[1]) * factor))
+        parts = [Image.fromarray(part).crop(box).resize(shape, Image.Resampling.BICUBIC) for part in (picture, mask)]
+        found.append((*parts, int(data.facts["kind"][i])))
+    return found
+
+
+def paste(bird, mask, size, left, top):
+    """The bird on a plain background: (picture, mask of 0 and 255)."""
+    picture, whole = Image.new("RGB", size, GREY), Image.new("L", size)
+    picture.paste(bird, (left, top), mask)
+    whole.paste(mask, (left, top))
+    return picture, whole.point(lambda value: 255 * (value > 127))
+
+
+CORNERS = [(0, 0), (1, 0), (0, 1), (1, 1)]  # right?, below?
+
+
+def in_corner(bird, mask, corner, side=64, gap=2):
+    place = [gap if not far else side - gap - length for far, length in zip(corner, bird.size, strict=True)]
+    return paste(bird, mask, (side, side), *place)
+
+
+def save_pair(root, name, picture, mask):
+    for kind, image in (("images", picture), ("masks", mask)):
+        path = root / kind / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    """A folder with folders of classes: eight birds, in the corners of plain pictures that are square, wide and tall."""
+    root = tmp_path_factory.mktemp("birds")
+    for i, (bird, mask, kind) in enumerate(cut_out(8, 28)):
+        picture, marked = in_corner(bird, mask, CORNERS[i % 4])
+        if i % 3:  # the bird stays inside of the middle square, which the model sees
+            size = (128, 64) if i % 3 == 1 else (64, 128)
+            offset = ((size[0] - 64) // 2, (size[1] - 64) // 2)
+            wide, wide_mask = Image.new("RGB", size, GREY), Image.new("L", size)
+            wide.paste(picture, offset)
+            wide_mask.paste(marked, offset)
+            picture, marked = wide, wide_mask
+        save_pair(root, f"{KINDS[kind]}/{i}", picture, marked)
+    return root
+
+
+# The maps follow the bird.
+
+
+@pytest.fixture(scope="module")
+def scenes(clip):
+    """(images, classes, corners): 20 birds, each in all four corners."""
+    pictures = [(in_corner(bird, mask, corner)[0], kind, corner) for bird, mask, kind in cut_out(20, 28) for corner in CORNERS]
+    images = torch.stack([clip.preprocess(picture) for picture, _, _ in pictures])
+    return images, torch.tensor([kind for _, kind, _ in pictures]), torch.tensor([corner for _, _, corner in pictures])
+
+
+def share_in_corner(maps, corners):
+    """Of maps whose highest value lies in the quarter of the picture that holds the bird."""
+    peak, cols = maps.flatten(1).argmax(dim=1), maps.shape[2]
+    quarter = torch.stack([peak % cols >= cols // 2, peak // cols >= maps.shape[1] // 2], dim=1).long()
+    return float((quarter == corners).all(dim=1).float().mean())
+
+
+SHARP = ["decomposition", "decomposition-abs", "raw-attention", "rollout", "partial-lrp", "chefer2021", "chefer2021-mm"]
+BLUNT = ["gradcam", "lrp", "lrp-conserving", "legrad", "grad-eclip"]  # see the bird less well on this model; chance is a quarter
+
+
+@pytest.mark.parametrize("method", SHARP + BLUNT)
+def test_the_highest_value_of_a_map_follows_the_bird_into_every_corner(clip, scenes, method):
+    images, kinds, corners = scenes
+    classes = classifier(clip, KINDS, templates(clip))
+    maps = attribute(method, clip.model, images, classes[kinds] - classes.mean(dim=0))
+    right = share_in_corner(maps, corners)
+    assert right >= (0.9 if method in SHARP else 0.5)
+    # Negative controls: mirrored or transposed. A transposed map is right in two corners of four.
+    assert share_in_corner(maps.flip(1), corners) <= 0.25
+    assert share_in_corner(maps.flip(2), corners) <= 0.25
+    assert share_in_corner(maps.mT, corners) <= min(0.6, right - 0.1)
+
+
+def test_every_method_is_judged_on_its_alignment():
+    assert {"decomposition", "decomposition-abs", *METHODS} == {*SHARP, *BLUNT}
+
+
+def found_of_the_birds(clip, root):
+    """Intersection over union of the birds alone."""
+    data, total = MaskFolder(root, clip.preprocess), Segmentation()
+    for i in range(len(data)):
+        (image, mask, _), _ = data[i]
+        total.update(attribute("chefer2021", clip.model, image[None], embed_texts(clip, ["a bird"])), mask[None])
+    return total.shared[1] / total.either[1]
+
+
+@pytest.mark.parametrize("turn", [Image.Transpose.ROTATE_180, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM])
+def test_a_map_finds_the_bird_of_its_mask_and_not_that_of_a_turned_one(clip, birds, tmp_path, turn):
+    for path in sorted((birds / "images").rglob("*.png")):
+        name = path.relative_to(birds / "images").with_suffix("")
+        save_pair(tmp_path, name, Image.open(path), Image.open(birds / "masks" / f"{name}.png").transpose(turn))
+    assert found_of_the_birds(clip, birds) > 4 * found_of_the_birds(clip, tmp_path)
+
+
+# Segmentation on the demo: the table, and every figure by another route.
+
+TABLE = ["--limit", "96", "--methods", "decomposition", "raw-attention", "chefer2021", "centred blob", "random"]
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(tasks.segmentation, "load_clip", load_once)
+        code, results = run(tmp_path_factory.mktemp("demo"), "segmentation", "--workers", "0", *TABLE)
+    assert code == 0
+    return results, out.getvalue()
+
+
+def test_the_table_shows_what_results_json_holds(demo_run):
+    results, printed = demo_run
+    assert list(results["rows"]) == TABLE[3:]
+    for method, row in results["rows"].items():
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{method}  ")]
+        cells = re.split(r"  +", line)
+        accuracy, iou, precision, error = (f"{100 * row[name]:.1f}" for name in MEASURES)
+        assert cells == [method, row["score"], row["text"], accuracy, iou, f"{precision} ± {error}"]
+    for key, value in results["settings"].items():
+        assert re.search(rf"^{re.escape(key)}: +{re.escape(value)}$", printed, re.MULTILINE)
+
+
+def test_the_settings_say_where_the_figures_come_from(demo_run):
+    where = demo_run[0]["settings"]
+    assert "demo world, test split, 96 images" in where["images"]
+    assert where["explained"] == "the predicted class"
+    assert where["prompts"] == "6 templates, 8 classes"
+    assert "cropped" in where["protocol"]
+    assert where["seed"] == "0"
+
+
+def test_the_decomposition_is_far_above_random(demo_run):
+    rows = demo_run[0]["rows"]
+    for name, gap in (("pixel accuracy", 0.25), ("mIoU", 0.2), ("mAP", 0.3)):
+        assert rows["decomposition"][name] > rows["random"][name] + gap
+        assert rows["decomposition"][name] > rows["centred blob"][name]
+    assert abs(rows["random"]["mAP"] - 0.5) < 0.02
+
+
+def measured(maps, masks, clip=False):
+    """One image at a time."""
+    total = Segmentation(clip)
+    for grid, mask in zip(maps, masks, strict=True):
+        total.update(grid[None], mask[None])
+    return dict(zip(MEASURES, (total.pixel_accuracy, total.mean_iou, total.mean_ap, total.mean_ap_error), strict=True))
+
+
+def assert_same_row(row, expected):
+    """float32 maps of one image and of many differ in their last digits: pixels that are equal change places, one may cross a mean."""
+    assert row["mAP"] == pytest.approx(expected["mAP"], abs=1e-5)
+    assert row["mAP standard error"] == pytest.approx(expected["mAP standard error"], abs=1e-5)
+    assert row["pixel accuracy"] == pytest.approx(expected["pixel accuracy"], abs=1e-4)
+    assert row["mIoU"] == pytest.approx(expected["mIoU"], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def ten(clip):
+    """(images, masks, true classes, classifier) of ten pictures of the demo, one of them not recognised."""
+    data = DemoMasks(clip.preprocess, limit=10, seed=2)
+    items = [data[i][0] for i in range(10)]
+    classes = classifier(clip, KINDS, templates(clip))
+    return torch.stack([image for image, _, _ in items]), torch.stack([mask for _, mask, _ in items]), data.labels, classes
+
+
+CONTRASTED = {"all": lambda method: True, "paper": lambda method: method.startswith("decomposition"), "none": lambda method: False}
+MIXED = ["decomposition", "decomposition-abs", "gradcam", "legrad", "chefer2021-mm", "raw-attention"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "contrast", "score"),
+    [
+        ("predicted", "all", "published"),
+        ("true", "all", "published"),
+        ("heron", "paper", "published"),
+        ("predicted", "none", "dot"),
+        ("true", "paper", "cosine"),
+        ("heron", "all", "logit"),
+    ],
+)
+def test_every_figure_is_that_of_the_methods_themselves(tmp_path, clip, ten, prompt, contrast, score):
+    images, masks, true, classes = ten
+    argv = ["--limit", "10", "--seed", "2", "--prompt", prompt, "--contrast", contrast, "--score", score, "--methods", *MIXED]
+    rows = segment(tmp_path, *argv)
+    with torch.no_grad():
+        predicted = (clip.model.encode_image(images) @ classes.T).argmax(dim=1)
+    shown = {"predicted": predicted, "true": true, "heron": torch.full((10,), KINDS.index("heron"))}[prompt]
+    assert len({tuple(x.tolist()) for x in (predicted, true, torch.full((10,), 6))}) == 3  # else the prompts could not be told apart
+    for method in MIXED:
+        texts = classes[shown] - classes.mean(dim=0) if CONTRASTED[contrast](method) else classes[shown]
+        if method.startswith("decomposition"):
+            maps = torch.stack([heatmap(clip.model, image[None], text[None])[0, 0] for image, text in zip(images, texts, strict=True)])
+            maps = maps.abs() if method.endswith("abs") else maps
+        else:
+            options = {} if score == "published" else {"score": score}
+            maps = METHODS[method](clip.model, images, texts, **options)
+        assert_same_row(rows[method], measured(maps, masks, clip=method == "decomposition"))
+
+
+def test_the_options_change_the_figures_of_those_that_see_them(tmp_path):
+    methods = ["decomposition", "decomposition-abs", "chefer2021-mm", "raw-attention", "random"]
+    argv = ["--limit", "10", "--seed", "2", "--methods", *methods]
+    base, blind, ours = segment(tmp_path, *argv), {"raw-attention", "random"}, {"decomposition", "decomposition-abs"}
+    for change, same in [
+        (["--prompt", "true"], blind),
+        (["--prompt", "heron"], blind),
+        (["--contrast", "none"], blind),
+        (["--contrast", "paper"], blind | ours),
+        (["--score", "dot"], blind | ours),
+    ]:
+        rows = segment(tmp_path, *argv, *change)
+        assert {name for name in methods if all(rows[name][key] == base[name][key] for key in MEASURES)} == same
+
+
+def test_each_row_says_what_it_explains(tmp_path):
+    methods = ["decomposition", "decomposition-abs", "raw-attention", "rollout", "gradcam", "legrad", "chefer2021-mm", "random"]
+    expected = {
+        ("all", "published"): [("dot", "class - mean")] * 2 + [("-", "-")] * 2
+        + [("dot", "class - mean"), ("cosine", "class - mean"), ("logit", "class - mean"), ("-", "-")],
+        ("paper", "dot"): [("dot", "class - mean")] * 2 + [("-", "-")] * 2 + [("dot", "class")] * 3 + [("-", "-")],
+        ("none", "cosine"): [("dot", "class")] * 2 + [("-", "-")] * 2 + [("cosine", "class")] * 3 + [("-", "-")],
+    }  # fmt: skip
+    for (contrast, score), cells in expected.items():
+        rows = segment(tmp_path, "--limit", "2", "--contrast", contrast, "--score", score, "--methods", *methods)
+        assert [(row["score"], row["text"]) for row in rows.values()] == cells
+
+
+def test_without_methods_every_method_has_its_row(tmp_path):
+    rows = segment(tmp_path, "--limit", "2")
+    assert list(rows) == ["decomposition", "decomposition-abs", *METHODS, "centred blob", "random"]
+
+
+def test_methods_come_in_the_order_given_each_once(tmp_path):
+    rows = segment(tmp_path, "--limit", "2", "--methods", "rollout", "decomposition", "rollout")
+    assert list(rows) == ["rollout", "decomposition"]
+
+
+def unsupported(*args, **options):
+    raise BaselineError("this method does not read such a model")
+
+
+def test_a_method_that_does_not_support_the_model_is_left_out_and_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "gradcam", unsupported)
+    code, results = run(tmp_path, "segmentation", "--limit", "1", "--workers", "0")
+    assert code == 0
+    assert "gradcam" not in results["rows"]
+    assert {"decomposition", "lrp", "random"} < set(results["rows"])
+    assert results["refused"] == {"gradcam": "this method does not read such a model"}
+    assert "Without gradcam: this method does not read such a model" in capsys.readouterr().out
+
+
+def test_a_method_that_does_not_support_the_model_is_refused_when_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "gradcam", unsupported)
+    argv = ["--limit", "1", "--workers", "0", "--methods", "decomposition", "gradcam"]
+    refused(tmp_path, capsys, "segmentation", argv, "this method does not read such a model")
+
+
+def test_what_is_explained_is_said(tmp_path):
+    for prompt, words in (("true", "the true class"), ("gull", "'gull', whatever the image shows")):
+        _, results = run(tmp_path, "segmentation", "--limit", "1", "--workers", "0", "--methods", "random", "--prompt", prompt)
+        assert results["settings"]["explained"] == words
+
+
+SOME = ["--limit", "20", "--methods", "decomposition", "chefer2021", "centred blob", "random"]
+
+
+@pytest.fixture(scope="module")
+def some_rows(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks.segmentation, "load_clip", load_once)
+        return segment(tmp_path_factory.mktemp("some"), *SOME)
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # forking a process with threads
+@pytest.mark.parametrize("change", [["--batch-size", "7"], ["--batch-size", "1"], ["--workers", "2", "--batch-size", "6"]])
+def test_batch_size_and_workers_change_nothing(tmp_path, some_rows, change):
+    again = segment(tmp_path, *SOME, *change)
+    for method, row in some_rows.items():
+        assert_same_row(again[method], row)
+
+
+def test_half_precision_gives_nearly_the_same(tmp_path, some_rows):
+    rows = segment(tmp_path, *SOME, "--precision", "bf16")
+    for method in ("decomposition", "chefer2021"):
+        assert rows[method]["mAP"] == pytest.approx(some_rows[method]["mAP"], abs=0.02)  # three digits of every activation
+        assert rows[method]["mAP"] != some_rows[method]["mAP"]
+
+
+@pytest.mark.parametrize("argv", [["--batch-size", "3"], ["--prompt", "crow"], ["--methods", "random"], ["--score", "dot"]])
+def test_the_random_row_depends_on_nothing_but_the_seed(tmp_path, some_rows, argv):
+    assert_same_row(segment(tmp_path, *SOME, *argv)["random"], some_rows["random"])
+
+
+def test_another_seed_draws_other_random_maps_on_the_same_images(tmp_path, birds):
+    argv = ["--data", birds, "--methods", "decomposition", "centred blob", "random"]
+    first, again, other = (segment(tmp_path, *argv, "--seed", seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first["random"] != other["random"]
+    assert {name: row for name, row in first.items() if name != "random"} == {
+        name: row for name, row in other.items() if name != "random"
+    }
+
+
+def test_every_image_has_a_random_map_of_its_own(clip):
+    maps = tasks.segmentation.sanity("random", torch.zeros(3, 3, 64, 64), clip, torch.tensor([0, 1, 5]), 0)
+    assert maps.shape == (3, 8, 8)
+    assert not torch.equal(maps[0], maps[1])
+    assert not torch.equal(maps[1], maps[2])
+    alone = tasks.segmentation.sanity("random", torch.zeros(1, 3, 64, 64), clip, torch.tensor([5]), 0)
+    assert torch.equal(alone[0], maps[2])
+
+
+def test_images_and_seeds_share_no_random_map(clip):
+    draw = lambda index, seed: tasks.segmentation.sanity("random", torch.zeros(1, 3, 64, 64), clip, torch.tensor([index]), seed)  # noqa: E731
+    maps = [draw(index, seed) for index in range(4) for seed in range(4)]
+    assert len({tuple(grid.flatten().tolist()) for grid in maps}) == 16
+
+
+def test_the_centred_blob_is_a_gaussian_of_a_quarter_of_the_side(clip):
+    blob = tasks.segmentation.sanity("centred blob", torch.zeros(2, 3, 64, 48), clip, torch.tensor([0, 1]), 0)
+    assert blob.shape == (2, 8, 6)
+    assert torch.equal(blob[0], blob[1])
+    assert torch.allclose(blob, blob.flip(1))
+    assert torch.allclose(blob, blob.flip(2))
+    y, x = np.linspace(-1, 1, 8)[:, None], np.linspace(-1, 1, 6)
+    # The side is 2 long, so a quarter of it 0.5.
+    assert np.allclose(blob[0].numpy(), np.exp(-(x**2 + y**2) / (2 * 0.5**2)), atol=1e-6)
+
+
+# Segmentation of folders.
+
+
+def test_a_folder_with_folders_of_classes_is_told_among_them(tmp_path, birds):
+    code, results = run(tmp_path, "segmentation", "--data", birds, "--workers", "0", "--methods", "decomposition", "rollout")
+    assert code == 0
+    assert f"{len(list((birds / 'images').iterdir()))} classes" in results["settings"]["prompts"]
+    assert str(birds) in results["settings"]["images"]
+    assert "8 of 8" in results["settings"]["images"]
+
+
+@pytest.mark.parametrize("contrast", ["all", "none"])
+def test_a_folder_gives_the_figures_of_its_pictures(tmp_path, clip, birds, contrast):
+    names = sorted(path.name for path in (birds / "images").iterdir())
+    classes = classifier(clip, names, templates(clip))
+    classes = classes - classes.mean(dim=0) if contrast == "all" else classes
+    maps, masks = [], []
+    for path in sorted((birds / "images").rglob("*.png")):
+        mask = np.array(Image.open(birds / "masks" / path.relative_to(birds / "images")))
+        top, left = ((side - 64) // 2 for side in mask.shape)
+        masks.append(torch.from_numpy(mask[top : top + 64, left : left + 64] > 0).long())
+        image = clip.preprocess(Image.open(path))[None]
+        maps.append(heatmap(clip.model, image, classes[names.index(path.parent.name)][None])[0, 0])
+    rows = segment(tmp_path, "--data", birds, "--prompt", "true", "--contrast", contrast, "--methods", "decomposition")
+    assert_same_row(rows["decomposition"], measured(torch.stack(maps), torch.stack(masks), clip=True))
+
+
+def test_the_authors_protocol_costs_every_map_that_finds_the_bird(tmp_path, birds):
+    argv = ["--data", birds, "--methods", "raw-attention", "rollout", "chefer2021"]
+    aligned = segment(tmp_path, *argv)
+    code, results = run(tmp_path, "segmentation", "--workers", "0", *argv, "--protocol", "authors")
+    assert code == 0
+    assert "squashed" in results["settings"]["protocol"]
+    for method in argv[3:]:
+        assert results["rows"][method]["mIoU"] < aligned[method]["mIoU"] - 0.02
+
+
+def test_classes_come_as_a_list_or_as_a_file(tmp_path, birds):
+    (tmp_path / "names.txt").write_text("\n".join(["duck", "  heron ", "", "gull", ""]), encoding="utf-8-sig")
+    argv = ["--data", birds, "--methods", "decomposition"]
+    listed = segment(tmp_path, *argv, "--classes", "duck", "heron", "gull")
+    code, results = run(tmp_path, "segmentation", "--workers", "0", *argv, "--classes", tmp_path / "names.txt")
+    assert code == 0
+    assert results["rows"] == listed
+    assert "3 classes" in results["settings"]["prompts"]
+    assert listed != segment(tmp_path, *argv)
+
+
+def test_the_true_class_is_found_by_its_name_and_not_by_its_place(tmp_path, birds):
+    argv = ["--data", birds, "--prompt", "true", "--methods", "decomposition", "--contrast", "none"]
+    here = segment(tmp_path, *argv)
+    turned = segment(tmp_path, *argv, "--classes", *reversed(KINDS))
+    assert_same_row(turned["decomposition"], here["decomposition"])
+
+
+def test_a_class_may_be_explained_that_only_the_list_knows(tmp_path, birds):
+    rows = segment(tmp_path, "--data", birds, "--classes", "bird", "forest", "lake", "--prompt", "forest", "--methods", "decomposition")
+    assert 0 <= rows["decomposition"]["mAP"] <= 1
+
+
+def test_a_mask_without_foreground_counts_as_background(tmp_path):
+    save_pair(tmp_path / "data", "duck/1", Image.new("RGB", (64, 64), GREY), Image.new("L", (64, 64)))
+    save_pair(tmp_path / "data", "gull/2", Image.new("RGB", (64, 64), GREY), Image.new("L", (64, 64)))
+    rows = segment(tmp_path, "--data", tmp_path / "data", "--methods", "centred blob")
+    y = np.linspace(-1, 1, 8)
+    blob = torch.from_numpy(np.exp(-2 * (y[:, None] ** 2 + y**2)))[None, None]
+    blob = F.interpolate(blob, (64, 64), mode="bilinear")[0, 0]
+    background = float((blob <= blob.mean()).double().mean())
+    row = rows["centred blob"]
+    assert row["pixel accuracy"] == pytest.approx(background, abs=1e-4)  # the task's blob is in float32
+    assert row["mIoU"] == pytest.approx(background / 2, abs=1e-4)
+    assert row["mAP standard error"] < 1e-6
+    assert 0.1 < background < 0.9
+
+
+def test_a_void_value_is_left_out(tmp_path, birds):
+    """Void pixels over the bird itself: what is left is background, wherever the map says otherwise."""
+    rows = segment(tmp_path, "--data", birds, "--void", "255", "--methods", "rollout")
+    assert rows["rollout"]["mIoU"] < 0.5  # no foreground is left: that half is zero
+    assert segment(tmp_path, "--data", birds, "--void", "7", "--methods", "rollout") == segment(
+        tmp_path, "--data", birds, "--methods", "rollout"
+    )
+
+
+def test_a_mat_file_gives_the_figures_of_the_same_folder(tmp_path, birds):
+    h5py = pytest.importorskip("h5py")
+    files = [path.relative_to(birds / "images") for path in sorted((birds / "images").rglob("*.png"))]
+    with h5py.File(tmp_path / "some.mat", "w") as file:
+        for name, folder in (("img", "images"), ("gt", "masks")):
+            cells = file.create_dataset(f"value/{name}", (len(files), 1), dtype=h5py.ref_dtype)
+            for i, path in enumerate(files):
+                array = np.array(Image.open(birds / folder / path))
+                cells[i, 0] = file.create_dataset(f"#refs#/{name}{i}", data=array.T).ref
+    argv = ["--classes", *KINDS, "--methods", "decomposition", "rollout"]
+    assert segment(tmp_path, "--data", tmp_path / "some.mat", *argv) == segment(tmp_path, "--data", birds, *argv)
+
+
+# What segmentation refuses.
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["--methods", "magic"], ["'magic'", "decomposition", "rollout", "centred blob", "random"]),
+        (["--prompt", "zebra"], ["'zebra'", "8 classes", "sparrow, cardinal"]),
+        (["--prompt", "sparow"], ["'sparow'", "near it: sparrow"]),
+        (["--classes", "duck"], ["--classes", "at least two", "duck"]),
+        (["--classes", "no/such/file.txt"], ["cannot read no/such/file.txt"]),
+        (["--classes", "duck", "gull", "duck"], ["'duck' twice"]),
+        (["--classes", "duck", "gull", "--prompt", "true"], ["'sparrow'", "2 --classes"]),
+        (["--classes", "zebra", "gull"], ["'zebra'", "not one of them"]),
+        (["--data", "no/such/data"], ["no/such/data", "images/ and masks/"]),
+        (["--void", "0"], ["--void 0", "background"]),
+        (["--void", "-1"], ["--void", "'-1'"]),
+        (["--contrast", "some"], ["--contrast", "'some'"]),
+        (["--score", "distance"], ["--score", "'distance'"]),
+        (["--protocol", "ours"], ["--protocol", "'ours'"]),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, argv, fragments):
+    refused(tmp_path, capsys, "segmentation", ["--limit", "4", "--workers", "0", *argv], *fragments)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"), [("duck\n\nduck\n", "'duck' twice"), ("duck\n", "at least two names"), ("\n\n", "at least two names")]
+)
+def test_a_file_of_classes_that_cannot_be_used(tmp_path, capsys, content, fragment):
+    (tmp_path / "names.txt").write_text(content)
+    refused(tmp_path, capsys, "segmentation", ["--classes", tmp_path / "names.txt", "--limit", "4"], fragment)
+
+
+def test_a_file_of_classes_in_another_encoding(tmp_path, capsys):
+    (tmp_path / "names.txt").write_bytes(b"K\xefnd\nduck\n")
+    refused(tmp_path, capsys, "segmentation", ["--classes", tmp_path / "names.txt"], "names.txt", "cannot read")
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """Five pictures without folders of classes."""
+    for i, (bird, mask, _) in enumerate(cut_out(5, 28)):
+        save_pair(tmp_path / "data", str(i), *in_corner(bird, mask, CORNERS[i % 4]))
+    return tmp_path / "data"
+
+
+LISTED = ["--classes", *KINDS, "--workers", "0", "--methods", "rollout", "--batch-size", "2"]
+
+
+def test_a_flat_folder_runs_with_classes(tmp_path, flat):
+    assert segment(tmp_path, "--data", flat, *LISTED)["rollout"]["mAP"] > 0.9
+
+
+def test_the_true_class_without_labels(tmp_path, capsys, flat):
+    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED, "--prompt", "true"], "no labels", "images/CLASS/")
+
+
+def test_classes_in_words_that_the_demo_does_not_know(tmp_path, capsys, flat):
+    """Without labels and --classes, ImageNet's names are taken: the demo knows 101 words."""
+    refused(tmp_path, capsys, "segmentation", ["--data", flat], "101 words", "not one of them")
+
+
+@pytest.mark.parametrize("void", [[], ["--void", "7"]])
+def test_masks_that_mark_foreground_with_different_values(tmp_path, capsys, flat, void):
+    Image.open(flat / "masks" / "3.png").point(lambda value: value and 1).save(flat / "masks" / "3.png")
+    argv = ["--data", flat, *LISTED, *void]
+    refused(tmp_path, capsys, "segmentation", argv, "0.png", "with 255", "3.png", "with 1", "--void")
+
+
+def test_a_mask_without_foreground_has_no_value_to_disagree_with(tmp_path, flat):
+    Image.new("L", (64, 64)).save(flat / "masks" / "0.png")
+    assert segment(tmp_path, "--data", flat, *LISTED)["rollout"]["mAP"] > 0.5
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize(("folder", "damage"), [("images", b"not an image"), ("masks", b"not an image"), ("masks", b"")])
+def test_a_broken_file_is_named(tmp_path, capsys, flat, folder, damage, workers):
+    (flat / folder / "3.png").write_bytes(damage)
+    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED, "--workers", workers], f"{folder}/3.png", "not an image")
+
+
+@pytest.mark.parametrize(
+    ("mask", "fragments"),
+    [
+        (Image.new("L", (64, 63)), ["64 x 63", "64 x 64", "3.png"]),
+        (Image.fromarray(np.arange(64 * 64, dtype=np.int64).reshape(64, 64).astype(np.uint8)), ["3.png", "256 values", "--void"]),
+        (Image.new("RGB", (64, 64), (200, 0, 0)), ["3.png", "colours"]),
+    ],
+)
+def test_a_mask_that_cannot_be_used_is_named(tmp_path, capsys, flat, mask, fragments):
+    mask.save(flat / "masks" / "3.png")
+    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED], *fragments)
+
+
+def test_a_mask_of_nothing_but_void_is_named(tmp_path, capsys, flat):
+    Image.new("L", (64, 64), 7).save(flat / "masks" / "3.png")
+    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED, "--void", "7"], "3.png", "no labelled pixel")
+
+
+def test_a_missing_mask_is_named(tmp_path, capsys, flat):
+    (flat / "masks" / "3.png").unlink()
+    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED], "images/3.png", "masks/3.png")
+
+
+@pytest.mark.parametrize("missing", ["images", "masks"])
+def test_a_missing_folder_is_named(tmp_path, capsys, flat, missing):
+    (flat / missing).rename(flat / "elsewhere")
+    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED], "no folder", f"data/{missing}")
+
+
+def test_a_folder_of_no_images_is_named(tmp_path, capsys):
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    refused(tmp_path, capsys, "segmentation", ["--data", tmp_path / "data", *LISTED], "no images", "data/images")
+
+
+def test_a_single_class_leaves_nothing_to_tell_it_from(tmp_path, capsys):
+    """Its contrast with the mean over classes would be zero everywhere."""
+    bird, mask, _ = cut_out(1, 28)[0]
+    save_pair(tmp_path / "data", "duck/1", *in_corner(bird, mask, (0, 0)))
+    refused(tmp_path, capsys, "segmentation", ["--data", tmp_path / "data", "--workers", "0", "--methods", "decomposition"], "two")
+
+
+def test_random_bytes_as_a_mat_file(tmp_path, capsys):
+    pytest.importorskip("h5py")
+    (tmp_path / "some.mat").write_bytes(np.random.default_rng(0).bytes(4000))
+    refused(tmp_path, capsys, "segmentation", ["--data", tmp_path / "some.mat", *LISTED], "some.mat", "gtsegs_ijcv.mat")
+
+
+def test_a_mat_file_without_h5py(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    (tmp_path / "some.mat").write_bytes(b"\x89HDF\r\n\x1a\n")
+    refused(tmp_path, capsys, "segmentation", ["--data", tmp_path / "some.mat", *LISTED], "some.mat", "pip install h5py")
+
+
+def test_a_path_that_is_not_there_is_missing_with_and_without_h5py(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    refused(tmp_path, capsys, "segmentation", ["--data", tmp_path / "nowhere", *LISTED], "nowhere", "images/ and masks/")
+
+
+# Heatmaps: one picture per text and method, and one of them all.
+
+
+def draw(tmp_path, picture, *texts, methods=("decomposition", "raw-attention"), options=(), name="picture.png"):
+    """Run the task on a picture: {name of a file: picture}."""
+    path = picture
+    if isinstance(picture, Image.Image):
+        path = tmp_path / name
+        picture.save(path)
+    argv = ["--image", path, "--methods", *methods, *options]
+    for text in texts:
+        argv += ["--text", text]
+    code, results = run(tmp_path, "heatmap", *argv)
+    assert code == 0
+    folder = tmp_path / "results" / "heatmap"
+    found = {path.name: Image.open(path) for path in folder.iterdir() if path.suffix == ".png"}
+    assert sorted(results["files"]) == sorted(found)
+    assert {path.name for path in folder.iterdir()} <= {*found, "results.json", "report.html"}
+    return found
+
+
+def bird_picture(size=(64, 64), left=4, top=4):
+    bird, mask, _ = cut_out(1, 28)[0]
+    return paste(bird, mask, size, left, top)[0]
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def values(picture):
+    return np.asarray(picture, dtype=float)
+
+
+def test_every_text_has_a_picture_per_method_and_one_of_them_all(tmp_path):
+    found = draw(tmp_path, bird_picture(), "a sparrow", "a red bird")
+    assert sorted(found) == sorted(
+        f"{i}-{text}-{method}.png"
+        for i, text in ((1, "a-sparrow"), (2, "a-red-bird"))
+        for method in ("decomposition", "raw-attention", "all")
+    )
+    for name, picture in found.items():
+        assert picture.format == "PNG"
+        assert picture.mode == "RGB"
+        assert name.endswith("-all.png") or picture.size == (LONG_SIDE, LONG_SIDE)
+    assert np.abs(values(found["1-a-sparrow-decomposition.png"]) - values(found["2-a-red-bird-decomposition.png"])).max() > 10
+    assert np.array_equal(values(found["1-a-sparrow-raw-attention.png"]), values(found["2-a-red-bird-raw-attention.png"]))
+
+
+def test_without_methods_all_are_drawn(tmp_path):
+    bird_picture().save(tmp_path / "picture.png")
+    code, results = run(tmp_path, "heatmap", "--image", tmp_path / "picture.png", "--text", "a bird")
+    assert code == 0
+    methods = ["decomposition", "decomposition-abs", *METHODS, "all"]
+    assert results["files"] == [f"1-a-bird-{method}.png" for method in methods]
+
+
+def test_a_method_that_does_not_support_the_model_is_not_drawn_but_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "gradcam", unsupported)
+    noise(64, 64).save(tmp_path / "picture.png")
+    argv = ["--image", tmp_path / "picture.png", "--text", "a duck"]
+    code, results = run(tmp_path, "heatmap", *argv)
+    assert code == 0
+    assert len(results["files"]) == 2 + len(METHODS)
+    assert "Without gradcam: this method does not read such a model" in capsys.readouterr().out
+    refused(tmp_path / "again", capsys, "heatmap", [*argv, "--methods", "rollout", "gradcam"], "does not read such a model")
+
+
+def test_the_cosine_is_that_of_image_and_text(tmp_path, clip, capsys):
+    picture = bird_picture()
+    picture.save(tmp_path / "picture.png")
+    texts = ["a sparrow", "a pelican at night"]
+    _, results = run(
+        tmp_path, "heatmap", "--image", tmp_path / "picture.png", "--text", texts[0], "--text", texts[1], "--methods", "rollout"
+    )
+    with torch.no_grad():
+        embedding = F.normalize(clip.model.encode_image(clip.preprocess(picture)[None]), dim=-1)
+    printed = capsys.readouterr().out
+    for text in texts:
+        expected = float(embedding @ embed_texts(clip, [text])[0])
+        assert results["cosine"][text] == pytest.approx(expected, abs=1e-6)
+        assert re.search(rf"^{text} +{expected:.3f} ", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("size", "canvas"), [((128, 64), (512, 256)), ((60, 150), (205, 512)), ((700, 900), (398, 512))])
+@pytest.mark.parametrize("method", ["decomposition", "chefer2021"])
+def test_a_picture_is_the_methods_map_laid_on_what_the_model_sees(tmp_path, clip, size, canvas, method):
+    picture = noise(*size)
+    text = embed_texts(clip, ["a duck"])
+    found = draw(tmp_path, picture, "a duck", methods=[method])[f"1-a-duck-{method}.png"]
+    assert found.size == canvas
+    image = clip.preprocess(picture)[None]
+    heat = heatmap(clip.model, image, text)[:, 0] if method == "decomposition" else METHODS[method](clip.model, image, text)
+    box = ((size[0] - min(size)) / 2, (size[1] - min(size)) / 2, (size[0] + min(size)) / 2, (size[1] + min(size)) / 2)
+    expected = overlay(picture, heat, box, clip=method == "decomposition")
+    assert np.abs(values(found) - values(expected)).max() <= 1
+    assert np.abs(values(found) - values(overlay(picture, heat.flip(2), box, clip=method == "decomposition"))).max() > 20
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_the_model_does_not_see_is_dimmed_and_has_no_heat(tmp_path, turned):
+    picture = noise(240, 80)
+    picture = picture.transpose(Image.Transpose.TRANSPOSE) if turned else picture
+    found = values(draw(tmp_path, picture, "a duck", methods=["rollout"])["1-a-duck-rollout.png"])
+    original = values(resized(picture))
+    found, original = (x.swapaxes(0, 1) if turned else x for x in (found, original))
+    # Outside: half colour, half grey, then 35 % of the darkest colour over it, everywhere.
+    grey = values(resized(picture).convert("L"))[..., None]
+    grey = grey.swapaxes(0, 1) if turned else grey
+    expected = 0.65 * (0.5 * original + 0.5 * grey) + 0.35 * INFERNO[0]
+    outside = np.r_[0:169, 343:512]  # the middle third is 171 to 341
+    assert np.abs(found[:, outside] - expected[:, outside]).max() <= 1
+    assert np.abs(found[:, 173:339] - expected[:, 173:339]).max() > 20
+
+
+def test_it_says_whether_the_model_sees_the_whole_image(tmp_path):
+    for size, words in (((64, 64), "all of it"), ((90, 64), "cropping leaves"), ((64, 90), "cropping leaves")):
+        noise(*size).save(tmp_path / "picture.png")
+        _, results = run(tmp_path, "heatmap", "--image", tmp_path / "picture.png", "--text", "a duck", "--methods", "rollout")
+        assert words in results["settings"]["seen"]
+        assert f"{size[0]} x {size[1]}" in results["settings"]["image"]
+
+
+@pytest.mark.parametrize("size", [(300, 1), (400, 1), (1, 60), (1, 1)])
+def test_the_thinnest_image_is_drawn(tmp_path, size):
+    found = draw(tmp_path, noise(*size), "a duck", methods=["rollout"])
+    picture = found["1-a-duck-rollout.png"]
+    assert max(picture.size) == LONG_SIDE
+    assert min(picture.size) == max(1, round(LONG_SIDE * min(size) / max(size)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1", "I;16", "CMYK"])
+def test_an_image_of_any_kind_is_drawn_as_what_it_shows(tmp_path, mode):
+    ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64).round().astype(np.uint8)
+    if mode == "RGBA":  # half of it see-through: white
+        image = noise(64, 64).convert("RGBA")
+        image.putalpha(Image.fromarray(np.where(np.arange(64) < 32, 255, 0).astype(np.uint8)[None].repeat(64, axis=0)))
+        same = np.where((np.arange(64) < 32)[None, :, None], np.asarray(noise(64, 64)), 255)
+    elif mode == "I;16":
+        image, same = Image.fromarray(ramp.astype(np.uint16) * 257), np.repeat(ramp[..., None], 3, axis=-1)
+    else:
+        image = Image.fromarray(ramp).convert("RGB" if mode == "CMYK" else "L").convert(mode)
+        same = np.asarray(image.convert("RGB"))
+    found = draw(tmp_path, image, "a duck", methods=["rollout"], name="any.tif" if mode == "CMYK" else "any.png")
+    expected = draw(tmp_path / "plain", save_as(tmp_path, same), "a duck", methods=["rollout"])
+    for name, picture in expected.items():
+        assert np.abs(values(found[name]) - values(picture)).max() <= 3  # 16 bits are cut to 8, which may be off by one
+
+
+def save_as(tmp_path, array):
+    (tmp_path / "plain").mkdir(exist_ok=True)
+    Image.fromarray(array.astype(np.uint8)).save(tmp_path / "plain" / "same.png")
+    return tmp_path / "plain" / "same.png"
+
+
+@pytest.mark.parametrize("tag", [6, 3, 8])
+def test_a_photograph_taken_on_its_side_comes_out_upright(tmp_path, tag):
+    stored = noise(90, 60, seed=tag)
+    turns = {6: -1, 3: 2, 8: 1}[tag]  # to the left, in quarters
+    upright = np.rot90(np.asarray(stored), turns)
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    stored.save(tmp_path / "turned.png", exif=exif)
+    found = draw(tmp_path, tmp_path / "turned.png", "a duck", methods=["rollout"])
+    expected = draw(tmp_path / "plain", save_as(tmp_path, upright), "a duck", methods=["rollout"])
+    assert found["1-a-duck-rollout.png"].size == ((341, 512) if tag != 3 else (512, 341))
+    for name, picture in expected.items():
+        assert np.array_equal(values(found[name]), values(picture))
+
+
+def test_a_jpeg_taken_on_its_side_comes_out_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", (90, 60), "black")
+    picture.paste("white", (0, 0, 45, 60))  # stored left is shown on top
+    picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    found = values(draw(tmp_path, tmp_path / "turned.jpg", "a duck", methods=["rollout"])["1-a-duck-rollout.png"])
+    assert found.shape[:2] == (512, 341)
+    assert found[:80].mean() > found[-80:].mean() + 50
+
+
+def test_a_text_of_any_characters_gives_a_safe_name(tmp_path, tiny):
+    texts = ["../../escape", "/etc/passwd", 'a\\b:c*?"<>|', "鳥", "x" * 300, "two\nlines", "..", "Ünïcode Bird"]
+    noise(40, 40).save(tmp_path / "picture.png")
+    inside = tmp_path / "work" / "deep"
+    argv = ["--image", tmp_path / "picture.png", "--methods", "rollout", *tiny]
+    for text in texts:
+        argv += ["--text", text]
+    code, results = run(inside, "heatmap", *argv)
+    assert code == 0
+    written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()} - {
+        (tmp_path / "picture.png").relative_to(tmp_path)
+    }
+    folder = (inside / "results" / "heatmap").relative_to(tmp_path)
+    assert written - {folder / "report.html"} == {folder / name for name in [*results["files"], "results.json"]}
+    assert len(results["files"]) == 2 * len(texts)
+    for name in results["files"]:
+        assert re.fullmatch(r"[0-9]+-[a-z0-9-]{1,40}-(rollout|all)\.png", name)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a duck", "a-duck"),
+        ("A red  Bird.", "a-red-bird"),
+        ("../../x", "x"),
+        ("...", "text"),
+        ("鳥", "text"),
+        ("--a--", "a"),
+        ("x" * 99, "x" * 40),
+    ],
+)
+def test_slugs(text, expected):
+    assert slug(text) == expected
+
+
+def test_two_texts_of_one_name_have_pictures_of_their_own(tmp_path):
+    found = draw(tmp_path, bird_picture(), "a duck", "A duck.", methods=["rollout"])
+    assert sorted(found) == ["1-a-duck-all.png", "1-a-duck-rollout.png", "2-a-duck-all.png", "2-a-duck-rollout.png"]
+
+
+def test_the_score_of_every_method_is_said(tmp_path):
+    noise(64, 64).save(tmp_path / "picture.png")
+    argv = ["--image", tmp_path / "picture.png", "--text", "a duck", "--methods", "decomposition", "rollout", "legrad", "gradcam"]
+    _, results = run(tmp_path, "heatmap", *argv)
+    assert results["scores"] == {"decomposition": "dot", "rollout": "-", "legrad": "cosine", "gradcam": "dot"}
+    _, results = run(tmp_path, "heatmap", *argv, "--score", "logit")
+    assert results["scores"] == {"decomposition": "dot", "rollout": "-", "legrad": "logit", "gradcam": "logit"}
+
+
+# Drawing.
+
+BOXES = {"wide": ((400, 200), (100, 0, 300, 200)), "tall": ((150, 300), (0, 75, 150, 225)), "padded": ((400, 200), (0, -100, 400, 300))}
+
+
+@pytest.mark.parametrize("shape", BOXES)
+@pytest.mark.parametrize(("row", "col"), [(2, 1), (3, 4), (4, 6), (5, 3)])
+def test_a_single_hot_patch_lies_at_its_place_in_the_picture(shape, row, col):
+    size, (left, top, right, bottom) = BOXES[shape]
+    heat = torch.zeros(1, 8, 10)
+    heat[0, row, col] = 1
+    light = values(overlay(Image.new("RGB", size, (90, 90, 90)), heat, (left, top, right, bottom))).mean(axis=-1)
+    light = np.maximum(light - np.median(light), 0)  # what one patch adds to the rest
+    factor = LONG_SIDE / max(size)
+    rows, cols = np.mgrid[: light.shape[0], : light.shape[1]] + 0.5
+    x, y = (light * cols).sum() / light.sum() / factor, (light * rows).sum() / light.sum() / factor
+    patch = (right - left) / 10, (bottom - top) / 8
+    assert abs(x - (left + (col + 0.5) * patch[0])) < 0.1 * patch[0]
+    assert abs(y - (top + (row + 0.5) * patch[1])) < 0.1 * patch[1]
+
+
+@pytest.mark.parametrize(("row", "col"), [(0, 0), (0, 7), (7, 0), (7, 7)])
+def test_heat_in_a_corner_of_what_the_model_sees_lies_there_and_not_in_the_pictures_corner(row, col):
+    heat = torch.zeros(1, 8, 8)
+    heat[0, row, col] = 1
+    light = values(overlay(Image.new("RGB", (512, 256), (90, 90, 90)), heat, (128, 0, 384, 256))).mean(axis=-1)
+    y, x = np.unravel_index(light.argmax(), light.shape)
+    assert (128 <= x < 160) if col == 0 else (352 <= x < 384)
+    assert (y < 32) if row == 0 else (y >= 224)
+    assert light[:, :128].max() < light.max() - 30
+
+
+def test_negative_heat_is_cold_where_it_is_clipped():
+    picture = noise(64, 64)
+    heat, positive = torch.tensor([[[-5.0, -1.0], [0.0, 2.0]]]), torch.tensor([[[0.0, 0.0], [0.0, 2.0]]])
+    same = overlay(picture, heat[:, 1:], (0, 0, 64, 64), clip=True), overlay(picture, positive[:, 1:], (0, 0, 64, 64), clip=True)
+    assert np.array_equal(values(same[0]), values(same[1]))
+    clipped, whole = (values(overlay(picture, heat, (0, 0, 64, 64), clip=clip)) for clip in (True, False))
+    assert np.abs(clipped - whole).max() > 10
+    cold = values(overlay(picture, torch.zeros(1, 2, 2), (0, 0, 0, 0), clip=True))
+    assert np.abs(clipped[:200, :200] - cold[:200, :200]).max() <= 1
+
+
+def test_the_scale_of_a_map_does_not_show():
+    picture, heat = noise(64, 64), torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
+    small, large = (values(overlay(picture, factor * heat, (0, 0, 64, 64))) for factor in (1e-4, 1e4))
+    assert np.abs(small - large).max() <= 1
+
+
+def test_the_image_is_left_as_it_was():
+    picture = noise(64, 64)
+    overlay(picture, torch.rand(1, 8, 8), (0, 0, 64, 64))
+    assert np.array_equal(values(picture), values(noise(64, 64)))
+
+
+def test_a_hotter_pixel_is_brighter_also_without_colour():
+    drawn = colours(np.linspace(0, 1, 501))
+    assert drawn.shape == (501, 3)
+    luminance = drawn @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(luminance) > 0).all()
+    assert drawn[0].tolist() == [0, 0, 4]
+    assert drawn[-1].tolist() == [252, 255, 164]
+    assert colours(np.zeros((2, 3))).shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((64, 64), (512, 512)), ((1000, 500), (512, 256)), ((3, 1000), (2, 512)), ((1, 2000), (1, 512))]
+)
+def test_pictures_have_one_long_side(size, expected):
+    assert resized(Image.new("RGB", size)).size == expected
+
+
+def test_small_pictures_keep_their_pixels_and_large_ones_are_smoothed():
+    checks = lambda n: Image.fromarray(np.uint8(np.indices((n, n)).sum(axis=0) % 2 * 255)).convert("RGB")  # noqa: E731
+    assert set(np.unique(values(resized(checks(64))))) == {0, 255}
+    assert len(np.unique(values(resized(checks(400))))) > 2
+
+
+def test_the_sheet_shows_every_tile_six_in_a_row():
+    tiles = {f"tile {k}": Image.new("RGB", (50, 25), (10 + 15 * k, 0, 200 - 10 * k)) for k in range(13)}
+    picture = values(sheet("title", tiles))
+    for k in range(13):
+        x, y = 8 + k % 6 * 208 + 100, 32 + k // 6 * (100 + 24 + 8) + 22 + 50  # the middle of a tile of 200 x 100
+        assert picture[y, x].tolist() == [10 + 15 * k, 0, 200 - 10 * k]
+        assert picture[y - 48, x - 98].tolist() == picture[y + 48, x + 98].tolist() == [10 + 15 * k, 0, 200 - 10 * k]
+        assert (picture[y - 71 : y - 51, x - 100 : x].min()) < 100  # its name above it
+    assert (picture[:28, :60].min()) < 100  # the title
+    assert picture.shape == (32 + 3 * 132, 6 * 208 + 8, 3)
+    assert picture[-5, -100].tolist() == [255, 255, 255]
+    assert sheet("title", dict(list(tiles.items())[:2])).size == (2 * 208 + 8, 32 + 132)
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((0, 0, 200, 100), True),
+        ((0, -50, 200, 150), True),
+        ((0.4, 0.4, 199.6, 99.6), True),  # less than a pixel
+        ((5, 0, 200, 100), False),
+        ((0, 5, 200, 100), False),
+        ((0, 0, 195, 100), False),
+        ((0, 0, 200, 95), False),
+    ],
+)
+def test_whether_a_box_covers_the_image(box, expected):
+    assert covers(box, (200, 100)) == expected
+
+
+def test_the_box_is_what_the_demo_sees(clip):
+    assert seen(clip.preprocess, (240, 80), (64, 64)) == (80, 0, 160, 80)
+
+
+# What heatmap refuses.
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["--text", "a duck"], ["--image FILE"]),
+        (["--image", "IMAGE"], ["--text TEXT"]),
+        ([], ["--image FILE"]),
+        (["--image", "IMAGE", "--text", ""], ["--text is empty"]),
+        (["--image", "IMAGE", "--text", "a duck", "--text", " \t"], ["--text is empty"]),
+        (["--image", "IMAGE", "--text", "a duck", "--text", "a zebra"], ["'zebra'", "not one of them"]),
+        (["--image", "no/such.png", "--text", "a duck"], ["no image no/such.png"]),
+        (["--image", "TEXT", "--text", "a duck"], ["notes.txt", "not an image"]),
+        (["--image", "CUT", "--text", "a duck"], ["cut.png", "truncated"]),
+        (["--image", "FOLDER", "--text", "a duck"], ["cannot read image", "folder"]),
+        (["--image", "IMAGE", "--text", "a duck", "--methods", "magic"], ["'magic'", "decomposition", "rollout"]),
+        (["--image", "IMAGE", "--text", "a duck", "--methods", "random"], ["'random'"]),
+    ],
+)
+def test_what_cannot_be_drawn(tmp_path, capsys, argv, fragments):
+    noise(64, 64).save(tmp_path / "image.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "image.png").read_bytes()[:6000])
+    (tmp_path / "notes.txt").write_text("words")
+    (tmp_path / "folder").mkdir()
+    given = {"IMAGE": "image.png", "TEXT": "notes.txt", "CUT": "cut.png", "FOLDER": "folder"}
+    refused(tmp_path, capsys, "heatmap", [tmp_path / given[word] if word in given else word for word in argv], *fragments)
