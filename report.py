@@ -127,7 +127,8 @@ def pictures(items: Sequence[tuple[Image.Image, str]], *, size: int = 128, cap: 
 
 
 def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -> Html:
-    """A cell for each head in rows of layers, coloured and lettered by role, with a bar for the role's share; below, a card for each.
+    """A cell for each head in rows of layers, coloured and lettered by role, with a bar for the role's share; below, a card for each
+    with all else that is known of it.
 
     Args:
         anchor: what the ids begin with; another one for each grid on a page.
@@ -144,22 +145,23 @@ def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -
         for role, (style, mark) in looks.items()
         if roles[role]
     ]
+    more = any(head.categories or head.texts or head.images or known(head.spread) for head in heads)
     cells, across = [], max((head.head for head in heads), default=0) + 1
     for layer in sorted({head.layer for head in heads}):
         cells.append(tag("span", layer, class_="layer", title=f"layer {layer}"))
-        cells += [cell(there[layer, i], looks, anchor) if (layer, i) in there else tag("span") for i in range(across)]
-    stable = any(head.stable is not None for head in heads)
+        cells += [cell(there[layer, i], looks, anchor if more else "") if (layer, i) in there else tag("span") for i in range(across)]
     grid = tag("div", *cells, class_="heads", role="group", aria_label="Heads in rows of layers", style=f"--across:{across}")
-    cards = tag("div", *(card(head, looks, anchor, images, stable) for _, head in sorted(there.items())), class_="cards")
-    return Html(tag("ul", *legend, class_="legend") + tag("div", grid, class_="wide", id=f"{anchor}-grid") + cards)
+    stable = any(head.stable is not None for head in heads)
+    cards = [card(head, looks, anchor, images, stable) for _, head in sorted(there.items())] if more else []
+    box = tag("div", grid, class_="wide", id=f"{anchor}-grid", tabindex=0)
+    return Html(tag("ul", *legend, class_="legend") + box + tag("div", *cards, class_="cards"))
 
 
 def cell(head: Head, looks: dict, anchor: str) -> Html:
     (style, mark), name, role, share = looks[head.role], f"{head.layer}.{head.head}", head.role or "no role", percent(head.role_share)
     words = [tag("b", name), " ", tag("i", mark, class_="mark"), " ", tag("span", role), " ", tag("small", share), bar(head.role_share)]
-    return tag(
-        "a", *words, class_="cell", style=style, href=f"#{anchor}-{head.layer}-{head.head}", title=f"head {name}: {role}, {share}"
-    )
+    link = f"#{anchor}-{head.layer}-{head.head}" if anchor else None
+    return tag("a" if anchor else "div", *words, class_="cell", style=style, href=link, title=f"head {name}: {role}, {share}")
 
 
 def card(head: Head, looks: dict, anchor: str, images: int, stable: bool) -> Html:
@@ -268,7 +270,9 @@ def intervals(groups: Mapping[str, Sequence[tuple]], title: str, x_label: str, *
         down += 32
     back = grid(x, 8 + 16 * len(lines), down + 4, x_label) + flags(lines, x, down + 4)
     data = (
-        table(["group", "", x_label, "low", "high"], rows) if last else table(["", x_label, "low", "high"], [row[1:] for row in rows])
+        table(["group", "", x_label, "low", "high"], rows)
+        if any(groups)
+        else table(["", x_label, "low", "high"], [row[1:] for row in rows])
     )
     return chart(title, f"{x_label}: a dot with its interval for each of {len(rows)} rows.", down + 46, back + drawn, data)
 
@@ -338,7 +342,7 @@ def percent(share: float | None) -> str:
 
 def known(*values: float | None) -> bool:
     """Can they be drawn?"""
-    return all(isinstance(value, Real) and abs(value) < 1e100 for value in values)
+    return all(isinstance(value, Real) and abs(value) < 1e30 for value in values)
 
 
 def present(lines: Mapping[str, float] | None) -> dict[str, float]:
@@ -380,12 +384,12 @@ class Axis:
 
     def __init__(self, values: Sequence[float], start: float, end: float, about: int = 5) -> None:
         low, high = self.low, self.high = float(min(values)), float(max(values))
-        if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-90):  # as good as constant
+        if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-60):  # as good as constant
             low, high = low - (abs(low) / 2 or 1), high + (abs(low) / 2 or 1)
         power = math.floor(math.log10((high - low) / about))
         step = next(step for step in (1, 2, 5, 10) if step * 10.0**power >= (high - low) / about * (1 - 1e-9)) * 10.0**power
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        self.ticks = [round(i * step, -power) + 0.0 for i in range(first, last + 1)]  # + 0.0: no minus zero
+        self.ticks = [round(i * step, -power) for i in range(first, last + 1)]
         self.decimals, self.start, self.end = max(0, -power), start, end
         self.room = LETTER * max(len(self.tell(tick)) for tick in self.ticks)
 
@@ -409,7 +413,7 @@ def grid(x: Axis, top: float, bottom: float, x_label: str, y: Axis | None = None
     for tick in y.ticks if y else ():
         drawn.append(tag("path", d=f"M{x.start} {y(tick)}H{x.end}", class_="grid"))
         drawn.append(text(x.start - 6, y(tick) + 4, y.tell(tick), "end"))
-    return [*drawn, text(x.end, bottom + 33, x_label, "end", x.end), text(2, 12, y_label)]
+    return [*drawn, text(x.end, bottom + 33, x_label, "end", x.end), *([text(2, 12, y_label)] if y else [])]
 
 
 def flags(lines: Mapping[str, float], x: Axis, bottom: float) -> list[Html]:
@@ -441,8 +445,7 @@ def trace(points: Points, x: Axis, y: Axis) -> str:
 
 
 def marker(i: int, x: float, y: float, told: str = "") -> Html:
-    shape = MARKERS[(i + i // 8) % 8]
-    return tag("path", tag("title", told) if told else "", d=shape, transform=f"translate({x} {y})", class_="dot")
+    return tag("path", tag("title", told) if told else "", d=MARKERS[i % 8], transform=f"translate({x} {y})", class_="dot")
 
 
 def dashes(i: int) -> str:
@@ -479,7 +482,8 @@ section{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430p
 section>*{grid-column:1/-1;min-width:0}section>.chart{grid-column:auto;max-width:560px}
 figure{margin:0}figcaption{font-size:.85rem}
 .wide{overflow-x:auto;margin:.6em 0;max-width:100%}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding:.2em 0}th,td{padding:.3em .7em;text-align:right;overflow-wrap:normal;border-bottom:1px solid var(--line)}
+caption{text-align:left;color:var(--soft);padding:.2em 0}
+th,td{padding:.3em .7em;text-align:right;overflow-wrap:normal;border-bottom:1px solid var(--line)}
 th{font-weight:600}td{white-space:nowrap}th:first-child,td:first-child{text-align:left;padding-left:0;overflow-wrap:anywhere}
 th:first-child{position:sticky;left:0;background:var(--page);min-width:7em;max-width:45vw}tbody th{font-weight:400}
 .chart{margin:.8em 0}.chart>figcaption{font-size:1rem;font-weight:600}.chart .legend{font-size:.85rem;margin:.3em 0}
@@ -494,11 +498,12 @@ text{font-size:12.5px;fill:var(--ink);stroke:var(--page);stroke-width:5px;paint-
 img{display:block;max-width:100%;height:auto;background:var(--ground)}.pixels{image-rendering:pixelated}
 .mark{display:inline-block;min-width:1.9em;padding:0 .25em;border-radius:3px;background:var(--c);color:var(--page);
 font:700 .75rem/1.5 monospace;text-align:center}
-.heads{display:grid;grid-template-columns:1.6em repeat(var(--across),minmax(37px,1fr));gap:3px;padding:3px}
+.heads{display:grid;grid-template-columns:1.6em repeat(var(--across),1fr);gap:3px;padding:3px}
 .layer{align-self:center;color:var(--soft);font-size:.85rem}
-.cell{display:block;position:relative;min-width:0;padding:3px 5px 9px;border-radius:4px;background:var(--card);
-background:color-mix(in srgb,var(--c) 18%,var(--page));overflow:hidden;
-font-size:.78rem;line-height:1.45;text-decoration:none;color:var(--ink)}.cell>span,.cell small{display:none}.cell .bar{display:block}
+.cell{display:block;position:relative;padding:3px 5px 9px;border-radius:4px;background:var(--card);
+background:color-mix(in srgb,var(--c) 18%,var(--page));
+font-size:.78rem;line-height:1.45;text-decoration:none;color:var(--ink)}
+.cell>span,.cell small{display:none;width:0;min-width:100%}.cell .bar{display:block;width:auto}.cell b{white-space:nowrap}
 @media (min-width:700px){text{font-size:11px}
 .cell>span,.cell small{display:block;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}}
 .bar{display:block;height:5px;background:var(--line)}.bar::before{content:"";display:block;height:100%;width:var(--w);background:var(--c)}
@@ -507,7 +512,8 @@ font-size:.78rem;line-height:1.45;text-decoration:none;color:var(--ink)}.cell>sp
 .card{background:var(--card);border-top:4px solid var(--c);border-radius:6px;padding:10px 14px}
 .card:target{outline:3px solid var(--link)}
 .facts{display:flex;flex-wrap:wrap;gap:0 1em}.facts,.card li,.card>a{font-size:.85rem}
-.card ul{margin:.5em 0}.card li{clear:right}.card li b{float:right;margin-left:1em}
-@media print{body{max-width:none}nav,summary,.card>a{display:none}.wide{overflow:visible}figure,.card,tr{break-inside:avoid}
+.card ul{margin:.5em 0}.card li{display:grid;grid-template-columns:1fr auto;gap:0 1em}.card .bar{grid-column:1/-1}
+@media print{body{max-width:none}nav,.chart summary,.card>a{display:none}.wide{overflow:visible}
+figure,.card,tr{break-inside:avoid}.card details::details-content{content-visibility:visible;display:block}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}a{color:inherit;text-decoration:none}}
 """
