@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
@@ -107,7 +107,11 @@ class ImageFolder(Dataset):
 
     def __init__(self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0) -> None:
         self.root, self.transform = self._split(Path(root), split), transform
-        files = [path.relative_to(self.root) for path in sorted(self.root.rglob("*")) if path.suffix.lower() in self.suffixes]
+        files = [
+            path.relative_to(self.root)
+            for path in sorted(self.root.rglob("*"))
+            if path.suffix.lower() in self.suffixes and path.is_file()
+        ]
         if not files:
             raise InputError(f"no images in {self.root} ({', '.join(self.suffixes)})")
         total, rows = len(files), subset(len(files), limit, seed)
@@ -223,13 +227,13 @@ def read(path: Path, transform: Callable, root: Path | None = None, keep_mode: b
     """transform(image); or a line that says why not, for `batches` to raise in the main process.
 
     root: a folder that the file must lie in, for paths that come out of a data set's own files.
-    keep_mode: hand the image over as it is; else as RGB.
+    keep_mode: hand the image over as it is; else as RGB, and upright where the camera says which side is up.
     """
     if root is not None and not path.resolve().is_relative_to(root.resolve()):
         return f"{path} lies outside {root}"
     try:
         with Image.open(path) as image:
-            return transform(image if keep_mode else eight_bits(image))
+            return transform(image if keep_mode else eight_bits(ImageOps.exif_transpose(image)))
     except FileNotFoundError:
         return f"no image {path}"
     except UnidentifiedImageError:

@@ -163,10 +163,14 @@ class MaskFolder(Masked):
         for folder in (root / "images", root / "masks"):
             if not folder.is_dir():
                 raise InputError(f"no folder {folder}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/")
-        files = [path.relative_to(root / "images") for path in sorted((root / "images").rglob("*")) if path.suffix.lower() in IMAGES]
+        files = [
+            path.relative_to(root / "images")
+            for path in sorted((root / "images").rglob("*"))
+            if path.suffix.lower() in IMAGES and path.is_file()
+        ]
         if not files:
             raise InputError(f"no images in {root / 'images'} ({', '.join(sorted(IMAGES))})")
-        found = (path for path in sorted((root / "masks").rglob("*")) if path.suffix.lower() in IMAGES)
+        found = (path for path in sorted((root / "masks").rglob("*")) if path.suffix.lower() in IMAGES and path.is_file())
         masks = {path.relative_to(root / "masks").with_suffix(""): path for path in found}
         missing = next((file for file in files if file.with_suffix("") not in masks), None)
         if missing is not None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from datasets import DemoBirds, ImageFolder, InputError, Waterbirds, batches, subset
+from datasets import DemoBirds, ImageFolder, InputError, Waterbirds, batches, read, subset
 from decompose import Decomposition, decompose, head_maps
 from textspan import Moments
 from zeroshot import Clip
@@ -182,6 +182,14 @@ def percent(accuracy: float, count: int) -> str:
     """With its 95 % interval."""
     low, high = wilson(accuracy, count)
     return f"{100 * accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def open_picture(path: str) -> Image.Image:
+    """An image that the user names: RGB, upright."""
+    image = read(Path(path), lambda image: image)
+    if isinstance(image, str):
+        raise InputError(image)
+    return image
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

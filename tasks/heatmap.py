@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from baselines import BaselineError
-from datasets import InputError, eight_bits, read
+from datasets import InputError
 from masks import seen
 from metrics import scale
 from zeroshot import Clip, embed_texts, load_clip
 
 from . import pages
 from .attribution import attribute, choose_methods, clipped, score_of
-from .common import print_settings, save_picture, settings, table
+from .common import open_picture, print_settings, save_picture, settings, table
 
 LONG_SIDE = 512  # of the pictures
 TILE, ACROSS, GAP = 200, 6, 8  # of the sheet
@@ -35,9 +34,7 @@ def run(args: Namespace) -> tuple[dict, list]:
         raise InputError(f"--task heatmap needs {'--image FILE' if args.image is None else '--text TEXT'}")
     if any(not text.strip() for text in args.text):
         raise InputError("--text is empty: give a text to look for")
-    image = read(Path(args.image), lambda image: eight_bits(ImageOps.exif_transpose(image)), keep_mode=True)
-    if isinstance(image, str):
-        raise InputError(image)
+    image = open_picture(args.image)
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
     methods = choose_methods(args)
     texts = embed_texts(clip, args.text)

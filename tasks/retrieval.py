@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import textwrap
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +15,26 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from cue import THRESHOLD
-from datasets import DemoBirds, InputError, eight_bits, read
+from datasets import DemoBirds, InputError
 from decompose import decompose, head_maps
 from roles import find_roles, in_own_space
 from zeroshot import Clip, default_bank, embed_texts, load_bank, load_clip
 
 from . import pages
-from .common import Head, Kept, name, open_split, parse_heads, print_settings, save_picture, settings, stream, summarise, table
+from .common import (
+    Head,
+    Kept,
+    name,
+    open_picture,
+    open_split,
+    parse_heads,
+    print_settings,
+    save_picture,
+    settings,
+    stream,
+    summarise,
+    table,
+)
 from .textspan import ROLE_IMAGES
 
 TILE, ACROSS, GAP = 150, 6, 8  # of the contact sheet
@@ -77,14 +89,6 @@ def run(args: Namespace) -> tuple[dict, list]:
         print(f"\nPairs of these images that are the same in: {words}")
     print(f"\nContact sheet: {path}")
     return results, pages.retrieval(results, query, items)
-
-
-def open_picture(path: str) -> Image.Image:
-    """As RGB, upright."""
-    image = read(Path(path), lambda image: eight_bits(ImageOps.exif_transpose(image)), keep_mode=True)
-    if isinstance(image, str):
-        raise InputError(image)
-    return image
 
 
 def heads_of(args: Namespace, clip: Clip) -> list[Head]:
