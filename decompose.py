@@ -22,6 +22,7 @@ which is why this costs next to nothing beside the forward pass. The authors' co
 Axes (one letter each, here and in the shapes below; code -> paper):
     b  images                  (K)        L  layers    H  heads    N  tokens, class token first    e  width of one head
     t  texts                   (M)        D  width of the residual stream                          d  embedding    (d')
+    n  neurons of one MLP
 """
 
 from __future__ import annotations
@@ -167,6 +168,64 @@ def heatmap(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
     return (total[0] / sigma[:, None]).transpose(1, 2).unflatten(2, (rows, columns))
 
 
+@dataclass(frozen=True)
+class Neurons:
+    """The term of one layer's MLP, split by neuron: neuron j adds activations[:, j] times maps[j] to the embedding.
+
+    The factors are kept, not the products: [b, n, d] takes d times the memory.
+    """
+
+    embedding: Tensor  # [b, d] what model.encode_image returned, in the model's own precision
+    term: Tensor  # [b, d] the MLP's term as a whole, from what it wrote
+    activations: Tensor  # [b, n] after the nonlinearity, divided by the frozen standard deviations on the way to the embedding
+    maps: Tensor  # [n, d] the same for all images
+    constant: Tensor  # [b, d] what belongs to no neuron: the out-projection's bias, and beta of the norm before it
+
+    def terms(self) -> Tensor:
+        """[b, n, d] what each neuron adds to the embedding."""
+        return self.activations[:, :, None] * self.maps
+
+    def total(self) -> Tensor:
+        """[b, d] the sum of all neurons and the constant."""
+        with _full_precision(self.maps):
+            return self.activations @ self.maps + self.constant
+
+    def error(self) -> float:
+        """max |total - term| / max |term|, over all images and dimensions; NaN if either holds a NaN or the MLP writes nothing."""
+        return float((self.total() - self.term).abs().max() / self.term.abs().max())
+
+
+@torch.no_grad()
+def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
+    """Split the term of one layer's MLP, decompose(model, images).mlps[:, layer], by neuron.
+
+    The MLP writes sum_j a_j W_j + bias, where a_j is neuron j's activation at the class token and W_j its row of the out-projection.
+    Where the custom block has a norm between the two, it is frozen like the others, and centring is in the map.
+
+    Args:
+        model, images: as for `decompose`; convention "term".
+        layer: 0 is the first, negative count from the end.
+
+    Raises:
+        DecompositionError: as `decompose`, and an MLP of another kind; the message names what it lacks.
+        ValueError: a layer that the model does not have.
+    """
+    layers, readout = _layers(model), _Readout(model.visual)
+    if not isinstance(layer, int) or not -len(layers) <= layer < len(layers):
+        raise ValueError(f"layer must be between {-len(layers)} and {len(layers) - 1}, got {layer!r}")
+    try:
+        mlp = _Mlp(layers[layer])
+    except DecompositionError as error:
+        raise _refusal(model, f"the MLP of block {layer % len(layers)} {error}") from None
+    with _watch(model, layers, mlp=mlp) as seen:
+        embedding = _embedding(model, images)
+
+    with _full_precision(images):
+        sigma, G = readout.sigma(seen.last), readout.matrix("term")
+        term, constant = seen.mlps[layer] / sigma @ G, mlp.bias() / sigma @ G
+        return Neurons(embedding, term, seen.hidden / mlp.scale(seen.hidden) / sigma, mlp.writes() @ G, constant)
+
+
 @torch.no_grad()
 def check(model: nn.Module, images: Tensor, tolerance: float = 1e-4) -> float:
     """The relative error of the sum on these images: the proof that nothing is missing.
@@ -210,13 +269,17 @@ class _Seen:
     stem: Tensor | None = None  # [b, D]
     last: Tensor | None = None  # [b, D] what the read-out's LayerNorm gets
     mlps: list[Tensor] = field(default_factory=list)  # L x [b, D]
+    hidden: Tensor | None = None  # [b, n] the activations of the MLP that was asked for
 
 
 @contextmanager
-def _watch(model: nn.Module, layers: list[_Layer], on_row: Callable[[int, _Row], None]) -> Iterator[_Seen]:
+def _watch(
+    model: nn.Module, layers: list[_Layer], on_row: Callable[[int, _Row], None] | None = None, mlp: _Mlp | None = None
+) -> Iterator[_Seen]:
     """While open, a forward pass calls on_row(layer, row) at every block and leaves the class token's stream in what is yielded.
 
-    The hooks only read. They and the mode (eval while open) are put back on the way out, also after an error.
+    Without on_row nobody pays for the attention's rows; of `mlp`, where it is given, the hidden activations are kept, too. The hooks
+    only read. They and the mode (eval while open) are put back on the way out, also after an error.
     """
     seen = _Seen()
 
@@ -237,14 +300,20 @@ def _watch(model: nn.Module, layers: list[_Layer], on_row: Callable[[int, _Row],
     def at_mlp(layer: _Layer) -> Callable:
         return lambda module, args, output: seen.mlps.append(layer.class_token(output))
 
+    def at_hidden(module: nn.Module, args: tuple) -> None:
+        seen.hidden = mlp.layer.class_token(args[0])
+
     training = [module for module in model.modules() if module.training]
     handles = []
     try:
         handles.append(layers[0].block.register_forward_pre_hook(at_stem))
         handles.append(model.visual.ln_post.register_forward_pre_hook(at_readout))
         for i, layer in enumerate(layers):
-            handles.append(layer.block.ln_1.register_forward_hook(at_attention(i)))
+            if on_row is not None:
+                handles.append(layer.block.ln_1.register_forward_hook(at_attention(i)))
             handles.append(layer.block.ls_2.register_forward_hook(at_mlp(layer)))
+        if mlp is not None:
+            handles.append(mlp.reader.register_forward_pre_hook(at_hidden))
         for module in training:
             module.training = False
         yield seen
@@ -323,13 +392,17 @@ def _culprit(model: nn.Module, images: Tensor, tolerance: float) -> str:
 # Where a model keeps what is needed: one adapter per kind of block, one read-out per kind of pooling. Further families go here.
 
 
+def _refusal(model: nn.Module, reason: str) -> DecompositionError:
+    tower = type(getattr(model, "visual", None)).__name__
+    return DecompositionError(f"cannot decompose {type(model).__name__} with image tower {tower}: {reason}")
+
+
 def _layers(model: nn.Module) -> list[_Layer]:
     """One adapter per block, or a DecompositionError that names the model's tower and what it lacks."""
     visual = getattr(model, "visual", None)
-    tower = type(visual).__name__
 
     def refuse(reason: str) -> DecompositionError:
-        return DecompositionError(f"cannot decompose {type(model).__name__} with image tower {tower}: {reason}")
+        return _refusal(model, reason)
 
     if visual is None:
         raise refuse("it has no attribute `visual`; expected an open_clip model")
@@ -422,7 +495,7 @@ class _Layer:
             sigma = _sigma(self.ln_attn, o @ W_o + bias)
             gamma, beta = _affine(self.ln_attn, self.attn.out_proj.weight)
             scale, bias = scale * sigma, _centre(bias) / sigma * gamma + beta
-        return bias * self.layer_scale(), scale
+        return bias * _layer_scale(self.block.ls_1), scale
 
     def writes(self) -> Tensor:
         """[H, e, D] what a unit of each value adds to the residual stream, frozen norms' divisors aside."""
@@ -433,7 +506,7 @@ class _Layer:
             W = W - W.mean(dim=0)  # the norm's centring comes first: (I - 11'/D) diag(gamma) W_o
         if self.ln_attn is not None:
             W = _centre(W) * _affine(self.ln_attn, self.attn.out_proj.weight)[0]
-        return (W * self.layer_scale()).unflatten(0, (self.n_heads, -1))
+        return (W * _layer_scale(self.block.ls_1)).unflatten(0, (self.n_heads, -1))
 
     def scores(self, row: _Row, directions: Tensor) -> Tensor:
         """[b, H, N, t] each source token's term, dotted with directions [D, t]."""
@@ -456,9 +529,43 @@ class _Layer:
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
         return _promote(bias).unflatten(0, (3, self.n_heads, -1)).unbind()
 
-    def layer_scale(self) -> Tensor | float:
-        gamma = getattr(self.block.ls_1, "gamma", None)
-        return 1.0 if gamma is None else _promote(gamma)
+
+class _Mlp:
+    """A native block's MLP: c_fc, gelu, in a custom block perhaps a norm ln, c_proj."""
+
+    def __init__(self, layer: _Layer) -> None:
+        mlp = getattr(layer.block, "mlp", None)
+        steps = dict(mlp.named_children()) if isinstance(mlp, nn.Sequential) else {}
+        if isinstance(steps.get("ln"), nn.Identity):
+            del steps["ln"]
+        if list(steps) not in (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"]):
+            found = ", ".join(steps) or type(mlp).__name__
+            raise DecompositionError(f"is {found}; expected c_fc, gelu, c_proj, with or without a norm ln before c_proj")
+        for name, kind in (("ln", nn.LayerNorm), ("c_proj", nn.Linear)):
+            if not isinstance(steps.get(name), kind | None):
+                raise DecompositionError(f"has {type(steps[name]).__name__} as {name}; expected {kind.__name__}")
+        self.layer, self.ln, self.c_proj = layer, steps.get("ln"), steps["c_proj"]
+        self.reader = self.c_proj if self.ln is None else self.ln  # what the activations go into
+
+    def scale(self, hidden: Tensor) -> Tensor | float:
+        """[b, 1] the inner norm's divisor."""
+        return 1.0 if self.ln is None else _sigma(self.ln, hidden)
+
+    def bias(self) -> Tensor:
+        """[D] what the MLP writes that belongs to no neuron."""
+        W = _promote(self.c_proj.weight).T  # [n, D]
+        bias = torch.zeros_like(W[0]) if self.c_proj.bias is None else _promote(self.c_proj.bias)
+        if self.ln is not None:
+            bias = bias + _affine(self.ln, self.c_proj.weight)[1] @ W
+        return bias * _layer_scale(self.layer.block.ls_2)
+
+    def writes(self) -> Tensor:
+        """[n, D] what a unit of each activation adds to the residual stream, the inner norm's divisor aside."""
+        W = _promote(self.c_proj.weight).T
+        if self.ln is not None:
+            W = W * _affine(self.ln, self.c_proj.weight)[0][:, None]
+            W = W - W.mean(dim=0)  # the norm's centring comes first: (I - 11'/n) diag(gamma) W
+        return W * _layer_scale(self.layer.block.ls_2)
 
 
 class _Readout:
@@ -484,6 +591,12 @@ class _Readout:
 
 def _promote(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _layer_scale(scale: nn.Module) -> Tensor | float:
+    """[D] LayerScale's gamma; 1 where a block has none."""
+    gamma = getattr(scale, "gamma", None)
+    return 1.0 if gamma is None else _promote(gamma)
 
 
 def _full_precision(x: Tensor) -> torch.autocast:

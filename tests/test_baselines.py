@@ -1197,6 +1197,37 @@ def test_a_custom_block_is_refused(options):
     refused("VisionTransformer.*CustomResidualAttentionBlock", build(**options))
 
 
+OTHER = "VisionTransformer.*block ResidualAttentionBlock"
+
+
+def test_tokens_on_the_first_axis_are_refused():
+    model = build()
+    blocks(model)[1].attn.batch_first = False
+    refused(OTHER, model)
+
+
+def test_an_attention_with_separate_projections_is_refused():
+    model = build()
+    blocks(model)[1].attn = nn.MultiheadAttention(32, 4, kdim=16, batch_first=True)
+    refused(OTHER, model)
+
+
+def test_an_mlp_with_another_step_is_refused():
+    model = build()
+    blocks(model)[1].mlp.add_module("ln", nn.LayerNorm(32))
+    refused(OTHER, model)
+
+
+def test_a_block_without_attention_is_refused():
+    model = build()
+    del blocks(model)[1].attn
+    refused(OTHER, model)
+
+
+def test_an_object_without_image_tower_is_refused():
+    refused("Linear", nn.Linear(2, 2))
+
+
 def test_a_refusal_is_a_value_error():
     assert issubclass(BaselineError, ValueError)
 

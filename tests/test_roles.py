@@ -176,6 +176,12 @@ def test_a_head_that_writes_a_constant_has_no_share(n, constant):
     close(explained(written, label)[0, 1], 0.0)
 
 
+def test_a_small_variance_around_a_large_constant_still_counts():
+    written, label = labelled(0)  # 1e-3 of the norm; float32 rounds at 6e-8, and so moves the share by some 1e-4
+    far = torch.randint(900, 1100, (L, H, E), generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(explained(written + far, label), explained(written, label), rtol=0, atol=1e-3)
+
+
 @few
 @given(seed=SEEDS)
 def test_shares_lie_between_zero_and_one(seed):

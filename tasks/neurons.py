@@ -1,0 +1,260 @@
+"""--task neurons: which single neurons of one layer's MLP write most to the embedding, and what?
+
+A neuron adds its activation times a fixed vector, its map. So var(activation) |map|^2 is the spread of its direct effect over images,
+the texts nearest to the map say what it writes, and ablating it changes a class score by one product. What a neuron does through
+later layers is in none of this.
+
+Axes as in decompose.py; k images kept of each neuron, m neurons shown, c classes.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import report
+from datasets import DemoBirds, InputError
+from decompose import Neurons, head_maps, neurons
+from roles import explained
+from textspan import Moments
+from zeroshot import Bank, Clip, classifier, default_bank, embed_texts, load_bank, load_clip, templates
+
+from .common import name, open_split, percent, print_settings, settings, stream, table, zero_shot_problem
+from .removal import random_heads
+
+KEPT = 6  # images of each neuron, for the page
+SHOWN = 3  # texts and images of each neuron on screen
+DRAWS = 20  # of random neurons
+
+
+def run(args: Namespace) -> tuple[dict, list]:
+    """The neurons whose direct effect varies most: what they write, what fires them, and accuracy without them."""
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision)
+    depth = len(head_maps(clip.model))
+    layer = choose_layer(args.layer, depth)
+    bank = load_bank(args.text_bank or default_bank(clip))
+    if len(bank.texts) < 2:
+        raise InputError(f"text bank {bank.path} holds one text, and it takes two to say which is nearer")
+    texts = embed_texts(clip, bank.texts, "text bank").cpu()
+    test, data = open_split(args, clip, "test"), open_split(args, clip, args.reference)
+    names, labels = zero_shot_problem(test)
+    classes = classifier(clip, names, templates(clip), title="classes")
+    activity = watch(clip, args, data, layer)
+    chosen = activity.spread().argsort(descending=True, stable=True)[: args.neurons].tolist()
+    drawn = [[j for _, j in draw] for draw in random_heads([(layer, j) for j in chosen], len(activity.maps), DRAWS, args.seed)]
+    fired: list[Tensor] = []  # [b, m]
+    # Kept in the demo alone, where the factors behind every image are known; elsewhere memory does not grow.
+    on_batch = (lambda found: fired.append(found.activations[:, chosen].cpu())) if isinstance(test, DemoBirds) else None
+    sets = [[], *([j] for j in chosen), chosen, *drawn]
+    accuracy = ablate(clip, args, test, labels, classes, activity, sets, on_batch)
+    described = [describe(j, activity, texts, bank, data) for j in chosen]
+    found = [row | {"accuracy without it": accuracy[i]} for i, row in enumerate(described, start=1)]
+    if fired:
+        add_factors(found, torch.cat(fired), test.facts)
+    results = {
+        "settings": settings(
+            args,
+            clip,
+            test=test.description,
+            means=data.description + ("; on the images that are scored" if args.reference == "test" else ""),
+            prompts=f"{len(templates(clip))} templates, {len(names):,} classes",
+            bank=f"{bank.path.name}, {len(bank.texts):,} texts, less their mean: else texts that are near everything would win",
+            layer=f"{layer} of 0 to {depth - 1}, {len(activity.maps):,} neurons",
+            sum=f"neurons and biases sum to the MLP's term within {activity.error:.0e} of its largest entry",
+        ),
+        "layer": layer,
+        "images": len(test),
+        "accuracy": {"base": accuracy[0], "without the neurons shown": accuracy[len(chosen) + 1]},
+        "random": accuracy[len(chosen) + 2 :],
+        "neurons": found,
+    }
+    print_results(results)
+    return results, page(results, {row["neuron"]: [data.picture(i) for i, _, _ in row["images"]] for row in found})
+
+
+def choose_layer(asked: int | None, depth: int) -> int:
+    """--layer, counted from 0, or from the end where negative; without it the last."""
+    if asked is not None and not -depth <= asked < depth:
+        raise InputError(f"--layer {asked}: the model has layers 0 to {depth - 1}, or -{depth} to -1 from the end")
+    return (depth - 1 if asked is None else asked) % depth
+
+
+class Activity:
+    """What the reference images say of every neuron; memory does not grow with their number.
+
+    Args:
+        layer: whose neurons they are.
+        maps: [n, d] from neurons to their terms.
+        kept: number of images to keep of each neuron, those that fire it most.
+    """
+
+    def __init__(self, layer: int, maps: Tensor, kept: int = KEPT) -> None:
+        self.layer, self.maps, self.kept = layer, maps, kept
+        self.lengths = maps.cpu().double().square().sum(dim=1)  # [n] squared
+        self.activations, self.embedding = (Moments(1, (size,)) for size in maps.shape)  # variances, no covariances
+        self.top = maps.new_zeros(len(maps), 0)  # [n, k] activations, the largest first
+        self.images = torch.zeros(len(maps), 0, dtype=torch.long, device=maps.device)  # [n, k] where they were found
+        self.error = 0.0  # largest relative error of the sum of neurons
+
+    def update(self, found: Neurons) -> None:
+        """Add the next images of the pass."""
+        first, fresh = self.activations.count, found.activations.T  # [n, b]
+        indices = torch.arange(first, first + fresh.shape[1], device=fresh.device).expand_as(fresh)
+        top, images = torch.cat([self.top, fresh], dim=1), torch.cat([self.images, indices], dim=1)
+        order = top.argsort(dim=1, descending=True, stable=True)[:, : self.kept]  # of equals the earlier image is kept
+        self.top, self.images = top.gather(1, order), images.gather(1, order)
+        self.activations.update(found.activations[..., None])
+        self.embedding.update(found.embedding.float()[..., None])
+        self.error = max(self.error, found.error())
+
+    def mean(self) -> Tensor:
+        """[n] mean activation."""
+        return self.activations.mean[:, 0]
+
+    def variance(self) -> Tensor:
+        """[n] of the activation."""
+        return self.activations.covariance[:, 0, 0]
+
+    def spread(self) -> Tensor:
+        """[n] variance of each neuron's term over the embedding's. Neurons can cancel, so these need not sum to 1."""
+        return self.variance() * self.lengths / self.embedding.covariance.sum()
+
+
+def watch(clip: Clip, args: Namespace, data: Dataset, layer: int) -> Activity:
+    """One pass over the reference images."""
+    activity = None
+    for images in stream(clip, data, args, f"reference ({args.reference})"):
+        found = neurons(clip.model, images, layer)
+        if not found.embedding.isfinite().all():
+            raise InputError(f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32")
+        activity = Activity(layer, found.maps) if activity is None else activity
+        activity.update(found)
+    if not activity.embedding.scatter.sum() > 0:
+        raise InputError(f"the reference images ({data.description}) all have the same embedding; raise --limit")
+    return activity
+
+
+def ablate(
+    clip: Clip,
+    args: Namespace,
+    test: Dataset,
+    labels: Tensor,
+    classes: Tensor,
+    activity: Activity,
+    sets: Sequence[Sequence[int]],
+    on_batch: Callable[[Neurons], None] | None = None,
+) -> list[float]:
+    """Accuracy on the test images for each set of neurons, mean-ablated together; one pass, nothing is run again.
+
+    Args:
+        labels: [images] the true class.
+        classes: [c, d].
+    """
+    read, mean = activity.maps @ classes.T, activity.mean().to(activity.maps)  # [n, c], [n]
+    members = [torch.tensor(chosen, dtype=torch.long, device=read.device) for chosen in sets]
+    right, start = torch.zeros(len(sets), dtype=torch.long, device=read.device), 0
+    for images in stream(clip, test, args, "test"):
+        found, truth = neurons(clip.model, images, activity.layer), labels[start : start + len(images)].to(read.device)
+        start += len(images)
+        # Up to the embedding's norm, which does not change what wins.
+        base, away = found.embedding.to(read) @ classes.T, mean - found.activations
+        for i, chosen in enumerate(members):
+            right[i] += ((base + away[:, chosen] @ read[chosen]).argmax(dim=1) == truth).sum()
+        if on_batch is not None:
+            on_batch(found)
+    return [count / len(test) for count in right.tolist()]
+
+
+def describe(j: int, activity: Activity, texts: Tensor, bank: Bank, data: Dataset) -> dict:
+    """What neuron j does and writes."""
+    fit = likeness(activity.maps[j].cpu(), texts)
+    order = fit.argsort(descending=True, stable=True).tolist()
+    images = zip(activity.images[j].tolist(), activity.top[j].tolist(), strict=True)
+    return {
+        "neuron": name((activity.layer, j)),
+        "spread": float(activity.spread()[j]),
+        "mean": float(activity.mean()[j]),
+        "variance": float(activity.variance()[j]),
+        "towards": [(bank.texts[i], float(fit[i])) for i in order[:SHOWN]],
+        "away from": [(bank.texts[i], float(fit[i])) for i in order[: -SHOWN - 1 : -1]],
+        "images": [(i, data.caption(i), activation) for i, activation in images],
+    }
+
+
+def likeness(direction: Tensor, texts: Tensor) -> Tensor:
+    """[t] cosine of a direction [d] with each text [t, d] less their mean: as they are, all texts lie near to each other."""
+    return F.cosine_similarity(texts - texts.mean(dim=0), direction[None], dim=1)
+
+
+def add_factors(found: list[dict], fired: Tensor, facts: dict[str, Tensor]) -> None:
+    """The true factors of the demo: share of the variance of activations [images, m] between a factor's values, each neuron's own."""
+    shares = {factor: explained(fired[:, None, :, None], values)[0].tolist() for factor, values in facts.items()}
+    for i, row in enumerate(found):
+        row["factors"] = {factor: share[i] for factor, share in shares.items()}
+
+
+def print_results(results: dict) -> None:
+    """Settings, a paragraph for each neuron, accuracies."""
+    print_settings(results["settings"])
+    for row in results["neurons"]:
+        print(f"\nneuron {in_words(row, results['accuracy']['base'])}")
+        for sign in ("towards", "away from"):
+            print(f"  {sign:<10} " + "; ".join(f"{text} {fit:+.2f}" for text, fit in row[sign]))
+        print(f"  {'fired by':<10} " + "; ".join(f"{i}: {caption}" for i, caption, _ in row["images"][:SHOWN]))
+    print()
+    print(table(["mean-ablated", "accuracy, %"], accuracies(results)))
+    print(
+        "\nSpread: variance of what the neuron itself adds, over the embedding's; neurons can cancel: shares need not sum to 100 %.\n"
+        "Towards, away from: texts by their cosine with what it adds when it fires more. Activations are divided by the LayerNorms'\n"
+        "standard deviations, as they reach the embedding. [..]: 95 % interval (Wilson)."
+    )
+    if "factors" in results["neurons"][0]:
+        print("Factor: the demo's that explains most of the variance of its activation on the test images, where all are independent.")
+
+
+def in_words(row: dict, base: float) -> str:
+    """One line on a neuron's numbers."""
+    change = round(100 * (row["accuracy without it"] - base), 1) + 0.0  # no -0.0
+    line = f"{row['neuron']:<7} spread {row['spread']:6.2%}   activation {row['mean']:.3f} ± {row['variance'] ** 0.5:.3f}"
+    line += f"   accuracy without it {100 * row['accuracy without it']:.1f} ({change:+.1f})"
+    if "factors" in row:
+        factor = max(row["factors"], key=row["factors"].get)
+        line += f"   factor {factor} {row['factors'][factor]:.0%}"
+    return line
+
+
+def accuracies(results: dict) -> list[list[str]]:
+    """Rows of the table."""
+    count, shown = results["images"], len(results["neurons"])
+    rows = [
+        ["base", percent(results["accuracy"]["base"], count)],
+        [f"the {shown} neurons above", percent(results["accuracy"]["without the neurons shown"], count)],
+    ]
+    if results["random"]:  # none where all neurons of the layer are shown
+        draws = 100 * torch.tensor(results["random"], dtype=torch.float64)
+        both = f"{draws.mean():.1f} ± {draws.std(correction=0):.1f}"
+        rows.append([f"{shown} random neurons of the layer, mean ± std of {len(draws)} draws", both])
+        rows.append([f"{shown} random neurons of the layer, worst draw", f"{draws.min():.1f}"])
+    return rows
+
+
+def page(results: dict, images: dict[str, list[Image.Image]]) -> list[report.Html]:
+    """The same for report.html, with pictures."""
+    parts = []
+    for row in results["neurons"]:
+        parts.append(in_words(row, results["accuracy"]["base"]))
+        cells = [(f"{a} ({x:+.2f})", f"{b} ({y:+.2f})") for (a, x), (b, y) in zip(row["towards"], row["away from"], strict=True)]
+        parts.append(report.table(["towards", "away from"], cells))
+        shown = zip(images[row["neuron"]], row["images"], strict=True)
+        parts.append(report.pictures([(image, f"{caption} ({activation:.2f})") for image, (_, caption, activation) in shown]))
+    note = "Texts: by their cosine with what the neuron adds when it fires more. Images: those that fire it most."
+    return [
+        report.section("Accuracy without them", report.table(["mean-ablated", "accuracy, %"], accuracies(results))),
+        report.section("What single neurons write", *parts, note=note),
+    ]
