@@ -90,7 +90,6 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, matches: Tens
 
 def train(args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(args.seed)
-    torch.set_flush_denormal(True)
     rng = np.random.default_rng(args.seed)
     model, _, tokenizer = load(weights=args.init, force_patch_dropout=args.patch_dropout)
     guide = Source(args.pictures, 1000 + args.seed, 0.5, captions.GUIDE, rng, tokenizer)
@@ -141,7 +140,11 @@ def main(argv: list[str] | None = None) -> None:
         os.execve(sys.executable, [sys.executable, "-m", "demo.train", *sys.argv[1:]], os.environ | KEEP_MEMORY)
     args = parse_args(argv)
     start = time.time()
-    scores = train(args)
+    torch.set_flush_denormal(True)  # of the whole process: arithmetic with denormals is slow
+    try:
+        scores = train(args)
+    finally:
+        torch.set_flush_denormal(False)
     print(f"{describe(scores)}  ({(time.time() - start) / 60:.0f} minutes)")
     print(f"wrote {args.out}; the scores are on the split that was watched, not on the test split")
 

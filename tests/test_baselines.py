@@ -1457,7 +1457,7 @@ def test_every_block_runs_once(call, checkpointing):
     model, calls = build(), []
     model.set_grad_checkpointing(checkpointing)
     for i, block in enumerate(blocks(model)):
-        block.register_forward_hook(lambda module, args, output, i=i: calls.append(i))
+        block.register_forward_pre_hook(lambda module, args, i=i: calls.append(i))
     call(model, pictures(model), sentences(model))
     assert calls == [0, 1, 2]
 

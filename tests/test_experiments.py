@@ -27,6 +27,7 @@ from torch import Tensor
 import tasks.textspan
 from datasets import DemoBirds, ImageFolder, subset
 from decompose import Decomposition, decompose, head_maps, token_scores
+from demo import scenes
 from evaluate import main
 from roles import find_roles
 from tasks.ablation import ablations
@@ -84,7 +85,7 @@ def ablated(test: Decomposition, train: Decomposition, maps: Tensor, last: int =
             new[:, layer, head] = mean.heads[:, layer, head]
         return replace(test, heads=new).total()
 
-    layer = [[(i, h) for h in range(heads)] for i in range(depth)]
+    first = lambda layers: [(i, h) for i in range(layers) for h in range(heads)]  # noqa: E731
     own = [torch.einsum("bLHe,LHed->bd", terms.own, maps) for terms in (mean, test)]
     found = {
         "base": test.embedding,
@@ -92,8 +93,8 @@ def ablated(test: Decomposition, train: Decomposition, maps: Tensor, last: int =
         "all MLPs and stem": replace(test, mlps=mean.mlps, stem=mean.stem).total(),
         "class token's attention to itself": test.total() + own[0] - own[1],
     }
-    found |= {f"attention of layers 0 to {i}": without(*sum(layer[: i + 1], [])) for i in range(depth)}
-    found |= {f"attention of layer {i}": without(*layer[i]) for i in range(depth)}
+    found |= {f"attention of layers 0 to {i}": without(*first(i + 1)) for i in range(depth)}
+    found |= {f"attention of layer {i}": without(*[(i, h) for h in range(heads)]) for i in range(depth)}
     return found | {f"head {i}.{h}": without((i, h)) for i in range(max(0, depth - last), depth) for h in range(heads)}
 
 
@@ -151,6 +152,21 @@ def test_own_does_not_depend_on_the_convention():
 
 
 # ---- the demo, a folder of its pictures, and a small model of six layers ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures_drawn_once():
+    """The runs below see the same pictures again and again, and a picture depends on its set and number alone."""
+    render, drawn = scenes.render, {}
+
+    def render_once(facts, index, seed):
+        if (seed, index) not in drawn:
+            drawn[seed, index] = render(facts, index, seed)
+        return drawn[seed, index]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "render", render_once)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +247,22 @@ def deep(tmp_path_factory) -> SimpleNamespace:
             blocks[5].attn.in_proj_weight[64 + 18 : 64 + 24] = 0  # head 5.2 keeps two of its eight directions
             blocks[5].attn.in_proj_bias[64 + 18 : 64 + 24] = 0
     save_file(model.state_dict(), root / "deep.safetensors")
-    words = ("red", "blue", "green", "round", "sharp", "old", "tall", "wet", "soft", "loud", "at sea", "in a wood", "at night", "by day")
+    words = (
+        "red",
+        "blue",
+        "green",
+        "round",
+        "sharp",
+        "old",
+        "tall",
+        "wet",
+        "soft",
+        "loud",
+        "at sea",
+        "in a wood",
+        "at night",
+        "by day",
+    )
     lines = [f"{a} {b}" for b in ("bird", "house") for a in words]
     (root / "bank.txt").write_text("# birds\n" + "\n".join(lines[: len(words)]) + "\n# houses\n" + "\n".join(lines[len(words) :]))
     argv = ["--model", "deep-vit", "--pretrained", str(root / "deep.safetensors"), "--text-bank", str(root / "bank.txt")]
@@ -306,9 +337,11 @@ def test_no_two_ablations_are_the_same(which, request):
     assert same == nothing
 
 
-@pytest.mark.parametrize("change", [["--batch-size", "33"], ["--workers", "2"]])
-def test_batch_size_and_workers_change_no_accuracy(tmp_path, ablation, change):
-    again = run(tmp_path, "--task", "ablation", *QUICK, *change).results
+CHANGE = ["--batch-size", "33", "--workers", "2"]
+
+
+def test_batch_size_and_workers_change_no_accuracy(tmp_path, ablation):
+    again = run(tmp_path, "--task", "ablation", *QUICK, *CHANGE).results
     assert again["accuracy"] == pytest.approx(ablation.results["accuracy"])
 
 
@@ -429,9 +462,8 @@ def test_the_table_shows_the_curves(completeness, curves):
         assert f"{key}: {100 * value:.1f} [" in " ".join(completeness.out.split())
 
 
-@pytest.mark.parametrize("change", [["--batch-size", "33"], ["--workers", "2"]])
-def test_batch_size_and_workers_change_no_curve(tmp_path, curves, words, change):
-    again = run(tmp_path, "--task", "completeness", *QUICK, "--words", str(words), *change).results["curves"]
+def test_batch_size_and_workers_change_no_curve(tmp_path, curves, words):
+    again = run(tmp_path, "--task", "completeness", *QUICK, "--words", str(words), *CHANGE).results["curves"]
     for pool, points in again.items():
         assert dict(map(tuple, points)) == pytest.approx(curves[pool], abs=1 / LIMIT + 1e-9)  # rounding may tip one image
 
@@ -494,7 +526,7 @@ def test_the_earlier_layers_of_a_deep_model_are_means(deep_curves, deep_places):
 
 def test_class_prompts_of_another_model_are_open_clips_first_six(deep_curves):
     assert "class prompts: 48 texts" in deep_curves.results["settings"]["pools"]
-    assert "random vectors: 28 texts" in deep_curves.results["settings"]["pools"]
+    assert "random vectors: 26 texts" in deep_curves.results["settings"]["pools"]
 
 
 # Random vectors.
@@ -648,35 +680,27 @@ def test_heads_of_a_role_are_explained_by_its_texts(clip, demo):
     """By the plainest route: of the true places, which the images of the demo have."""
     args = Namespace(text_bank=None, role="places", data=None, reference="train", limit=LIMIT, seed=0, batch_size=80, workers=0)
     place = DemoBirds("train", clip.preprocess, LIMIT).facts["place"].numpy()
-    share = {
-        (i, j): epsilon_squared(demo.train.heads[:, i, j].numpy(), place)[1] for i in range(4) for j in range(8)
-    }
+    share = {(i, j): epsilon_squared(demo.train.heads[:, i, j].numpy(), place)[1] for i in range(4) for j in range(8)}
     found = heads_of(args, clip)
     others = set(share) - set(found)
     assert np.mean([share[head] for head in found]) > 0.4 > 0.2 > np.mean([share[head] for head in others])
 
 
-def test_top_says_how_many(tmp_path, demo, photo):
+def test_as_many_are_printed_as_top_says(tmp_path, demo, photo):
     found = run(tmp_path, "--task", "retrieval", *QUICK, "--head", "3.4", "--image", str(photo[0]), "--top", "5")
     check_ranking(found.results, demo, scored(demo, [(3, 4)], photo[1], "image"), top=5)
+    wanted = [[str(row["rank"]), f"{row['score']:.3f}", row["image"]] for row in found.results["found"]]
+    assert rows(found.out, "nearest") == wanted
 
 
 def test_there_are_no_more_images_than_there_are(tmp_path, folder):
-    argv = ["--task", "retrieval", "--data", str(folder), "--workers", "0", "--head", "3.4", "--text", "at sea", "--top", "99"]
-    argv[argv.index("at sea")] = "on the open sea"
+    argv = ["--task", "retrieval", "--data", str(folder), "--workers", "0", "--head", "3.4", "--text", "a duck", "--top", "99"]
     assert len(run(tmp_path, *argv).results["found"]) == 40
 
 
-def test_batch_size_and_workers_change_no_ranking(tmp_path, photo):
-    argv = ["--task", "retrieval", *QUICK, "--head", "3.4", "--image", str(photo[0])]
-    a, b = (run(tmp_path, *argv, *change).results["found"] for change in ([], ["--batch-size", "33", "--workers", "2"]))
-    assert [row["image"] for row in a] == [row["image"] for row in b]
-
-
-def test_the_printed_table_shows_the_ranking(tmp_path, photo):
-    found = run(tmp_path, "--task", "retrieval", *QUICK, "--head", "3.4", "--image", str(photo[0]))
-    wanted = [[str(row["rank"]), f"{row['score']:.3f}", row["image"]] for row in found.results["found"]]
-    assert rows(found.out, "nearest") == wanted
+def test_batch_size_and_workers_change_no_ranking(tmp_path, demo, photo):
+    found = run(tmp_path, "--task", "retrieval", *QUICK, *CHANGE, "--head", "3.4", "--image", str(photo[0]))
+    check_ranking(found.results, demo, scored(demo, [(3, 4)], photo[1], "image"))
 
 
 @pytest.mark.parametrize("head", ["3.4", "3.0,3.1", "0.0"])
@@ -738,7 +762,7 @@ def test_a_sheet_keeps_the_shape_of_an_image():
 
 
 def test_pairs_that_agree_are_counted_by_hand(demo):
-    order = [3, 17, 40, 41, 99]
+    order = [3, 17, 40, 41, 77]
     found = agree(demo.data, order)
     assert list(found) == ["kind", "colour", "place", "light", "style"]
     for factor, values in demo.data.facts.items():
@@ -788,7 +812,9 @@ def test_retrieval_refuses(tmp_path, capsys, argv, fragments):
 
 def test_retrieval_refuses_a_query_that_is_no_image(tmp_path, capsys):
     (tmp_path / "query.png").write_text("no image")
-    refused(tmp_path, capsys, ["--task", "retrieval", "--head", "3.4", "--image", str(tmp_path / "query.png")], "query.png", "not an image")
+    refused(
+        tmp_path, capsys, ["--task", "retrieval", "--head", "3.4", "--image", str(tmp_path / "query.png")], "query.png", "not an image"
+    )
 
 
 def test_retrieval_refuses_a_folder_for_a_query(tmp_path, capsys):
@@ -916,9 +942,8 @@ def test_the_table_shows_the_rows(debias):
         assert [float(x) for x in cell.split(" ± ")] == pytest.approx([np.mean(values), np.std(values)], abs=0.051)  # one decimal
 
 
-@pytest.mark.parametrize("change", [["--batch-size", "33"], ["--workers", "2"]])
-def test_batch_size_and_workers_change_nothing_of_debias(tmp_path, debias, change):
-    again = run(tmp_path, "--task", "debias", *QUICK, *DRAWS, *change).results
+def test_batch_size_and_workers_change_nothing_of_debias(tmp_path, debias):
+    again = run(tmp_path, "--task", "debias", *QUICK, *DRAWS, *CHANGE).results
     assert again["heads"] == debias.results["heads"]
     for label, row in debias.results["rows"].items():
         close(again["rows"][label], row)
@@ -1097,7 +1122,9 @@ def spans(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks.textspan, "DemoBirds", lambda split, transform: DemoBirds(split, transform, limit=TRUTH))
         patch.setattr(tasks.textspan, "true_factors", lambda *given: truths.append(compute(*given)) or truths[-1])
-        found = run(tmp_path_factory.mktemp("run"), "--task", "textspan", "--limit", str(ROLES), "--batch-size", "100", "--workers", "0")
+        found = run(
+            tmp_path_factory.mktemp("run"), "--task", "textspan", "--limit", str(ROLES), "--batch-size", "100", "--workers", "0"
+        )
     return SimpleNamespace(**vars(found), truth=truths[0])
 
 
@@ -1153,9 +1180,14 @@ def test_agreement_of_made_up_heads_is_counted_by_hand():
         dealt = [categories[i] for i in torch.randint(7, (12,), generator=generator).tolist()]
         texts = torch.rand(12, 3, generator=generator).tolist()
         heads = [
-            {"head": str(i), "role": role, "texts by category": dict(zip(("birds", "light", "places"), share, strict=True)) if i else {}}
+            {
+                "head": str(i),
+                "role": role,
+                "texts by category": dict(zip(("birds", "light", "places"), share, strict=True)) if i else {},
+            }
             for i, (role, share) in enumerate(zip(dealt, texts, strict=True))
         ]
+        heads[0]["texts by category"] = {}  # a head without texts
         assert agreement(truth, heads) == pytest.approx(counted(truth, heads))
 
 

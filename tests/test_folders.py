@@ -222,6 +222,7 @@ def test_a_split_that_is_not_there_is_refused(split):
 
 # ImageNet.
 
+
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory) -> tuple[Path, list[str]]:
     """A folder of one small image for every WordNet id, and the ids in the order of ImageNet's classes, as timm ships them."""

@@ -186,7 +186,7 @@ def test_a_small_variance_around_a_large_constant_still_counts():
 @given(seed=SEEDS)
 def test_shares_lie_between_zero_and_one(seed):
     found = explained(*labelled(seed, n=12, k=6, effect=0.0))
-    assert 0 <= found.min()
+    assert found.min() >= 0
     assert found.max() <= 1
 
 
@@ -241,7 +241,6 @@ def test_shares_in_own_space_are_those_of_the_terms():
 # ---- find_roles ------------------------------------------------------------------------------------------------------------------
 
 WIDE = 40  # dimensions of the world's embedding
-CHANCE = ("noise", "nothing")  # heads that no text explains
 
 
 def world(seed: int = 0, n: int = 400, unrelated: int = 60):
@@ -269,7 +268,15 @@ def world(seed: int = 0, n: int = 400, unrelated: int = 60):
     }
     values = torch.stack(list(heads.values()), dim=1)[:, None] + 1  # [n, 1, 6, E]
     maps = normal(seed + 9, 1, len(heads), E, WIDE)
-    return values, maps, embedding, texts[mixed], [categories[i] for i in mixed.tolist()], {"colours": colour, "shapes": shape}, list(heads)
+    return (
+        values,
+        maps,
+        embedding,
+        texts[mixed],
+        [categories[i] for i in mixed.tolist()],
+        {"colours": colour, "shapes": shape},
+        list(heads),
+    )
 
 
 def named(roles: Roles, heads: list[str]) -> dict[str, str | None]:
@@ -308,7 +315,7 @@ def test_shares_are_epsilon_squared_of_the_terms_between_true_factors():
 
 
 def test_images_are_told_by_the_text_that_fits_them_better_than_it_fits_the_mean_image():
-    values, maps, embedding, texts, categories, truth, _ = world()
+    values, maps, embedding, texts, categories, *_ = world()
     near = embedding + 5 * torch.eye(WIDE)[:1]  # every image is near to the text of the first colour
     assert find_roles(values, maps, near, texts, categories, bootstraps=0).name(0, 0) == "colours"
     label = (near @ texts[[i for i, name in enumerate(categories) if name == "colours"]].T).argmax(dim=1)
@@ -316,7 +323,7 @@ def test_images_are_told_by_the_text_that_fits_them_better_than_it_fits_the_mean
 
 
 def test_a_large_category_of_unrelated_texts_does_not_win_by_size():
-    *given, truth, heads = world(n=120)
+    *given, _, heads = world(n=120)
     values, maps, embedding, texts, categories = given
     unrelated = (embedding - embedding.mean(dim=0)) @ texts[[i for i, name in enumerate(categories) if name == "unrelated"]].T
     raw = explicit(terms(values, maps)[:, :, :3], unrelated.argmax(dim=1))[0]
