@@ -39,6 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def of_models(parser: argparse.ArgumentParser) -> None:
+    """What every task takes."""
     add = parser.add_argument_group("model, images, results").add_argument
     add("--model", help="open_clip's name of an architecture; without it the demo model")
     add("--pretrained", help="open_clip's tag, or a checkpoint file; none: random weights")
@@ -56,6 +57,7 @@ def of_models(parser: argparse.ArgumentParser) -> None:
 
 
 def of_heads(parser: argparse.ArgumentParser) -> None:
+    """What the tasks take that name terms or look things up by them."""
     add = parser.add_argument_group("textspan, completeness, retrieval, neurons").add_argument
     add("--text-bank", metavar="FILE", help="descriptions, one per line under `# category` lines [text_bank.txt; the demo has its own]")
     add("--texts", type=positive, help="textspan: texts per head [20, or half of a narrower head's width]; completeness: at most")
@@ -68,6 +70,7 @@ def of_heads(parser: argparse.ArgumentParser) -> None:
 
 
 def of_cues(parser: argparse.ArgumentParser) -> None:
+    """What the tasks take that remove a cue."""
     add = parser.add_argument_group("waterbirds, debias").add_argument
     add("--heads", default="auto", help="paper, auto (found with --cue), or a list like 3.7,2.1 (layer.head) [%(default)s]")
     add("--cue", nargs="+", default=["places"], metavar="TEXT", help="a category of the bank, or texts, to take out [places]")
@@ -78,6 +81,7 @@ def of_cues(parser: argparse.ArgumentParser) -> None:
 
 
 def of_maps(parser: argparse.ArgumentParser) -> None:
+    """What the tasks take that make maps."""
     add = parser.add_argument_group("segmentation, heatmap").add_argument
     add("--methods", nargs="+", metavar="NAME", help="which attributions [all]")
     published = "what a method explains; published: each its own [%(default)s]"
