@@ -1,28 +1,33 @@
 """Take a CLIP image embedding apart: one term per attention head, per MLP, and per source token, that sum to it.
 
 Reference: Gandelsman, Efros, Steinhardt, "Interpreting CLIP's Image Representation via Text-Based Decomposition",
-https://arxiv.org/abs/2310.05916, section 3. This file needs torch alone and works on any model object with open_clip's attributes.
+https://arxiv.org/abs/2310.05916, section 3. This file and towers.py need torch alone and work on any model object with open_clip's
+attributes.
 
-    terms = decompose(model, images)      # the stock model; its own forward pass runs once, hooks read along
+    terms = decompose(model, images)      # the stock model; its own forward pass runs, hooks read along
     terms.heads                           # [b, L, H, d] what each head adds to the embedding
     terms.error()                         # max |sum of terms - embedding| / max |embedding|
 
-How it works. The class token's last residual x is a sum: stem + what every attention head and every MLP wrote onto it. The read-out
-LN then projection is linear once LN's standard deviation sigma is taken as it was in this forward pass:
+How it works. A token's last residual x is a sum: stem + what every attention head and every MLP wrote onto it. In the paper's models
+the class token is read out by LN, then a projection P, which is linear once LN's standard deviation sigma is taken as it was in this
+forward pass:
 
     e = (x - mean(x)) / sigma * gamma @ P + beta @ P = x @ G / sigma + beta @ P        G = (I - 11'/D) diag(gamma) P
 
-A head writes W_O sum_s A_s (W_V y_s + b_V), where A is its attention from the class token to the source tokens s and y the block's
-normalised input. Only that one row of A is needed, and neither keys nor values of the other tokens:
+A head writes W_O sum_s A_s v_s, where A is its attention from the class token to the source tokens s and v their values; so its term is
+that times G / sigma, and each source's part a summand of it. Other models pool their tokens, by a mean or by attention, with weights
+that are frozen, too (T: the tokens that are read out, A_t their attention):
 
-    q.(W_K y_s) = (W_K' q).y_s        sum_s A_s W_V y_s = W_V (sum_s A_s y_s)
+    e = sum_r (sum_t weights[r, t] x_t) @ G_r + constant       a head's term: sum_r (sum_s (weights[r] @ A)_s v_s) W_O @ G_r
 
-which is why this costs next to nothing beside the forward pass. The authors' code instead stores [b, layer, token, head, d].
+Queries, keys and values are those of the forward pass itself, and no other attention than that of the tokens read out is ever made;
+which is why this costs next to nothing beside the pass. The authors' code instead stores [b, layer, token, head, d]. Where the weights
+depend on the last layer (attention pooling, a norm before a mean), a first pass finds them and a second reads along.
 
 Axes (one letter each, here and in the shapes below; code -> paper):
     b  images                  (K)        L  layers    H  heads    N  tokens, class token first    e  width of one head
     t  texts                   (M)        D  width of the residual stream                          d  embedding    (d')
-    n  neurons of one MLP
+    n  neurons of one MLP                 r  rows of the read-out                                  T  tokens read out
 """
 
 from __future__ import annotations
@@ -32,33 +37,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from towers import Block, Call, DecompositionError, Exit, Frozen, Tower, attention_calls, open_tower, promote, refusal
 
-class DecompositionError(ValueError):
-    """The model cannot be decomposed exactly, or a decomposition does not sum to the embedding; the message says which and why."""
+__all__ = ["Decomposition", "DecompositionError", "Neurons", "check", "decompose", "head_maps", "heatmap", "neurons", "token_scores"]
 
 
 @dataclass(frozen=True)
 class Decomposition:
     """An image embedding (not normalised) as a sum of terms, in float32 (float64 for a float64 model).
 
-    A head's term lives in e dimensions: heads = values @ head_maps(model) under convention="term". For a ViT-L-14 `values` is 12 times
-    smaller than `heads`, and its mean and covariance give those of the term.
+    heads = values @ head_maps(model) under convention="term". Where one row reads the tokens out (class token, mean), a head's term
+    lives in e dimensions: for a ViT-L-14 `values` is 12 times smaller than `heads`, and its mean and covariance give those of the term.
+    Under attention pooling every pooling head reads it another way; it fills the space, and `values` is `heads`.
     """
 
     embedding: Tensor  # [b, d] what model.encode_image returned, in the model's own precision
     stem: Tensor  # [b, d] the residual stream that enters the first block
     heads: Tensor  # [b, L, H, d]
     mlps: Tensor  # [b, L, d]
-    constant: Tensor  # [b, d] out-projection biases and LayerNorm's beta; zero for convention="paper"
+    constant: Tensor  # [b, d] out-projection biases and the norms' beta; zero for convention="paper"
     values: Tensor  # [b, L, H, e] attention-weighted values, divided by the frozen standard deviations
-    own: Tensor  # [b, L, H, e] the part of `values` that comes from the class token's attention to itself
+    own: Tensor | None  # [b, L, H, e] the part of `values` from the class token's attention to itself; None where no such token is read
+    pool: Tensor | None = None  # [b, d] what attention pooling's own MLP adds, in the models that have one
 
     def total(self) -> Tensor:
         """[b, d] the sum of all terms."""
-        return self.stem + self.heads.sum(dim=(1, 2)) + self.mlps.sum(dim=1) + self.constant
+        total = self.stem + self.heads.sum(dim=(1, 2)) + self.mlps.sum(dim=1) + self.constant
+        return total if self.pool is None else total + self.pool
 
     def error(self) -> float:
         """max |total - embedding| / max |embedding|, over all images and dimensions; NaN if either holds a NaN."""
@@ -70,10 +77,11 @@ class Decomposition:
 def decompose(model: nn.Module, images: Tensor, *, convention: str = "term") -> Decomposition:
     """Split model.encode_image(images) into terms that sum to it (sections 3.2 and 3.3 of the paper).
 
-    The stock model runs once, in eval mode (patch dropout off) and without gradients, and is left as it was found.
+    The stock model runs in eval mode (patch dropout off) and without gradients, and is left as it was found: once, or twice where the
+    weights of the tokens depend on the last layer.
 
     Args:
-        model: an open_clip model whose image tower is a native ViT read at its class token.
+        model: an open_clip model whose image tower is a ViT, native or of timm: see towers.py.
         images: [b, 3, rows, columns] as encode_image takes them.
         convention: where goes what belongs to no single term? "term": each term is centred by its own mean, and a constant holds
             the out-projection biases and LayerNorm's beta. "paper": the authors' way; a layer's bias is divided evenly over its heads,
@@ -81,42 +89,51 @@ def decompose(model: nn.Module, images: Tensor, *, convention: str = "term") -> 
             divide by the embedding's norm.) Either sums to the same embedding.
 
     Raises:
-        DecompositionError: the model has another architecture; the message names it and the reason.
+        DecompositionError: the model has another architecture; the message names it and the reason. Convention "paper" is defined for
+            the class token behind one norm.
         ValueError: unknown convention.
     """
     if convention not in ("term", "paper"):
         raise ValueError(f'convention must be "term" or "paper", got {convention!r}')
-    layers, readout = _layers(model), _Readout(model.visual)
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    with _watch(model, layers, lambda _, row: rows.append((row.value, row.own, row.bias))) as seen:
-        embedding = _embedding(model, images)
+    tower, rows = open_tower(model), []
+    if convention == "paper" and not tower.readout.as_in_the_paper:
+        raise refusal(model, 'convention="paper" is defined for a class token that is read out behind one norm; use "term"')
+    seen = _run(model, tower, images, lambda _, row: rows.append((row.value(), row.own(), row.bias)))
 
     with _full_precision(images):
-        sigma = readout.sigma(seen.last)  # [b, 1]
-        G = readout.matrix(convention)  # [D, d]
-        stem = seen.stem / sigma @ G
-        mlps = torch.stack(seen.mlps, dim=1) / sigma[:, None] @ G
-        values, own, biases = (torch.stack(parts, dim=1) for parts in zip(*rows, strict=True))
-        values, own = values / sigma[:, None, None], own / sigma[:, None, None]
-        biases = biases / sigma[:, None] @ G  # [b, L, d]
-        written = [torch.einsum("bHe,HeD->bHD", values[:, i], layer.writes()) for i, layer in enumerate(layers)]  # L x [b, H, D]
-        heads = torch.stack([x @ G for x in written], dim=1)
+        G = tower.readout.rows() if convention == "term" else tower.readout.rows(centring=False)
+        stem, mlps = G.read(seen.stem * seen.scale), G.read(torch.stack(seen.mlps, dim=2) * seen.scale[..., None])
+        values, owns, biases = zip(*rows, strict=True)
+        values = [value * seen.scale[..., None] for value in values]  # L x [b, r, H, e]
+        heads = [G.read(torch.einsum("brHe,HeD->brHD", *pair)) for pair in zip(values, _writes(tower), strict=True)]
+        heads, biases = torch.stack(heads, dim=1), G.read(torch.stack(biases, dim=2) * seen.scale[..., None])  # [b, L, d]
+        constant = seen.frozen.constant
         if convention == "term":
-            constant = biases.sum(dim=1) + readout.beta()
+            constant = constant + biases.sum(dim=1)
         else:
-            mean = seen.last.mean(dim=-1, keepdim=True) / sigma * G.sum(dim=0)  # [b, d] LayerNorm's mean, read out
-            share = (readout.beta() - mean) / (2 * len(layers) + 1)
+            mean = seen.last.mean(dim=-1) * seen.scale[:, 0] * G.down[0].sum(dim=0)  # [b, d] LayerNorm's mean, read out
+            share = (constant - mean) / (2 * len(tower.blocks) + 1)
             stem, mlps, constant = stem + share, mlps + share[:, None], torch.zeros_like(stem)
             heads = heads + ((biases + share[:, None]) / heads.shape[2])[:, :, None]
-    return Decomposition(embedding, stem, heads, mlps, constant, values, own)
+        values = torch.stack(values, dim=1)[:, :, 0] if G.up is None else heads
+        own = None if owns[0] is None else torch.stack(owns, dim=1) * seen.scale[..., None]
+        pool = seen.frozen.mlp if tower.readout.mlp is not None else None
+    return Decomposition(seen.embedding, stem, heads, mlps, constant, values, own, pool)
 
 
 @torch.no_grad()
 def head_maps(model: nn.Module) -> Tensor:
-    """[L, H, e, d] the fixed linear map from each head's values to its term: heads = einsum("bLHe,LHed->bLHd", values, maps)."""
-    layers, readout = _layers(model), _Readout(model.visual)
-    with _full_precision(readout.gamma):
-        return torch.stack([layer.writes() @ readout.matrix("term") for layer in layers])
+    """[L, H, e, d] the fixed linear map from each head's values to its term: heads = einsum("bLHe,LHed->bLHd", values, maps).
+
+    Under attention pooling `values` are the terms, and the maps are identities (that share their memory).
+    """
+    tower = open_tower(model)
+    with _full_precision(tower.readout.like):
+        G = tower.readout.rows()
+        if G.up is None:
+            return torch.stack([writes @ G.down[0] for writes in _writes(tower)])
+        identity = torch.eye(G.up.shape[-1], dtype=G.up.dtype, device=G.up.device)
+        return identity.expand(len(tower.blocks), tower.blocks[0].heads, -1, -1)
 
 
 @torch.no_grad()
@@ -129,21 +146,21 @@ def token_scores(model: nn.Module, images: Tensor, texts: Tensor, layers: Sequen
         layers: which layers (0 is the first, negative count from the end), in the order wanted; None: all.
 
     Returns:
-        [b, l, H, N, t]; token 0 is the class token itself, patches follow row by row. Its sum over N is heads @ texts.T (convention
-        "term") of those layers.
+        [b, l, H, N, t]; class token and registers first, where the model has them, then patches row by row. Its sum over N is
+        heads @ texts.T (convention "term") of those layers.
 
     Raises:
         DecompositionError: as `decompose`.
         ValueError: a layer that the model does not have, or texts of another width than the embedding.
     """
-    depth = len(_layers(model))
+    depth = len(open_tower(model).blocks)
     wanted = list(range(depth)) if layers is None else list(layers)
     if not wanted or not all(isinstance(layer, int) and -depth <= layer < depth for layer in wanted):
         raise ValueError(f"layers must be between {-depth} and {depth - 1} and at least one, got {wanted}")
     wanted = [layer % depth for layer in wanted]
     scores: dict[int, Tensor] = {}
-    sigma = _scan(model, images, texts, scores.__setitem__, set(wanted))
-    return torch.stack([scores[layer] for layer in wanted], dim=1).div_(sigma[:, None, None, None])
+    scale, _ = _scan(model, images, texts, scores.__setitem__, set(wanted))
+    return torch.stack([scores[layer] for layer in wanted], dim=1).mul_(scale[..., None, None])
 
 
 @torch.no_grad()
@@ -154,41 +171,46 @@ def heatmap(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
         model, images, texts: as for `token_scores`.
 
     Returns:
-        [b, t, rows, columns], one value per patch. The rest of the score comes from the class token as a source, the MLPs, the stem
-        and the constant.
+        [b, t, rows, columns], one value per patch. The rest of the score comes from the class token and registers as sources, the MLPs,
+        the stem and the constant.
     """
     total: list[Tensor] = []  # one running sum: nothing is kept per layer
 
     def add(_: int, scores: Tensor) -> None:
-        patches = scores[:, :, 1:].sum(dim=1)  # [b, N - 1, t]
-        total[:] = [total[0] + patches if total else patches]
+        scores = scores.sum(dim=1)  # [b, N, t]
+        total[:] = [total[0] + scores if total else scores]
 
-    sigma = _scan(model, images, texts, add)
-    rows, columns = (size // patch for size, patch in zip(images.shape[-2:], model.visual.patch_size, strict=True))
-    return (total[0] / sigma[:, None]).transpose(1, 2).unflatten(2, (rows, columns))
+    scale, tower = _scan(model, images, texts, add)
+    return (total[0][:, tower.prefix :] * scale).transpose(1, 2).unflatten(2, tower.grid(images))
 
 
 @dataclass(frozen=True)
 class Neurons:
     """The term of one layer's MLP, split by neuron: neuron j adds activations[:, j] times maps[j] to the embedding.
 
-    The factors are kept, not the products: [b, n, d] takes d times the memory.
+    The factors are kept, not the products: [b, n, d] takes d times the memory. Under attention pooling every pooling head reads a
+    neuron another way: one more axis r, and the maps in two factors.
     """
 
     embedding: Tensor  # [b, d] what model.encode_image returned, in the model's own precision
     term: Tensor  # [b, d] the MLP's term as a whole, from what it wrote
-    activations: Tensor  # [b, n] after the nonlinearity, divided by the frozen standard deviations on the way to the embedding
-    maps: Tensor  # [n, d] the same for all images
-    constant: Tensor  # [b, d] what belongs to no neuron: the out-projection's bias, and beta of the norm before it
+    activations: Tensor  # [b, n] or [b, r, n], past the nonlinearity, divided by the frozen norms on the way to the embedding
+    maps: Tensor  # [n, d] or [r, n, p]: the same for all images
+    constant: Tensor  # [b, d] what belongs to no neuron: the out-projection's bias, and beta of the norms around it
+    up: Tensor | None = None  # [r, p, d] the maps' second factor, where there is one
 
     def terms(self) -> Tensor:
         """[b, n, d] what each neuron adds to the embedding."""
-        return self.activations[:, :, None] * self.maps
+        if self.up is None:
+            return self.activations[:, :, None] * self.maps
+        return torch.einsum("brn,rnp,rpd->bnd", self.activations, self.maps, self.up)
 
     def total(self) -> Tensor:
         """[b, d] the sum of all neurons and the constant."""
         with _full_precision(self.maps):
-            return self.activations @ self.maps + self.constant
+            if self.up is None:
+                return self.activations @ self.maps + self.constant
+            return torch.einsum("brn,rnp,rpd->bd", self.activations, self.maps, self.up) + self.constant
 
     def error(self) -> float:
         """max |total - term| / max |term|, over all images and dimensions; NaN if either holds a NaN or the MLP writes nothing."""
@@ -199,8 +221,8 @@ class Neurons:
 def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
     """Split the term of one layer's MLP, decompose(model, images).mlps[:, layer], by neuron.
 
-    The MLP writes sum_j a_j W_j + bias, where a_j is neuron j's activation at the class token and W_j its row of the out-projection.
-    Where the custom block has a norm between the two, it is frozen like the others, and centring is in the map.
+    The MLP writes sum_j a_j W_j + bias, where a_j is neuron j's activation at the tokens read out and W_j its row of the out-projection
+    (a gated MLP's neuron is the product of its two halves). Norms on the way are frozen like the others, and centring is in the map.
 
     Args:
         model, images: as for `decompose`; convention "term".
@@ -210,20 +232,24 @@ def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
         DecompositionError: as `decompose`, and an MLP of another kind; the message names what it lacks.
         ValueError: a layer that the model does not have.
     """
-    layers, readout = _layers(model), _Readout(model.visual)
-    if not isinstance(layer, int) or not -len(layers) <= layer < len(layers):
-        raise ValueError(f"layer must be between {-len(layers)} and {len(layers) - 1}, got {layer!r}")
+    tower = open_tower(model)
+    depth = len(tower.blocks)
+    if not isinstance(layer, int) or not -depth <= layer < depth:
+        raise ValueError(f"layer must be between {-depth} and {depth - 1}, got {layer!r}")
     try:
-        mlp = _Mlp(layers[layer])
+        way_out = tower.blocks[layer].mlp_exit()
     except DecompositionError as error:
-        raise _refusal(model, f"the MLP of block {layer % len(layers)} {error}") from None
-    with _watch(model, layers, mlp=mlp) as seen:
-        embedding = _embedding(model, images)
+        raise refusal(model, f"the MLP of block {layer % depth} {error}") from None
+    seen = _run(model, tower, images, mlp=way_out)
 
     with _full_precision(images):
-        sigma, G = readout.sigma(seen.last), readout.matrix("term")
-        term, constant = seen.mlps[layer] / sigma @ G, mlp.bias() / sigma @ G
-        return Neurons(embedding, term, seen.hidden / mlp.scale(seen.hidden) / sigma, mlp.writes() @ G, constant)
+        G = tower.readout.rows()
+        term = G.read(seen.mlps[layer] * seen.scale)
+        weights, bias = way_out.weigh(seen.weights, seen.hidden, seen.hidden_written)
+        constant, activations, maps = G.read(bias * seen.scale), weights @ seen.hidden * seen.scale, way_out.maps() @ G.down
+        if G.up is None:
+            activations, maps = activations[:, 0], maps[0]
+        return Neurons(seen.embedding, term, activations, maps, constant, G.up)
 
 
 @torch.no_grad()
@@ -252,76 +278,170 @@ def check(model: nn.Module, images: Tensor, tolerance: float = 1e-4) -> float:
 
 @dataclass
 class _Row:
-    """One block's attention as the class token sees it; `scale`, of the norms on its way out, is already in `value`."""
+    """One block's attention, as the tokens that are read out see it."""
 
-    attention: Tensor  # [b, H, N]
-    value: Tensor  # [b, H, e]
-    own: Tensor  # [b, H, e] the summand of `value` whose source is the class token
-    bias: Tensor  # [b, D] what the attention adds that belongs to no head
-    scale: Tensor  # [b, 1]
-    inputs: Tensor  # [b, N, D] the block's normalised input
+    block: Block
+    call: Call
+    targets: slice
+    weights: Tensor  # [b, r, T] of the tokens, divided by the norms on the attention's way out
+    attention: Tensor | None  # [b, H, 1, N] where one token is read out
+    mixed: Tensor  # [b, H, T, e] what each head makes of the values
+    bias: Tensor  # [b, r, D] what the attention adds that belongs to no head
+
+    def value(self) -> Tensor:
+        """[b, r, H, e]"""
+        return torch.einsum("brT,bHTe->brHe", self.weights, self.mixed)
+
+    def own(self) -> Tensor | None:
+        """[b, H, e] the summand of `value` that has the class token for its source, where that is what is read out."""
+        if self.attention is None:
+            return None
+        return self.weights[:, 0, :, None] * self.attention[:, :, 0, :1] * self.scaled(promote(self.call.v[:, :, 0]))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x [b, H, ..., e], times the heads' own scale where the block has one."""
+        scale = self.block.head_scale  # [H, 1, 1]
+        return x if scale is None else x * promote(scale).view(-1, *[1] * (x.ndim - 2))
+
+    def scores(self, directions: Tensor) -> Tensor:
+        """[b, H, N, t] each source token's term, dotted with the directions [r, D, t] of texts."""
+        v = self.scaled(promote(self.call.v))
+        said = self.block.writes() @ directions[:, None]  # [r, H, e, t]
+        mixed = 0  # [b, r, H, N] the tokens' attention, weighted; some tokens at a time: never [N, N] of all of them
+        for part in range(0, self.mixed.shape[2], CHUNK):
+            tokens = slice(self.targets.start or 0, None).indices(self.call.q.shape[2])[0] + part
+            A = self.attention if self.attention is not None else self.call.weights(slice(tokens, tokens + CHUNK))
+            mixed = mixed + torch.einsum("brT,bHTN->brHN", self.weights[:, :, part : part + CHUNK], A)
+        return sum(mixed[:, r, :, :, None] * (v @ said[r]) for r in range(len(said)))
+
+
+CHUNK = 64  # tokens
 
 
 @dataclass
 class _Seen:
-    """The class token's stream in the latest forward pass."""
+    """The stream of the tokens read out, in the latest forward pass: sums over them, weighted."""
 
-    stem: Tensor | None = None  # [b, D]
-    last: Tensor | None = None  # [b, D] what the read-out's LayerNorm gets
-    mlps: list[Tensor] = field(default_factory=list)  # L x [b, D]
-    hidden: Tensor | None = None  # [b, n] the activations of the MLP that was asked for
+    weights: Tensor | None = None  # [b, r, T]
+    scale: Tensor | None = None  # [b, 1, 1] what these weights are still to be multiplied by
+    stem: Tensor | None = None  # [b, r, D]
+    mlps: list[Tensor] = field(default_factory=list)  # L x [b, r, D]
+    last: Tensor | None = None  # [b, T, D]
+    calls: list[Call] = field(default_factory=list)  # of attention, after the last block
+    pool: Tensor | None = None  # [b, q, D'] what the pooling's MLP wrote
+    hidden: Tensor | None = None  # [b, T, n] the features of the MLP that was asked for
+    hidden_written: Tensor | None = None  # [b, T, D] what the norm after that MLP was given
+    frozen: Frozen | None = None
+    embedding: Tensor | None = None  # [b, d]
+
+
+OnRow = Callable[[int, _Row], None]
+
+
+def _run(model: nn.Module, tower: Tower, images: Tensor, on_row: OnRow | None = None, mlp: Exit | None = None) -> _Seen:
+    """Watch a forward pass; before it another one, where that has to tell the tokens' weights."""
+    weights = frozen = None
+    if not tower.readout.one_pass:
+        with _watch(model, tower) as first:
+            _embedding(model, images)
+        with _full_precision(images):
+            frozen = tower.readout.freeze(first.last, first.calls, first.pool)
+        weights = frozen.weights
+    with _watch(model, tower, weights, on_row, mlp) as seen:
+        seen.embedding = _embedding(model, images)
+    with _full_precision(images):
+        seen.frozen = tower.readout.freeze(seen.last, seen.calls) if frozen is None else frozen
+        seen.scale = seen.frozen.weights[:, :1, :1] / seen.weights[:, :1, :1]
+    return seen
 
 
 @contextmanager
 def _watch(
-    model: nn.Module, layers: list[_Layer], on_row: Callable[[int, _Row], None] | None = None, mlp: _Mlp | None = None
+    model: nn.Module, tower: Tower, weights: Tensor | None = None, on_row: OnRow | None = None, mlp: Exit | None = None
 ) -> Iterator[_Seen]:
-    """While open, a forward pass calls on_row(layer, row) at every block and leaves the class token's stream in what is yielded.
+    """While open, a forward pass calls on_row(layer, row) at every block and leaves the rest in what is yielded.
 
-    Without on_row nobody pays for the attention's rows; of `mlp`, where it is given, the hidden activations are kept, too. The hooks
-    only read. They and the mode (eval while open) are put back on the way out, also after an error.
+    Args:
+        weights: [b, r, T] of the tokens read out; None: their mean.
+        mlp: whose features are kept.
+
+    The hooks only read. They and the mode (eval while open) are put back on the way out, also after an error.
     """
-    seen = _Seen()
+    seen, blocks, written = _Seen(), tower.blocks, {}
+
+    def of_targets(x: Tensor) -> Tensor:
+        """[b, T, D], a copy: a view would keep all tokens of every layer in memory."""
+        return promote(tower.tokens(x)[:, tower.readout.targets]).clone()
 
     def at_stem(module: nn.Module, args: tuple) -> None:
-        seen.stem = layers[0].class_token(args[0])
+        x = of_targets(args[0])
+        seen.weights = torch.full_like(x[:, None, :, 0], 1 / x.shape[1]) if weights is None else weights
+        with _full_precision(x):
+            seen.stem = seen.weights @ x
 
-    def at_readout(module: nn.Module, args: tuple) -> None:
-        x = args[0]  # [b, N, D], or [b, D] where the norm follows the pooling
-        seen.last = _promote(x[:, 0] if x.ndim == 3 else x).clone()
+    def keep(key: object) -> Callable:
+        return lambda module, args: written.__setitem__(key, of_targets(args[0]))
 
-    def at_attention(index: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            with _full_precision(output):
-                on_row(index, layers[index].row(output))
+    def at_mlp(index: int) -> Callable:  # by then the block's attention has written
+        def hook(module: nn.Module, args: tuple) -> None:
+            if len(calls) != 1:
+                found = f"block {index} called F.scaled_dot_product_attention {len(calls)} times, expected once"
+                raise refusal(model, found + (" (is TIMM_FUSED_ATTN=0 set?)" if not calls else ""))
+            call, block = calls.pop(), blocks[index]
+            if call.k.shape[2] != call.q.shape[2]:
+                raise refusal(model, f"block {index} attends to tokens that are not in the image")
+            if on_row is not None:
+                with _full_precision(call.v):
+                    on_row(index, _row(block, call, tower.readout.targets, seen.weights, written.pop(index, None)))
 
         return hook
 
-    def at_mlp(layer: _Layer) -> Callable:
-        return lambda module, args, output: seen.mlps.append(layer.class_token(output))
+    def at_mlp_end(module: nn.Module, args: tuple, output: Tensor) -> None:
+        x = of_targets(output)
+        with _full_precision(x):
+            seen.mlps.append(seen.weights @ x)
 
-    def at_hidden(module: nn.Module, args: tuple) -> None:
-        seen.hidden = mlp.layer.class_token(args[0])
+    def at_end(module: nn.Module, args: tuple, output: Tensor) -> None:
+        seen.last = of_targets(output)
+
+    def at_pool(module: nn.Module, args: tuple, output: Tensor) -> None:
+        seen.pool = output
 
     training = [module for module in model.modules() if module.training]
     handles = []
-    try:
-        handles.append(layers[0].block.register_forward_pre_hook(at_stem))
-        handles.append(model.visual.ln_post.register_forward_pre_hook(at_readout))
-        for i, layer in enumerate(layers):
-            if on_row is not None:
-                handles.append(layer.block.ln_1.register_forward_hook(at_attention(i)))
-            handles.append(layer.block.ls_2.register_forward_hook(at_mlp(layer)))
-        if mlp is not None:
-            handles.append(mlp.reader.register_forward_pre_hook(at_hidden))
-        for module in training:
-            module.training = False
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
+    with attention_calls() as calls:
+        try:
+            handles.append(blocks[0].module.register_forward_pre_hook(at_stem))
+            for i, block in enumerate(blocks):
+                if block.attention.outer is not None:
+                    handles.append(block.attention.outer.register_forward_pre_hook(keep(i)))
+                handles.append(block.mlp.register_forward_pre_hook(at_mlp(i)))
+                handles.append(block.mlp_written.register_forward_hook(at_mlp_end))
+            handles.append(blocks[-1].module.register_forward_hook(at_end))
+            if tower.readout.mlp is not None:
+                handles.append(tower.readout.mlp.register_forward_hook(at_pool))
+            if mlp is not None:
+                handles.append(mlp.reader.register_forward_pre_hook(keep("hidden")))
+                if mlp.outer is not None:
+                    handles.append(mlp.outer.register_forward_pre_hook(keep("hidden, written")))
+            for module in training:
+                module.training = False
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in training:
+                module.training = True
+    seen.calls, seen.hidden, seen.hidden_written = calls, written.get("hidden"), written.get("hidden, written")
+
+
+def _row(block: Block, call: Call, targets: slice, weights: Tensor, written: Tensor | None) -> _Row:
+    """written: [b, T, D] what the norm after the attention was given, where there is one."""
+    A = call.weights(targets) if targets == slice(0, 1) else None
+    row = _Row(block, call, targets, weights, A, promote(call.out[:, :, targets]) if A is None else A @ promote(call.v), weights)
+    row.mixed = row.scaled(row.mixed)
+    row.weights, row.bias = block.attention.weigh(weights, row.mixed.transpose(1, 2), written)
+    return row
 
 
 def _embedding(model: nn.Module, images: Tensor) -> Tensor:
@@ -329,56 +449,59 @@ def _embedding(model: nn.Module, images: Tensor) -> Tensor:
     return output[0] if isinstance(output, tuple) else output  # towers with output_tokens=True also return their patches
 
 
+def _writes(tower: Tower) -> Iterator[Tensor]:
+    """L x [H, e, D]"""
+    return (block.writes() for block in tower.blocks)
+
+
 def _scan(
-    model: nn.Module,
-    images: Tensor,
-    texts: Tensor,
-    on_scores: Callable[[int, Tensor], None],
-    wanted: set[int] | None = None,
-) -> Tensor:
-    """Call on_scores(layer, [b, H, N, t]) for every wanted layer, scores still to be divided by sigma; return sigma [b, 1]."""
-    layers, readout = _layers(model), _Readout(model.visual)
+    model: nn.Module, images: Tensor, texts: Tensor, on_scores: Callable[[int, Tensor], None], wanted: set[int] | None = None
+) -> tuple[Tensor, Tower]:
+    """Call on_scores(layer, [b, H, N, t]) for every wanted layer, scores still to be multiplied by the scale [b, 1, 1] returned."""
+    tower = open_tower(model)
     with _full_precision(images):
-        G = readout.matrix("term")
-        if texts.ndim != 2 or texts.shape[1] != G.shape[1]:
-            raise ValueError(f"texts must be [t, {G.shape[1]}] like the embedding, got {list(texts.shape)}")
-        directions = G @ texts.to(G).T  # [D, t]
+        G = tower.readout.rows()
+        width = (G.down if G.up is None else G.up).shape[-1]
+        if texts.ndim != 2 or texts.shape[1] != width:
+            raise ValueError(f"texts must be [t, {width}] like the embedding, got {list(texts.shape)}")
+        directions = G.directions(texts.to(G.down))
 
     def score(index: int, row: _Row) -> None:
         if wanted is None or index in wanted:
-            on_scores(index, layers[index].scores(row, directions))
+            on_scores(index, row.scores(directions))
 
-    with _watch(model, layers, score) as seen:
-        _embedding(model, images)
-    return readout.sigma(seen.last)
+    return _run(model, tower, images, score).scale, tower
 
 
 def _culprit(model: nn.Module, images: Tensor, tolerance: float) -> str:
     """Which block does not add up, and where in it; for the message of `check`."""
-    layers, heads, written, stream = _layers(model), [], [], []
+    tower, heads, written, stream = open_tower(model), [], [], []
 
     def sum_heads(index: int, row: _Row) -> None:
-        heads.append(torch.einsum("bHe,HeD->bD", row.value, layers[index].writes()) + row.bias)
+        heads.append(torch.einsum("brHe,HeD->brD", row.value(), row.block.writes()) + row.bias)
+
+    def mean(x: Tensor) -> Tensor:
+        return promote(tower.tokens(x)[:, tower.readout.targets]).mean(dim=1, keepdim=True)
 
     handles = []
     try:
-        for layer in layers:
-            keep = lambda m, args, output, layer=layer: written.append(layer.class_token(output))  # noqa: E731
-            handles.append(layer.block.ls_1.register_forward_hook(keep))
-            keep = lambda m, args, layer=layer: stream.append(layer.class_token(args[0]))  # noqa: E731
-            handles.append(layer.block.register_forward_pre_hook(keep))
-        with _watch(model, layers, sum_heads) as seen:
+        for block in tower.blocks:
+            keep = lambda module, args, output: written.append(mean(output))  # noqa: E731
+            handles.append(block.attention_written.register_forward_hook(keep))
+            handles.append(block.module.register_forward_pre_hook(lambda module, args: stream.append(mean(args[0]))))
+        with _watch(model, tower, on_row=sum_heads) as seen:
             _embedding(model, images)
     finally:
         for handle in handles:
             handle.remove()
-    stream.append(seen.last)
-    broken = next((i for i, x in enumerate(stream) if not x.isfinite().all()), None)
-    if broken is not None:
-        first = f"block {broken - 1} is" if broken else "the embedding of patches and positions is"
-        return f"{first} the first to write something that is not a number"
+    stream.append(seen.last.mean(dim=1, keepdim=True))
+    if not stream[0].isfinite().all():
+        return "the embedding of patches and positions is the first to write something that is not a number"
+    for i in range(len(tower.blocks)):  # the heads are looked at, too: a fused kernel of attention may pass over such a number
+        if not (stream[i + 1].isfinite().all() and heads[i].isfinite().all()):
+            return f"block {i} is the first to write something that is not a number"
     gaps = []
-    for i in range(len(layers)):
+    for i in range(len(tower.blocks)):
         added = stream[i + 1] - stream[i]
         gaps.append((heads[i] - written[i], written[i], i, "its heads differ from what its attention wrote"))
         gaps.append((added - written[i] - seen.mlps[i], added, i, "its attention and MLP differ from what it added to the stream"))
@@ -389,232 +512,6 @@ def _culprit(model: nn.Module, images: Tensor, tolerance: float) -> str:
     return f"largest gap in block {block}: {where} by {gap:.1e} of its norm"
 
 
-# Where a model keeps what is needed: one adapter per kind of block, one read-out per kind of pooling. Further families go here.
-
-
-def _refusal(model: nn.Module, reason: str) -> DecompositionError:
-    tower = type(getattr(model, "visual", None)).__name__
-    return DecompositionError(f"cannot decompose {type(model).__name__} with image tower {tower}: {reason}")
-
-
-def _layers(model: nn.Module) -> list[_Layer]:
-    """One adapter per block, or a DecompositionError that names the model's tower and what it lacks."""
-    visual = getattr(model, "visual", None)
-
-    def refuse(reason: str) -> DecompositionError:
-        return _refusal(model, reason)
-
-    if visual is None:
-        raise refuse("it has no attribute `visual`; expected an open_clip model")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise refuse("scripted models cannot be watched; load it without jit")
-    if hasattr(visual, "trunk"):
-        raise refuse(f"its trunk {type(visual.trunk).__name__} comes from timm; only open_clip's own ViT is supported")
-    if not hasattr(getattr(visual, "transformer", None), "resblocks") or not hasattr(visual, "ln_post"):
-        raise refuse("it has no residual stream of attention heads (transformer.resblocks and ln_post)")
-    if getattr(visual, "attn_pool", None) is not None:
-        raise refuse("it reads out by attention pooling; only the class token is supported")
-    if getattr(visual, "pool_type", "tok") != "tok" or getattr(visual, "global_average_pool", False):
-        raise refuse(f"it reads out by pooling {getattr(visual, 'pool_type', 'avg')!r}; only the class token is supported")
-    if not isinstance(visual.ln_post, nn.LayerNorm):
-        raise refuse(f"its last norm is {type(visual.ln_post).__name__}, expected LayerNorm")
-    try:
-        return [_Layer(block, getattr(visual.transformer, "batch_first", True)) for block in visual.transformer.resblocks]
-    except DecompositionError as error:
-        raise refuse(str(error)) from None
-
-
-class _Layer:
-    """A native open_clip block: ResidualAttentionBlock around nn.MultiheadAttention, or CustomResidualAttentionBlock."""
-
-    def __init__(self, block: nn.Module, batch_first: bool) -> None:
-        missing = [name for name in ("ln_1", "attn", "ls_1", "ls_2") if not hasattr(block, name)]
-        if missing or hasattr(block, "ln_1_kv"):
-            raise DecompositionError(
-                f"block {type(block).__name__} " + (f"has no {missing[0]}" if missing else "attends to another input")
-            )
-        attn = block.attn
-        multihead = isinstance(attn, nn.MultiheadAttention)
-        if getattr(attn, "in_proj_weight", None) is None or not hasattr(attn, "out_proj"):
-            raise DecompositionError(f"attention {type(attn).__name__} has no in_proj_weight and out_proj")
-        if multihead and (attn.bias_k is not None or attn.add_zero_attn):
-            raise DecompositionError("attention with add_bias_kv or add_zero_attn attends to tokens that are not in the image")
-        self.block, self.attn = block, attn
-        self.batch_first = attn.batch_first if multihead else batch_first
-        self.n_heads = attn.num_heads
-        # The custom block's norms on the attention's way out; nn.Identity where it has none.
-        ways_out = getattr(attn, "ln_inner", None), getattr(block, "ln_attn", None)
-        self.ln_inner, self.ln_attn = (norm if isinstance(norm, nn.LayerNorm) else None for norm in ways_out)
-
-    def class_token(self, x: Tensor) -> Tensor:
-        """[b, D], a copy: a view would keep all tokens of every layer in memory."""
-        return _promote(x[:, 0] if self.batch_first else x[0]).clone()
-
-    def row(self, y: Tensor) -> _Row:
-        """The class token's attention in this block, from the block's normalised input y."""
-        y = _promote(y if self.batch_first else y.transpose(0, 1))  # [b, N, D]
-        W_q, W_k, W_v = self.weights()
-        b_q, b_k, b_v = self.biases()
-        q = torch.einsum("bD,HeD->bHe", y[:, 0], W_q) + b_q
-        A = self.logits(q, y, W_k, b_k).softmax(dim=-1)  # [b, H, N]
-        value = torch.einsum("bHD,HeD->bHe", A @ y, W_v) + b_v  # b_v once: attention weights sum to one
-        own = A[:, :, :1] * (torch.einsum("bD,HeD->bHe", y[:, 0], W_v) + b_v)
-        if getattr(self.attn, "head_scale", None) is not None:
-            value, own = (x * _promote(self.attn.head_scale)[:, 0] for x in (value, own))
-        bias, scale = self.leave(value.flatten(1))
-        return _Row(A, value / scale[:, None], own / scale[:, None], bias, scale, y)
-
-    def logits(self, q: Tensor, y: Tensor, W_k: Tensor, b_k: Tensor) -> Tensor:
-        """[b, H, N]"""
-        ln_q, cosine = getattr(self.attn, "ln_q", None), getattr(self.attn, "logit_scale", None)
-        if cosine is None and not isinstance(ln_q, nn.LayerNorm):
-            # Keys are never made. q . b_k is the same for all tokens, and softmax does not see it.
-            return torch.einsum("bHe,HeD->bHD", q, W_k) @ y.transpose(1, 2) * q.shape[-1] ** -0.5
-        k = torch.einsum("bND,HeD->bHNe", y, W_k) + b_k[:, None]
-        if cosine is not None:
-            scale = _promote(cosine).clamp(max=self.attn.logit_scale_max).exp()  # [H, 1, 1]
-            return (F.normalize(k, dim=-1) @ F.normalize(q, dim=-1)[..., None] * scale).squeeze(-1)
-        q, k = (F.layer_norm(x, n.normalized_shape, *_affine(n, q), n.eps) for x, n in ((q, ln_q), (k, self.attn.ln_k)))
-        return (k @ q[..., None]).squeeze(-1) * q.shape[-1] ** -0.5
-
-    def leave(self, o: Tensor) -> tuple[Tensor, Tensor]:
-        """What the way out of the attention does besides `writes`: bias [b, D], and the frozen norms' divisor [b, 1].
-
-        o: [b, D] the heads' values, concatenated.
-        """
-        W_o = _promote(self.attn.out_proj.weight).T
-        bias = torch.zeros_like(W_o[0]) if self.attn.out_proj.bias is None else _promote(self.attn.out_proj.bias)
-        scale = torch.ones_like(o[:, :1])
-        if self.ln_inner is not None:
-            scale = _sigma(self.ln_inner, o)
-            gamma, beta = _affine(self.ln_inner, self.attn.out_proj.weight)
-            bias = bias + beta @ W_o
-            o = _centre(o) / scale * gamma
-        bias = bias.expand(o.shape[0], -1)
-        if self.ln_attn is not None:
-            sigma = _sigma(self.ln_attn, o @ W_o + bias)
-            gamma, beta = _affine(self.ln_attn, self.attn.out_proj.weight)
-            scale, bias = scale * sigma, _centre(bias) / sigma * gamma + beta
-        return bias * _layer_scale(self.block.ls_1), scale
-
-    def writes(self) -> Tensor:
-        """[H, e, D] what a unit of each value adds to the residual stream, frozen norms' divisors aside."""
-        W = _promote(self.attn.out_proj.weight).T  # [H e, D]
-        if self.ln_inner is not None:
-            gamma, _ = _affine(self.ln_inner, self.attn.out_proj.weight)
-            W = W * gamma[:, None]
-            W = W - W.mean(dim=0)  # the norm's centring comes first: (I - 11'/D) diag(gamma) W_o
-        if self.ln_attn is not None:
-            W = _centre(W) * _affine(self.ln_attn, self.attn.out_proj.weight)[0]
-        return (W * _layer_scale(self.block.ls_1)).unflatten(0, (self.n_heads, -1))
-
-    def scores(self, row: _Row, directions: Tensor) -> Tensor:
-        """[b, H, N, t] each source token's term, dotted with directions [D, t]."""
-        said = self.writes() @ directions  # [H, e, t]
-        if getattr(self.attn, "head_scale", None) is not None:
-            said = said * _promote(self.attn.head_scale)
-        _, _, W_v = self.weights()
-        u = torch.einsum("HeD,Het->DHt", W_v, said)  # [D, H, t]
-        per_token = (row.inputs @ u.flatten(1)).unflatten(2, u.shape[1:]).transpose(1, 2)  # [b, H, N, t]
-        per_token = per_token + torch.einsum("He,Het->Ht", self.biases()[2], said)[:, None]
-        return per_token * (row.attention / row.scale[:, None])[..., None]
-
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W_q, W_k, W_v, each [H, e, D]"""
-        return _promote(self.attn.in_proj_weight).unflatten(0, (3, self.n_heads, -1)).unbind()
-
-    def biases(self) -> tuple[Tensor, Tensor, Tensor]:
-        """b_q, b_k, b_v, each [H, e]"""
-        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
-        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-        return _promote(bias).unflatten(0, (3, self.n_heads, -1)).unbind()
-
-
-class _Mlp:
-    """A native block's MLP: c_fc, gelu, in a custom block perhaps a norm ln, c_proj."""
-
-    def __init__(self, layer: _Layer) -> None:
-        mlp = getattr(layer.block, "mlp", None)
-        steps = dict(mlp.named_children()) if isinstance(mlp, nn.Sequential) else {}
-        if isinstance(steps.get("ln"), nn.Identity):
-            del steps["ln"]
-        if list(steps) not in (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"]):
-            found = ", ".join(steps) or type(mlp).__name__
-            raise DecompositionError(f"is {found}; expected c_fc, gelu, c_proj, with or without a norm ln before c_proj")
-        for name, kind in (("ln", nn.LayerNorm), ("c_proj", nn.Linear)):
-            if not isinstance(steps.get(name), kind | None):
-                raise DecompositionError(f"has {type(steps[name]).__name__} as {name}; expected {kind.__name__}")
-        self.layer, self.ln, self.c_proj = layer, steps.get("ln"), steps["c_proj"]
-        self.reader = self.c_proj if self.ln is None else self.ln  # what the activations go into
-
-    def scale(self, hidden: Tensor) -> Tensor | float:
-        """[b, 1] the inner norm's divisor."""
-        return 1.0 if self.ln is None else _sigma(self.ln, hidden)
-
-    def bias(self) -> Tensor:
-        """[D] what the MLP writes that belongs to no neuron."""
-        W = _promote(self.c_proj.weight).T  # [n, D]
-        bias = torch.zeros_like(W[0]) if self.c_proj.bias is None else _promote(self.c_proj.bias)
-        if self.ln is not None:
-            bias = bias + _affine(self.ln, self.c_proj.weight)[1] @ W
-        return bias * _layer_scale(self.layer.block.ls_2)
-
-    def writes(self) -> Tensor:
-        """[n, D] what a unit of each activation adds to the residual stream, the inner norm's divisor aside."""
-        W = _promote(self.c_proj.weight).T
-        if self.ln is not None:
-            W = W * _affine(self.ln, self.c_proj.weight)[0][:, None]
-            W = W - W.mean(dim=0)  # the norm's centring comes first: (I - 11'/n) diag(gamma) W
-        return W * _layer_scale(self.layer.block.ls_2)
-
-
-class _Readout:
-    """From the class token's last residual to the embedding: LayerNorm, then projection."""
-
-    def __init__(self, visual: nn.Module) -> None:
-        self.norm = visual.ln_post
-        self.gamma, self.bias = _affine(visual.ln_post, next(visual.parameters()))
-        self.proj = torch.eye(len(self.gamma)).to(self.gamma) if visual.proj is None else _promote(visual.proj)  # [D, d]
-
-    def sigma(self, x: Tensor) -> Tensor:
-        return _sigma(self.norm, x)
-
-    def matrix(self, convention: str) -> Tensor:
-        """G [D, d]; with LayerNorm's centring for convention "term", without for "paper"."""
-        G = self.gamma[:, None] * self.proj
-        return G - G.mean(dim=0) if convention == "term" else G
-
-    def beta(self) -> Tensor:
-        """[d] LayerNorm's beta, projected."""
-        return self.bias @ self.proj
-
-
-def _promote(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-def _layer_scale(scale: nn.Module) -> Tensor | float:
-    """[D] LayerScale's gamma; 1 where a block has none."""
-    gamma = getattr(scale, "gamma", None)
-    return 1.0 if gamma is None else _promote(gamma)
-
-
 def _full_precision(x: Tensor) -> torch.autocast:
     """Keeps a caller's autocast away from the sums."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _centre(x: Tensor) -> Tensor:
-    return x - x.mean(dim=-1, keepdim=True)
-
-
-def _sigma(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """[..., 1] what the norm divides x by."""
-    return (x.var(dim=-1, correction=0, keepdim=True) + norm.eps).sqrt()
-
-
-def _affine(norm: nn.LayerNorm, like: Tensor) -> tuple[Tensor, Tensor]:
-    """gamma and beta; 1 and 0, made like another weight, where the norm has none."""
-    like = _promote(like)
-    gamma = like.new_ones(norm.normalized_shape) if norm.weight is None else _promote(norm.weight)
-    return gamma, torch.zeros_like(gamma) if norm.bias is None else _promote(norm.bias)

@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, convert_weights_to_lp
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import nn
 
@@ -46,7 +44,6 @@ OPTIONS = {
     "norm in attention": {"scale_attn_inner": True},
     "norm after attention": {"scale_attn": True},
     "norm in mlp": {"scale_fc": True},
-    "cosine attention": {"scaled_cosine_attn": True},
     "norms with large eps": {**INNER, "norm_kwargs": {"eps": 0.1}},
     "all of them": {**INNER, "quick_gelu": True, "no_ln_pre": True, "final_ln_after_pool": True, "output_tokens": True},
 }
@@ -62,12 +59,6 @@ CALLS = {
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
-@pytest.fixture(autouse=True)
-def working_bmm(monkeypatch):
-    """open_clip 3.3 multiplies [b, H, N, e] with torch.bmm under scaled_cosine_attn, which takes three axes only, and raises."""
-    monkeypatch.setattr(torch, "bmm", torch.matmul)
-
-
 @torch.no_grad()
 def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, **options):
     """A CLIP of three blocks, four heads, 2 x 3 patches, with no parameter at its trivial value, in eval mode."""
@@ -76,9 +67,7 @@ def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, **options):
         torch.manual_seed(0)
         model = CLIP(24, vision, TEXT_TOWER, quick_gelu=quick_gelu, cast_dtype=cast_dtype)
         for name, p in model.visual.named_parameters():
-            if "logit_scale" in name:  # its exp is clamped at 100: some heads above, some below
-                p.copy_(torch.linspace(1, 6, p.numel()).view_as(p))
-            elif p.ndim == 1:  # gamma, beta, biases, class embedding
+            if p.ndim == 1:  # gamma, beta, biases, class embedding
                 p.add_(0.3 * torch.randn_like(p))
             elif "in_proj" in name:  # logits of about one: attention that is neither even nor on one token
                 p.copy_(1.5 * torch.randn_like(p) * p.shape[-1] ** -0.5)
@@ -109,6 +98,11 @@ def far(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
+def fields(terms):
+    """Those that are not None."""
+    return {name: value for name, value in vars(terms).items() if value is not None}
+
+
 # The long way.
 
 
@@ -134,12 +128,8 @@ def attention_matrices(attn, y):
     """Attention [b, H, N, N] of all tokens, values [b, H, N, e]."""
     W, c = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
     q, k, v = ((y @ W[i].T + c[i]).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for i in range(3))
-    if getattr(attn, "scaled_cosine", False):
-        logits = F.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1) * attn.logit_scale.exp().clamp(max=100.0)
-    elif hasattr(attn, "ln_q"):
-        logits = attn.ln_q(q) @ attn.ln_k(k).mT / q.shape[-1] ** 0.5
-    else:
-        logits = q @ k.mT / q.shape[-1] ** 0.5
+    q, k = (attn.ln_q(q), attn.ln_k(k)) if hasattr(attn, "ln_q") else (q, k)
+    logits = q @ k.mT / q.shape[-1] ** 0.5
     if getattr(attn, "head_scale", None) is not None:
         v = v * attn.head_scale
     return logits.softmax(-1), v
@@ -303,10 +293,23 @@ def test_the_error_is_nan_where_one_number_is(where):
     assert error != error
 
 
+@torch.no_grad()
+def stock(model):
+    """The embedding, without torch's fast kernel for a whole attention, which rounds otherwise than its parts."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        embedding = model.encode_image(pictures(model))
+        return embedding[0] if isinstance(embedding, tuple) else embedding
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def test_the_embedding_is_what_the_stock_model_returns():
     model = build()
-    with torch.no_grad():  # with gradients torch takes another kernel
-        assert torch.equal(decompose(model, pictures(model)).embedding, model.encode_image(pictures(model)))
+    assert torch.equal(decompose(model, pictures(model)).embedding, stock(model))
+    with torch.no_grad():
+        assert far(decompose(model, pictures(model)).embedding, model.encode_image(pictures(model))) < EXACT
 
 
 def test_an_unknown_convention_is_refused():
@@ -786,7 +789,7 @@ def test_no_forward_pass_records_gradients(call, passes):
 def test_nothing_carries_gradients(call):
     model = build()
     result = call(model, pictures(model).requires_grad_(), sentences(model).requires_grad_())
-    tensors = vars(result).values() if isinstance(result, Decomposition) else [torch.as_tensor(result)]
+    tensors = fields(result).values() if isinstance(result, Decomposition) else [torch.as_tensor(result)]
     assert not any(t.requires_grad for t in tensors)
 
 
@@ -873,11 +876,13 @@ def test_the_stem_under_autocast_is_read_out_in_float32(convention):
     assert far(terms.stem.double(), expected) < SINGLE
 
 
-def test_the_attention_under_autocast_is_worked_out_in_float32():
-    model = build(torch.float32)
+def test_the_attention_under_autocast_is_worked_out_in_float32(monkeypatch):
+    model, calls, attention = build(torch.float32), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **more: calls.append(args) or attention(*args, **more))
     terms, seen = rounded_pass(model)
-    A, v = attention_matrices(blocks(model)[0].attn, seen.y)
-    expected = (A @ v)[:, :, 0] / std(model.visual.ln_post, seen.last)[:, :, None]
+    q, k, v = (x.double() for x in calls[0][:3])  # rounded by the forward pass; what is done with them is not
+    expected = ((q @ k.mT / 8**0.5).softmax(-1) @ v)[:, :, 0] / std(model.visual.ln_post, seen.last)[:, :, None]
+    assert calls[0][0].dtype == torch.bfloat16
     assert far(terms.values[:, 0].double(), expected) < SINGLE
 
 
@@ -930,8 +935,7 @@ def test_the_embedding_of_a_model_in_half_precision_is_as_it_was_returned(mixed)
     model = half(torch.bfloat16, mixed)
     terms = decompose(model, pictures(model))
     assert terms.embedding.dtype == torch.bfloat16
-    with torch.no_grad():
-        assert torch.equal(terms.embedding, model.encode_image(pictures(model)))
+    assert torch.equal(terms.embedding, stock(model))
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["pure", "mixed"])
@@ -945,7 +949,7 @@ def test_the_source_tokens_of_a_model_in_half_precision_sum_to_the_heads(mixed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_terms_have_the_precision_of_the_model(dtype):
     model = build(dtype)
-    assert {x.dtype for x in vars(decompose(model, pictures(model))).values()} == {dtype}
+    assert {x.dtype for x in fields(decompose(model, pictures(model))).values()} == {dtype}
 
 
 # The check.
@@ -1109,19 +1113,15 @@ def test_a_plain_vit_is_not_refused():
         call(build(), pictures(build()), sentences(build()))
 
 
-def test_average_pooling_is_refused():
-    refused("cannot decompose CLIP with image tower VisionTransformer: .*pooling 'avg'; only the class token", build(pool_type="avg"))
-
-
 def test_no_pooling_is_refused():
-    refused("pooling 'none'", build(pool_type="none"))
+    refused("cannot decompose CLIP with image tower VisionTransformer: .*pooling 'none'; expected", build(pool_type="none"))
 
 
 def test_the_average_pooling_of_older_releases_is_refused():
     model = build()
-    del model.visual.pool_type
+    model.visual = OlderTower(model.visual)
     model.visual.global_average_pool = True
-    refused("pooling 'avg'", model)
+    refused("averages its tokens as older releases", model)
 
 
 @pytest.mark.parametrize("options", [{}, {"block_type": "custom"}], ids=["plain", "custom"])
@@ -1167,33 +1167,15 @@ class OlderTower(nn.Module):
         return self.ln_post(x)[:, 0] @ self.proj
 
 
-def test_attention_pooling_is_refused():
-    refused("reads out by attention pooling", build(attentional_pool=True, attn_pooler_heads=4))
-
-
-def test_coca_is_refused():
-    vision = {"layers": 1, "width": 32, "head_width": 8, "patch_size": 4, "image_size": (8, 12), "attentional_pool": True}
-    text = {**TEXT_TOWER, "embed_cls": True, "output_tokens": True}
-    model = CoCa(
-        24, {"layers": 1, "width": 8, "heads": 1, "context_length": 4, "vocab_size": 8}, text, {**vision, "output_tokens": True}
-    )
-    refused("cannot decompose CoCa .*attention pooling", model)
-
-
 def test_a_resnet_is_refused():
     tower = ModifiedResNet((1, 1, 1, 1), 24, 4, 32, width=8)
-    refused("image tower ModifiedResNet: it has no residual stream of attention heads", with_tower(tower))
+    refused("image tower ModifiedResNet: a ResNet has convolutions, not a residual stream of attention heads", with_tower(tower))
 
 
 def test_a_tower_without_blocks_is_refused():
     model = build()
     model.visual.transformer = nn.Identity()
     refused(r"no residual stream of attention heads \(transformer.resblocks", model)
-
-
-def test_a_timm_tower_is_refused():
-    tower = TimmModel("test_vit", embed_dim=24, pretrained=False)  # timm's own toy ViT
-    refused("image tower TimmModel: its trunk VisionTransformer comes from timm", with_tower(tower))
 
 
 def test_a_tower_without_last_norm_is_refused():
@@ -1205,7 +1187,7 @@ def test_a_tower_without_last_norm_is_refused():
 def test_a_tower_whose_last_norm_was_pruned_is_refused():
     model = build()
     model.visual.ln_post = nn.Identity()
-    refused("its last norm is Identity, expected LayerNorm", model)
+    refused("has Identity as ln_post; expected LayerNorm", model)
 
 
 def test_an_object_without_image_tower_is_refused():
@@ -1249,12 +1231,20 @@ def test_an_attention_without_out_projection_is_refused():
     refused("has no in_proj_weight and out_proj", model)
 
 
+def test_cosine_attention_is_refused():
+    """It does not run in open_clip 3.3: torch.bmm takes three axes only."""
+    model = build(scaled_cosine_attn=True)
+    with pytest.raises(RuntimeError):
+        model.encode_image(pictures(model))
+    refused("its scaled cosine attention does not run", model)
+
+
 def test_a_refusal_is_a_value_error():
     assert issubclass(DecompositionError, ValueError)
 
 
 def test_a_refused_model_is_left_as_found():
-    model = build(pool_type="avg").train()
+    model = build(pool_type="none").train()
     before = found(model)
-    refused("avg", model)
+    refused("none", model)
     assert found(model) == before

@@ -26,6 +26,7 @@ from test_decompose import (
     build,
     every_option,
     far,
+    fields,
     found,
     frozen,
     gamma_beta,
@@ -34,6 +35,7 @@ from test_decompose import (
     pictures,
     sequence_first,
     std,
+    stock,
     under_autocast,
 )
 from test_decompose import models as any_models
@@ -60,12 +62,6 @@ CASES = {(name, 1): OPTIONS[name] for name in OPTIONS} | {
 every_case = pytest.mark.parametrize(
     ("options", "layer"), [(o, layer) for (_, layer), o in CASES.items()], ids=[f"{name}, {i}" for name, i in CASES]
 )
-
-
-@pytest.fixture(autouse=True)
-def working_bmm(monkeypatch):
-    """As in test_decompose.py, for cosine attention."""
-    monkeypatch.setattr(torch, "bmm", torch.matmul)
 
 
 # The long way: the stock forward pass, and every neuron pushed alone through the modules after it.
@@ -180,7 +176,8 @@ def test_each_neuron_is_that_of_the_long_way(options, layer):
     split, truth = neurons(model, pictures(model), layer), long_way(model, pictures(model), layer)
     assert far(split.terms(), truth.terms) < EXACT
     assert far(split.activations, truth.activations) < EXACT
-    assert torch.equal(split.embedding, truth.embedding)
+    assert torch.equal(split.embedding, stock(model))
+    assert far(split.embedding, truth.embedding) < EXACT
 
 
 @every_option
@@ -205,7 +202,7 @@ def test_the_maps_are_the_same_for_all_images(options):
 
 def test_nothing_as_large_as_the_terms_is_kept():
     split = neurons(build(), pictures(build(), batch=3), 1)
-    shapes = {key: tuple(value.shape) for key, value in vars(split).items()}
+    shapes = {key: tuple(value.shape) for key, value in fields(split).items()}
     assert shapes == {"embedding": (3, d), "term": (3, d), "activations": (3, n), "maps": (n, d), "constant": (3, d)}
 
 
@@ -242,7 +239,7 @@ def test_a_batch_gives_what_single_images_give(part):
 def test_negative_layers_count_from_the_end(layer):
     model = build(**INNER)
     ours, truth = neurons(model, pictures(model), layer - 3), neurons(model, pictures(model), layer)
-    assert all(torch.equal(getattr(ours, part), getattr(truth, part)) for part in vars(truth))
+    assert all(torch.equal(getattr(ours, part), getattr(truth, part)) for part in fields(truth))
 
 
 def test_layers_differ():
@@ -337,12 +334,12 @@ def test_one_forward_pass_without_gradients():
     model.visual.register_forward_hook(lambda m, args, output: recorded.append(torch.is_grad_enabled()))
     split = neurons(model, pictures(model).requires_grad_(), 1)
     assert recorded == [False]
-    assert not any(x.requires_grad for x in vars(split).values())
+    assert not any(x.requires_grad for x in vars(split).values() if x is not None)
 
 
 def test_the_attention_is_not_looked_at(monkeypatch):
     model, expected = build(), neurons(build(), pictures(build()), 1)
-    monkeypatch.setattr(core._Layer, "row", lambda self, y: pytest.fail("a row of attention was worked out"))
+    monkeypatch.setattr(core, "_row", lambda *args: pytest.fail("a row of attention was worked out"))
     assert torch.equal(neurons(model, pictures(model), 1).terms(), expected.terms())
 
 
@@ -408,7 +405,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_a_model_in_half_precision_is_split_in_float32(mixed, options):
     model = half(torch.bfloat16, mixed, **options)
     split = neurons(model, pictures(model), 1)
-    assert {key: value.dtype for key, value in vars(split).items()} == {
+    assert {key: value.dtype for key, value in fields(split).items()} == {
         "embedding": torch.bfloat16, "term": torch.float32, "activations": torch.float32, "maps": torch.float32,
         "constant": torch.float32,
     }  # fmt: skip
@@ -482,7 +479,7 @@ def test_an_mlp_of_another_kind_is_refused_by_name(mlp, reason):
 def test_a_block_without_mlp_is_refused():
     model = build()
     del blocks(model)[2].mlp
-    with pytest.raises(DecompositionError, match="the MLP of block 2 is NoneType"):
+    with pytest.raises(DecompositionError, match="block ResidualAttentionBlock has no mlp"):
         neurons(model, pictures(model), 2)
 
 
@@ -492,10 +489,9 @@ def test_an_mlp_of_another_kind_elsewhere_is_no_obstacle():
     assert far(neurons(model, pictures(model), 1).total(), decompose(model, pictures(model)).mlps[:, 1]) < EXACT
 
 
-@pytest.mark.parametrize(("options", "reason"), [({"pool_type": "avg"}, "pooling 'avg'"), ({"pool_type": "none"}, "pooling 'none'")])
-def test_other_towers_are_refused_as_by_decompose(options, reason):
-    with pytest.raises(DecompositionError, match=f"cannot decompose CLIP with image tower VisionTransformer: .*{reason}"):
-        neurons(build(**options), pictures(build()), 0)
+def test_other_towers_are_refused_as_by_decompose():
+    with pytest.raises(DecompositionError, match=r"cannot decompose CLIP with image tower VisionTransformer: .*pooling 'none'"):
+        neurons(build(pool_type="none"), pictures(build()), 0)
 
 
 def test_an_object_without_image_tower_is_refused():

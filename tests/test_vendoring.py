@@ -17,7 +17,10 @@ def imported(path):
             yield node.module.split(".")[0]
 
 
-@pytest.mark.parametrize(("file", "beside"), [("decompose.py", set()), ("textspan.py", set()), ("cue.py", {"textspan"})])
+@pytest.mark.parametrize(
+    ("file", "beside"),
+    [("towers.py", set()), ("decompose.py", {"towers"}), ("textspan.py", set()), ("cue.py", {"textspan"})],
+)
 def test_the_core_imports_torch_alone(file, beside):
     assert set(imported(ROOT / file)) - set(sys.stdlib_module_names) <= {"torch"} | beside
 

@@ -1,0 +1,130 @@
+"""open_clip's models, one by one: which can be decomposed, how they are read out; and small random copies of them to prove it on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import open_clip
+import torch
+from open_clip import timm_model
+from open_clip.model import _build_vision_tower
+from torch import Tensor, nn
+
+from decompose import DecompositionError
+from towers import Tower, open_tower
+
+LAYERS, WIDTH, HEADS, GRID = 2, 64, 4, 4  # of the small copies; patches in a row
+
+
+class Images(nn.Module):
+    """An image tower as a CLIP without its text tower."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.visual(images)
+
+
+@dataclass
+class Listed:
+    """One of open_clip's configurations."""
+
+    name: str
+    family: str
+    tower: Tower | None  # of the full size, without memory behind it
+    refusal: str  # why there is none
+    tags: list[str]  # of its pretrained weights
+
+
+def listed(name: str) -> Listed:
+    """The configuration at its full size, on torch's meta device: no memory, no weights, no network."""
+    with _quiet(), torch.device("meta"):
+        model = Images(_tower(open_clip.get_model_config(name)))
+    tower, refusal = None, ""
+    try:
+        tower = open_tower(model)
+    except DecompositionError as error:
+        refusal = str(error).split(": ", 1)[1]
+    return Listed(name, family(model.visual), tower, refusal, open_clip.list_pretrained_tags_by_model(name))
+
+
+def family(visual: nn.Module) -> str:
+    """Who made the tower's class, and how it is called."""
+    trunk = getattr(visual, "trunk", None)
+    return f"open_clip {type(visual).__name__}" if trunk is None else f"timm {type(trunk).__name__}"
+
+
+def small(name: str, seed: int = 0) -> Images:
+    """The same architecture with few layers, narrow, for small images, its weights random and none at its trivial value, in float64.
+
+    A convolutional stem fixes the width of the blocks behind it: there, and there alone, it stays.
+    """
+    config = copy.deepcopy(open_clip.get_model_config(name))
+    vision, more = config["vision_cfg"], {}
+    if "timm_model_name" in vision:
+        more, vision["image_size"] = _smaller(config)
+    else:
+        side = GRID * vision.get("patch_size", 16)
+        vision |= {"layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS, "attn_pooler_heads": HEADS, "image_size": side}
+    with _quiet(), torch.random.fork_rng(devices=[]), _timm_with(more):
+        torch.manual_seed(seed)
+        model = Images(_tower(config))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1 or not parameter.any():  # gamma, beta, biases; latents and tokens that start at zero
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.double().eval()
+
+
+def _smaller(config: dict) -> tuple[dict, int]:
+    """What to tell timm for a small copy, and the side of its images."""
+    with _quiet(), torch.device("meta"):
+        trunk = _tower(config).trunk
+    embed = trunk.patch_embed
+    stride = embed.feat_ratio() if hasattr(embed, "feat_ratio") else embed.patch_size
+    side = GRID * (stride if isinstance(stride, int) else stride[0])
+    more = {"depth": LAYERS, "img_size": side}
+    if not hasattr(embed, "backbone"):
+        more |= {"embed_dim": WIDTH, "num_heads": HEADS}
+    if hasattr(trunk, "rope") and getattr(trunk, "attn_pool", None) is not None:  # the one family that sets them apart
+        more["attn_pool_num_heads"] = HEADS
+    return more, side
+
+
+def pictures(model: Images, count: int = 2) -> Tensor:
+    """[b, 3, rows, columns] noise of the size that the model takes."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, *model.visual.image_size, generator=generator, dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def _timm_with(more: dict) -> Iterator[None]:
+    """While open, timm makes its models with these options."""
+    create = timm_model.timm.create_model
+    timm_model.timm.create_model = lambda name, **options: create(name, **options, **more)
+    try:
+        yield
+    finally:
+        timm_model.timm.create_model = create
+
+
+def _tower(config: dict) -> nn.Module:
+    return _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
