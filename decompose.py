@@ -32,6 +32,8 @@ Axes (one letter each, here and in the shapes below; code -> paper):
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +55,7 @@ class Decomposition:
     Under attention pooling every pooling head reads it another way; it fills the space, and `values` is `heads`.
     """
 
-    embedding: Tensor  # [b, d] what model.encode_image returned, in the model's own precision
+    embedding: Tensor  # [b, d] what model.encode_image returned, not normalised, in the model's own precision
     stem: Tensor  # [b, d] the residual stream that enters the first block
     heads: Tensor  # [b, L, H, d]
     mlps: Tensor  # [b, L, d]
@@ -345,7 +347,10 @@ def _run(model: nn.Module, tower: Tower, images: Tensor, on_row: OnRow | None = 
         with _watch(model, tower) as first:
             _embedding(model, images)
         with _full_precision(images):
-            frozen = tower.readout.freeze(first.last, first.calls, first.pool)
+            try:
+                frozen = tower.readout.freeze(first.last, first.calls, first.pool)
+            except DecompositionError as error:
+                raise refusal(model, str(error)) from None
         weights = frozen.weights
     with _watch(model, tower, weights, on_row, mlp) as seen:
         seen.embedding = _embedding(model, images)
@@ -367,7 +372,11 @@ def _watch(
 
     The hooks only read. They and the mode (eval while open) are put back on the way out, also after an error.
     """
-    seen, blocks, written = _Seen(), tower.blocks, {}
+    seen, blocks, written, thread = _Seen(), tower.blocks, {}, threading.get_ident()
+
+    def here(hook: Callable) -> Callable:
+        """In this thread alone: another one may run the same model meanwhile."""
+        return lambda *args: hook(*args) if threading.get_ident() == thread else None
 
     def of_targets(x: Tensor) -> Tensor:
         """[b, T, D], a copy: a view would keep all tokens of every layer in memory."""
@@ -411,19 +420,19 @@ def _watch(
     handles = []
     with attention_calls() as calls:
         try:
-            handles.append(blocks[0].module.register_forward_pre_hook(at_stem))
+            handles.append(blocks[0].module.register_forward_pre_hook(here(at_stem)))
             for i, block in enumerate(blocks):
                 if block.attention.outer is not None:
-                    handles.append(block.attention.outer.register_forward_pre_hook(keep(i)))
-                handles.append(block.mlp.register_forward_pre_hook(at_mlp(i)))
-                handles.append(block.mlp_written.register_forward_hook(at_mlp_end))
-            handles.append(blocks[-1].module.register_forward_hook(at_end))
+                    handles.append(block.attention.outer.register_forward_pre_hook(here(keep(i))))
+                handles.append(block.mlp.register_forward_pre_hook(here(at_mlp(i))))
+                handles.append(block.mlp_written.register_forward_hook(here(at_mlp_end)))
+            handles.append(blocks[-1].module.register_forward_hook(here(at_end)))
             if tower.readout.mlp is not None:
-                handles.append(tower.readout.mlp.register_forward_hook(at_pool))
+                handles.append(tower.readout.mlp.register_forward_hook(here(at_pool)))
             if mlp is not None:
-                handles.append(mlp.reader.register_forward_pre_hook(keep("hidden")))
+                handles.append(mlp.reader.register_forward_pre_hook(here(keep("hidden"))))
                 if mlp.outer is not None:
-                    handles.append(mlp.outer.register_forward_pre_hook(keep("hidden, written")))
+                    handles.append(mlp.outer.register_forward_pre_hook(here(keep("hidden, written"))))
             for module in training:
                 module.training = False
             yield seen
@@ -445,8 +454,10 @@ def _row(block: Block, call: Call, targets: slice, weights: Tensor, written: Ten
 
 
 def _embedding(model: nn.Module, images: Tensor) -> Tensor:
-    output = model.encode_image(images)
-    return output[0] if isinstance(output, tuple) else output  # towers with output_tokens=True also return their patches
+    raw = {"normalize": False} if "normalize" in inspect.signature(model.encode_image).parameters else {}  # CoCa's default is True
+    output = model.encode_image(images, **raw)
+    output = output[0] if isinstance(output, tuple) else output  # towers with output_tokens=True also return their patches
+    return output[:, 0] if output.ndim == 3 else output  # CoCa's parallel and cascade poolings return one query of one
 
 
 def _writes(tower: Tower) -> Iterator[Tensor]:

@@ -1,7 +1,8 @@
 """Run one of the experiments and print its table; results/<task>/ gets a page to look at and everything as JSON.
 
     $ python evaluate.py --task waterbirds      # the embedded demo, offline: take the background out of what decides
-    $ python evaluate.py --task check           # do the terms sum to the embedding?
+    $ python evaluate.py --list-models          # which of open_clip's models can be decomposed?
+    $ python evaluate.py --task check           # do the terms sum to the embedding? (--model all: of every architecture)
     $ python evaluate.py --task textspan        # what each head writes, in words, and its role
     $ python evaluate.py --task segmentation    # do maps lie on the object? the decomposition and ten other attributions
     $ python evaluate.py --task heatmap --image FILE --text "a bird"
@@ -32,7 +33,9 @@ TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap", "ablation
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """All options of all tasks."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, required=True, metavar="TASK", help=", ".join(TASKS))
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    what.add_argument("--list-models", action="store_true", help="what of open_clip can be decomposed, with its pretrained tags")
     for add_options in (of_models, of_heads, of_cues, of_maps):
         add_options(parser)
     return parser.parse_args(argv)
@@ -134,6 +137,11 @@ def main(argv: list[str] | None = None) -> int:
     from decompose import DecompositionError
 
     start, code, message = time.time(), 2, ""
+    if args.list_models:
+        from tasks.models import print_list
+
+        print_list()
+        return 0
     try:
         folder = writable(args.out / args.task)
         results, sections = importlib.import_module(f"tasks.{args.task}").run(args)

@@ -193,6 +193,9 @@ def timm_block(block: nn.Module) -> Block:
     kind = type(block).__name__
     if kind not in PRE_NORM + POST_NORM:
         raise DecompositionError(f"its blocks are {kind}; expected one of {', '.join(PRE_NORM + POST_NORM)}")
+    missing = [name for name in ("attn", "mlp", "drop_path1", "drop_path2") if not hasattr(block, name)]
+    if missing:
+        raise DecompositionError(f"block {kind} has no {missing[0]}")
     attn, mlp, post = block.attn, block.mlp, kind in POST_NORM
     if not isinstance(getattr(attn, "proj", None), nn.Linear):
         raise DecompositionError(f"attention {type(attn).__name__} has no linear proj")
@@ -334,6 +337,8 @@ class Pooled:
         b_v = torch.zeros_like(W_v[..., 0]) if self.value[1] is None else promote(self.value[1]).unflatten(0, (self.heads, -1))
         b_o = torch.zeros_like(W_o[:, 0, 0]) if self.out.bias is None else promote(self.out.bias)
 
+        if len(calls) <= self.call:
+            raise DecompositionError(f"its pooling called F.scaled_dot_product_attention {len(calls)} times, expected {self.call + 1}")
         attention, queries = calls[self.call], self.then.targets
         alpha = attention.weights(queries)  # [b, p, q, T]
         z = torch.einsum("bpqe,Dpe->bqD", promote(attention.out[:, :, queries]), W_o) + b_o
@@ -464,6 +469,9 @@ def timm_tower(visual: nn.Module) -> Tower:
     trunk = visual.trunk
     if not hasattr(trunk, "blocks") or not hasattr(trunk, "global_pool"):
         raise DecompositionError("it has no residual stream of attention heads (blocks)")
+    missing = [name for name in ("patch_embed", "head", "num_prefix_tokens") if not hasattr(trunk, name)]
+    if missing or hasattr(trunk, "head_dist"):
+        raise DecompositionError(f"it has no {missing[0]}" if missing else "it reads out two tokens (head_dist)")
     maps, width = [], getattr(trunk, "embed_dim", trunk.num_features)
     for layer in (trunk.head, *visual.head):
         if isinstance(layer, nn.Linear):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import open_clip
@@ -99,15 +101,52 @@ def _from_open_clip(model: str, pretrained: str | None, device: torch.device, pr
             network, _, preprocess = open_clip.create_model_and_transforms(
                 model, weights, device=device, precision=precision, require_pretrained=pretrained != "none"
             )
-            tokenizer = open_clip.get_tokenizer(model)
-    except (
-        Exception
-    ) as error:  # open_clip, torch, safetensors and the hub raise many kinds; all mean that these weights are not to be had
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot load {model} with weights {pretrained!r}: {reason[:300] or type(error).__name__}") from error
+    except Exception as error:  # open_clip, torch, safetensors and the hub raise many kinds; all mean that these are not to be had
+        raise InputError(f"cannot load {model} with weights {pretrained!r}: {reason(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
-    return Clip(network.eval(), preprocess, tokenizer, model, pretrained or model, device, PRECISIONS[precision])
+    return Clip(network.eval(), preprocess, Tokenizer(model), model, pretrained or model, device, PRECISIONS[precision])
+
+
+def reason(error: Exception) -> str:
+    """What open_clip and torch say at length, in a line."""
+    text = str(error)
+    if "Weights only load failed" in text or "weights_only" in text:
+        return "the file holds more than tensors, and unpickling it could run any code in it; where you trust it, save its tensors anew"
+    if "transformers" in text:
+        return "its text tower or tokenizer comes from a package that is not installed: pip install transformers"
+    if "Error(s) in loading state_dict" not in text:
+        return " ".join(text.split())[:300] or type(error).__name__
+    found = []
+    for what, kind in (("Missing", "lacks"), ("Unexpected", "has besides")):
+        keys = re.findall(r'"([^"]+)"', (re.findall(rf"{what} key\(s\) in state_dict: (.*)", text) or [""])[0])
+        if keys:
+            found.append(f"{kind} {', '.join(keys[:3])}" + (f" and {len(keys) - 3:,} more" if len(keys) > 3 else ""))
+    shapes = re.findall(r"size mismatch for (\S+): .*?torch.Size\((\[.*?\])\).*?torch.Size\((\[.*?\])\)", text)
+    if shapes:
+        key, theirs, ours = shapes[0]
+        found.append(f"has {len(shapes):,} of other shapes, first {key} {theirs}, expected {ours}")
+    return "its tensors are not those of this architecture: it " + "; ".join(found)
+
+
+class Tokenizer:
+    """open_clip's tokenizer of a model, opened when the first text comes: the decomposition needs none."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+
+    @cached_property
+    def _opened(self) -> Callable:
+        try:
+            return open_clip.get_tokenizer(self._model)
+        except Exception as error:  # of the hub, of transformers, of files
+            raise InputError(f"cannot open the tokenizer of {self._model}: {reason(error)}") from error
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return self._opened(texts)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._opened, name)
 
 
 @torch.no_grad()

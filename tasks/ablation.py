@@ -73,13 +73,12 @@ def ablations(terms: Decomposition, reference: Reference, classes: Tensor, read:
     by_layer = torch.stack([away[:, i].flatten(1) @ read[i].flatten(0, 1) for i in range(depth)], dim=1)  # [b, L, c]
     mlps = (reference.mlps - terms.mlps) @ classes.T  # [b, L, c]
     stem = (reference.stem - terms.stem) @ classes.T
-    own = (reference.own - terms.own).flatten(1) @ read.flatten(0, 2)
-    found = [
-        ("base", base),
-        ("all MLPs", base + mlps.sum(dim=1)),
-        ("all MLPs and stem", base + mlps.sum(dim=1) + stem),
-        ("class token's attention to itself", base + own),
-    ]
+    found = [("base", base), ("all MLPs", base + mlps.sum(dim=1)), ("all MLPs and stem", base + mlps.sum(dim=1) + stem)]
+    if terms.own is not None:
+        own = (reference.own - terms.own).flatten(1) @ read.flatten(0, 2)
+        found.append(("class token's attention to itself", base + own))
+    if terms.pool is not None:
+        found.append(("the pooling's own MLP", base + (reference.pool - terms.pool) @ classes.T))
     upto = by_layer.cumsum(dim=1)
     found += [(f"attention of layers 0 to {i}", base + upto[:, i]) for i in range(depth)]
     found += [(f"attention of layer {i}", base + by_layer[:, i]) for i in range(depth)]
@@ -90,7 +89,7 @@ def ablations(terms: Decomposition, reference: Reference, classes: Tensor, read:
 
 
 def print_tables(accuracy: dict[str, float], count: int, depth: int, heads: int) -> None:
-    rows = [[label, percent(accuracy[label], count)] for label in list(accuracy)[:4]]
+    rows = [[label, percent(accuracy[label], count)] for label in accuracy if not label.startswith(("attention of layer", "head "))]
     print(table(["mean-ablated", "accuracy, %"], rows))
     print()
     layers = [

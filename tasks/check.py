@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+import open_clip
 import torch
+from tqdm import tqdm
 
-from decompose import DecompositionError, check, decompose, token_scores
+import report
+from decompose import DecompositionError, check, decompose, neurons, token_scores
+from towers import open_tower
 from zeroshot import load_clip
 
-from . import pages
+from . import models, pages
 from .common import open_split, print_settings, settings, stream, table
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -18,21 +22,22 @@ IMAGES = 64
 
 def run(args: Namespace) -> tuple[dict, list]:
     """The error of the sum, in both conventions and by source token, over at most 64 images (--limit for another number)."""
+    if args.model == "all":
+        return run_all(args)
     args.limit = args.limit or IMAGES
     clip = load_clip(args.model, args.pretrained, args.device, args.precision)
     data = open_split(args, clip, "test")
     dtype = clip.dtype
-    errors = {"terms, convention term": 0.0, "terms, convention paper": 0.0, "source tokens against heads": 0.0}
+    conventions = ("term", "paper") if open_tower(clip.model).readout.as_in_the_paper else ("term",)
+    errors = dict.fromkeys([*(f"terms, convention {name}" for name in conventions), "source tokens against heads"], 0.0)
     for images in stream(clip, data, args, "check"):
         check(clip.model, images, TOLERANCE[dtype])
         terms = decompose(clip.model, images)
         texts = torch.nn.functional.normalize(terms.embedding[:1].to(terms.heads.dtype), dim=-1)
         heads, tokens = terms.heads @ texts.T, token_scores(clip.model, images, texts).sum(dim=3)
-        found = (
-            terms.error(),
-            decompose(clip.model, images, convention="paper").error(),
-            float((heads - tokens).abs().max() / heads.abs().max()),
-        )
+        found = [terms.error(), float((heads - tokens).abs().max() / heads.abs().max())]
+        if "paper" in conventions:
+            found.insert(1, decompose(clip.model, images, convention="paper").error())
         errors = {name: new if new != new else max(worst, new) for (name, worst), new in zip(errors.items(), found, strict=True)}
     where = settings(args, clip, images=data.description, tolerance=f"{TOLERANCE[dtype]:.0e}")
     print_settings(where)
@@ -47,3 +52,75 @@ def run(args: Namespace) -> tuple[dict, list]:
         raise DecompositionError("an error above is larger than the tolerance; --precision fp32 tells rounding from a wrong sum")
     results = {"settings": where, "tolerance": TOLERANCE[dtype], "errors": errors}
     return results, pages.check(results)
+
+
+def run_all(args: Namespace) -> tuple[dict, list]:
+    """Every configuration that open_clip has, as a small copy with random weights, in float64: no downloads."""
+    rows = []
+    names = open_clip.list_models()
+    for name in tqdm(names, desc="configurations", leave=False):
+        found = models.listed(name)
+        errors = None if found.tower is None else small_errors(found.name)
+        readout = "" if found.tower is None else found.tower.readout.name
+        rows.append({"model": name, "family": found.family, "readout": readout, "refusal": found.refusal, "errors": errors})
+    where = {
+        "models": f"the {len(names)} configurations of open_clip {open_clip.__version__}; random weights, float64, "
+        f"{models.LAYERS} layers, width {models.WIDTH} (behind a convolutional stem: its own), {models.GRID} x {models.GRID} patches",
+        "tolerance": f"{TOLERANCE[torch.float64]:.0e}",
+        "errors": "relative, largest over 2 images: terms to embedding; source tokens to heads; neurons of the last layer to its MLP",
+    }
+    print_settings(where)
+    print()
+    header = ["model", "family", "read-out", "terms", "source tokens", "neurons"]
+    cells = [
+        [row["model"], row["family"], row["readout"], *(f"{error:.0e}" for error in row["errors"])] for row in rows if row["errors"]
+    ]
+    summary = families(rows)
+    print(table(header, cells))
+    print()
+    print(table(SUMMARY, summary))
+    refused = refusals(rows)
+    for reason, group in refused:
+        print(f"\nrefused, {reason}: {group}")
+    good = [row for row in rows if row["errors"]]
+    print(f"\n{len(good)} of {len(rows)} can be decomposed.")
+    wrong = [row["model"] for row in good if not max(row["errors"]) <= TOLERANCE[torch.float64]]
+    if wrong:
+        raise DecompositionError(f"an error is larger than the tolerance: {', '.join(wrong)}")
+    sections = [
+        report.section("By family", report.table(SUMMARY, summary)),
+        report.section("Refused", report.table(["why", "models"], refused)),
+        report.section("Every model", report.table(header, cells)),
+    ]
+    return {"settings": {"model": "all", **where}, "models": rows}, sections
+
+
+SUMMARY = ("family", "read-out", "models", "largest error")
+
+
+def small_errors(name: str) -> list[float]:
+    """Relative errors of a small copy: of the terms, of the source tokens, of the last layer's neurons."""
+    model = models.small(name)
+    images = models.pictures(model)
+    terms = decompose(model, images)
+    texts = torch.nn.functional.normalize(terms.embedding[:1], dim=-1)
+    heads, tokens = terms.heads @ texts.T, token_scores(model, images, texts).sum(dim=3)
+    return [terms.error(), float((heads - tokens).abs().max() / heads.abs().max()), neurons(model, images, -1).error()]
+
+
+def families(rows: list[dict]) -> list[list[str]]:
+    """Rows of the summary."""
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["errors"]:
+            groups.setdefault((row["family"], row["readout"]), []).append(max(row["errors"]))
+    return [[*group, str(len(errors)), f"{max(errors):.0e}"] for group, errors in sorted(groups.items())]
+
+
+def refusals(rows: list[dict]) -> list[tuple[str, str]]:
+    """Reasons, and the models of each."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        if row["refusal"]:
+            groups.setdefault(row["refusal"], []).append(row["model"])
+    return [(reason, ", ".join(names)) for reason, names in groups.items()]

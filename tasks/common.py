@@ -29,7 +29,8 @@ class Reference:
     values: Moments  # of every head's values, [L, H, e]
     mlps: Tensor  # [L, d] mean
     stem: Tensor  # [d] mean
-    own: Tensor  # [L, H, e] mean of what of the values comes from the class token itself
+    own: Tensor | None  # [L, H, e] mean of what of the values comes from the class token itself, where that is read out
+    pool: Tensor | None  # [d] mean of what attention pooling's own MLP adds, where there is one
     embedding: Moments  # [d]
     maps: Tensor  # [L, H, e, d] from values to terms, on the model's device
     error: float  # largest relative error of the sum of terms
@@ -99,7 +100,7 @@ def summarise(
     data = open_split(args, clip, args.reference) if data is None else data
     maps = head_maps(clip.model)
     depth, heads, width, dim = maps.shape
-    reference = Reference(Moments(width, (depth, heads)), 0, 0, 0, Moments(dim), maps, 0.0, data.description)
+    reference = Reference(Moments(width, (depth, heads)), None, None, None, None, Moments(dim), maps, 0.0, data.description)
     for images in stream(clip, data, args, f"reference ({args.reference})"):
         terms = decompose(clip.model, images)
         if not terms.embedding.isfinite().all():
@@ -107,13 +108,19 @@ def summarise(
         reference.error = max(reference.error, terms.error())
         reference.values.update(terms.values)
         reference.embedding.update(terms.embedding.float())
-        reference.mlps += terms.mlps.double().sum(dim=0)
-        reference.stem += terms.stem.double().sum(dim=0)
-        reference.own += terms.own.double().sum(dim=0)
+        for term in MEANS:
+            found = getattr(terms, term)
+            if found is not None:
+                so_far = getattr(reference, term)
+                setattr(reference, term, found.double().sum(dim=0) + (0 if so_far is None else so_far))
         on_batch(terms)
-    for term in ("mlps", "stem", "own"):
-        setattr(reference, term, (getattr(reference, term) / len(data)).to(maps))
+    for term in MEANS:
+        if getattr(reference, term) is not None:
+            setattr(reference, term, (getattr(reference, term) / len(data)).to(maps))
     return reference
+
+
+MEANS = ("mlps", "stem", "own", "pool")  # terms that nothing but the mean is needed of
 
 
 CENTRE_IMAGES = 512

@@ -55,6 +55,23 @@ def listed(name: str) -> Listed:
     return Listed(name, family(model.visual), tower, refusal, open_clip.list_pretrained_tags_by_model(name))
 
 
+def print_list() -> None:
+    """A line for each configuration, as soon as it is known."""
+    print(f"{'model':<38}  {'read-out':<30}  {'layers x heads':>14}  pretrained tags, or why it is refused")
+    print("-" * 130)
+    names = open_clip.list_models()
+    refused = 0
+    for name in names:
+        found = listed(name)
+        if found.tower is None:
+            refused += 1
+            print(f"{name:<38}  {'-':<30}  {'':>14}  {found.refusal}")
+        else:
+            size = f"{len(found.tower.blocks)} x {found.tower.blocks[0].heads}"
+            print(f"{name:<38}  {found.tower.readout.name:<30}  {size:>14}  {', '.join(found.tags) or '-'}")
+    print(f"\n{len(names) - refused} of {len(names)} configurations of open_clip {open_clip.__version__} can be decomposed.")
+
+
 def family(visual: nn.Module) -> str:
     """Who made the tower's class, and how it is called."""
     trunk = getattr(visual, "trunk", None)

@@ -4,6 +4,9 @@ A neuron adds its activation times a fixed vector, its map. So var(activation) |
 the texts nearest to the map say what it writes, and ablating it changes a class score by one product. What a neuron does through
 later layers is in none of this.
 
+Attention pooling reads a neuron once for each of its r rows, each time through another map. There the activation that is shown is the
+length of what the neuron adds, and the texts are nearest to the direction in which that varies most.
+
 Axes as in decompose.py; k images kept of each neuron, m neurons shown, c classes.
 """
 
@@ -50,7 +53,7 @@ def run(args: Namespace) -> tuple[dict, list]:
     drawn = [[j for _, j in draw] for draw in random_heads([(layer, j) for j in chosen], len(activity.maps), DRAWS, args.seed)]
     fired: list[Tensor] = []  # [b, m]
     # Kept in the demo alone, where the factors behind every image are known; elsewhere memory does not grow.
-    on_batch = (lambda found: fired.append(found.activations[:, chosen].cpu())) if isinstance(test, DemoBirds) else None
+    on_batch = (lambda found: fired.append(activity.strength(found)[:, chosen].cpu())) if isinstance(test, DemoBirds) else None
     sets = [[], *([j] for j in chosen), chosen, *drawn]
     accuracy = ablate(clip, args, test, labels, classes, activity, sets, on_batch)
     described = [describe(j, activity, texts, bank, data) for j in chosen]
@@ -90,26 +93,33 @@ class Activity:
 
     Args:
         layer: whose neurons they are.
-        maps: [n, d] from neurons to their terms.
+        maps: [n, d], or under attention pooling [n, r, d], from neurons to their terms.
         kept: number of images to keep of each neuron, those that fire it most.
     """
 
     def __init__(self, layer: int, maps: Tensor, kept: int = KEPT) -> None:
-        self.layer, self.maps, self.kept = layer, maps, kept
-        self.lengths = maps.cpu().double().square().sum(dim=1)  # [n] squared
-        self.activations, self.embedding = (Moments(1, (size,)) for size in maps.shape)  # variances, no covariances
-        self.top = maps.new_zeros(len(maps), 0)  # [n, k] activations, the largest first
-        self.images = torch.zeros(len(maps), 0, dtype=torch.long, device=maps.device)  # [n, k] where they were found
+        self.layer, self.maps, self.kept = layer, maps if maps.ndim == 3 else maps[:, None], kept
+        n, r, d = self.maps.shape
+        self.gram = (self.maps @ self.maps.mT).double()  # [n, r, r] lengths of terms, from activations
+        self.rows, self.activations, self.embedding = Moments(r, (n,)), Moments(1, (n,)), Moments(1, (d,))
+        self.top = maps.new_zeros(n, 0)  # [n, k] activations, the largest first
+        self.images = torch.zeros(n, 0, dtype=torch.long, device=maps.device)  # [n, k] where they were found
         self.error = 0.0  # largest relative error of the sum of neurons
+
+    def strength(self, found: Neurons) -> Tensor:
+        """[b, n] the activation; under attention pooling the length of the term."""
+        a = found.activations
+        return a if a.ndim == 2 else torch.einsum("brn,nrs,bsn->bn", a, self.gram.to(a), a).clamp_min(0).sqrt()
 
     def update(self, found: Neurons) -> None:
         """Add the next images of the pass."""
-        first, fresh = self.activations.count, found.activations.T  # [n, b]
+        first, fresh = self.activations.count, self.strength(found).T  # [n, b]
         indices = torch.arange(first, first + fresh.shape[1], device=fresh.device).expand_as(fresh)
         top, images = torch.cat([self.top, fresh], dim=1), torch.cat([self.images, indices], dim=1)
         order = top.argsort(dim=1, descending=True, stable=True)[:, : self.kept]  # of equals the earlier image is kept
         self.top, self.images = top.gather(1, order), images.gather(1, order)
-        self.activations.update(found.activations[..., None])
+        self.activations.update(fresh.T[..., None])
+        self.rows.update(by_row(found).transpose(1, 2))
         self.embedding.update(found.embedding.float()[..., None])
         self.error = max(self.error, found.error())
 
@@ -123,7 +133,27 @@ class Activity:
 
     def spread(self) -> Tensor:
         """[n] variance of each neuron's term over the embedding's. Neurons can cancel, so these need not sum to 1."""
-        return self.variance() * self.lengths / self.embedding.covariance.sum()
+        return (self.rows.covariance * self.gram.cpu()).sum(dim=(1, 2)) / self.embedding.covariance.sum()
+
+    def direction(self, j: int) -> Tensor:
+        """[d] the map of neuron j; under attention pooling the direction in which its term varies most, towards its mean."""
+        maps = self.maps[j].cpu()
+        if len(maps) == 1:
+            return maps[0]
+        variance, axes = torch.linalg.eigh(self.rows.covariance[j])
+        halves = variance.clamp_min(0).sqrt()[:, None] * axes.T @ maps.double()  # halves' halves = the covariance of the term
+        found = torch.linalg.svd(halves, full_matrices=False).Vh[0]
+        return (found * torch.sign(self.rows.mean[j] @ maps.double() @ found)).to(maps)
+
+
+def by_row(found: Neurons) -> Tensor:
+    """[b, r, n] activations, whatever the read-out."""
+    return found.activations if found.activations.ndim == 3 else found.activations[:, None]
+
+
+def whole_maps(found: Neurons) -> Tensor:
+    """[n, d], or [n, r, d] out of two factors."""
+    return found.maps if found.up is None else (found.maps @ found.up).transpose(0, 1)
 
 
 def watch(clip: Clip, args: Namespace, data: Dataset, layer: int) -> Activity:
@@ -133,7 +163,7 @@ def watch(clip: Clip, args: Namespace, data: Dataset, layer: int) -> Activity:
         found = neurons(clip.model, images, layer)
         if not found.embedding.isfinite().all():
             raise InputError(f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32")
-        activity = Activity(layer, found.maps) if activity is None else activity
+        activity = Activity(layer, whole_maps(found)) if activity is None else activity
         activity.update(found)
     if not activity.embedding.scatter.sum() > 0:
         raise InputError(f"the reference images ({data.description}) all have the same embedding; raise --limit")
@@ -156,16 +186,17 @@ def ablate(
         labels: [images] the true class.
         classes: [c, d].
     """
-    read, mean = activity.maps @ classes.T, activity.mean().to(activity.maps)  # [n, c], [n]
-    members = [torch.tensor(chosen, dtype=torch.long, device=read.device) for chosen in sets]
-    right, start = torch.zeros(len(sets), dtype=torch.long, device=read.device), 0
+    mean = activity.rows.mean.T.to(activity.maps)  # [r, n]
+    members = [torch.tensor(chosen, dtype=torch.long, device=classes.device) for chosen in sets]
+    reads = [activity.maps[chosen] @ classes.T for chosen in members]  # [m, r, c]
+    right, start = torch.zeros(len(sets), dtype=torch.long, device=classes.device), 0
     for images in stream(clip, test, args, "test"):
-        found, truth = neurons(clip.model, images, activity.layer), labels[start : start + len(images)].to(read.device)
+        found, truth = neurons(clip.model, images, activity.layer), labels[start : start + len(images)].to(classes.device)
         start += len(images)
         # Up to the embedding's norm, which does not change what wins.
-        base, away = found.embedding.to(read) @ classes.T, mean - found.activations
-        for i, chosen in enumerate(members):
-            right[i] += ((base + away[:, chosen] @ read[chosen]).argmax(dim=1) == truth).sum()
+        base, away = found.embedding.to(classes) @ classes.T, mean - by_row(found)
+        for i, (chosen, read) in enumerate(zip(members, reads, strict=True)):
+            right[i] += ((base + torch.einsum("brm,mrc->bc", away[:, :, chosen], read)).argmax(dim=1) == truth).sum()
         if on_batch is not None:
             on_batch(found)
     return [count / len(test) for count in right.tolist()]
@@ -173,7 +204,7 @@ def ablate(
 
 def describe(j: int, activity: Activity, texts: Tensor, bank: Bank, data: Dataset) -> dict:
     """What neuron j does and writes."""
-    fit = likeness(activity.maps[j].cpu(), texts)
+    fit = likeness(activity.direction(j), texts)
     order = fit.argsort(descending=True, stable=True).tolist()
     images = zip(activity.images[j].tolist(), activity.top[j].tolist(), strict=True)
     return {

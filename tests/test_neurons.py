@@ -716,7 +716,7 @@ def test_ablations_that_matter_are_counted_exactly(truth):
     accuracy = ablate(truth.clip, options(), truth.test, labels, truth.classes, activity, sets)
     assert accuracy == pytest.approx([without(truth, chosen) for chosen in sets])
     assert min(accuracy) < accuracy[0]  # or nothing was compared
-    activity.activations.mean += 3
+    activity.rows.mean += 3
     moved = []
     for chosen in sets:
         embedding = truth.seen["test"].embedding + (
