@@ -30,11 +30,11 @@ class Reference:
     mlps: Tensor  # [L, d] mean
     stem: Tensor  # [d] mean
     own: Tensor | None  # [L, H, e] mean of what of the values comes from the class token itself, where that is read out
-    pool: Tensor | None  # [d] mean of what attention pooling's own MLP adds, where there is one
     embedding: Moments  # [d]
     maps: Tensor  # [L, H, e, d] from values to terms, on the model's device
     error: float  # largest relative error of the sum of terms
     description: str
+    pool: Tensor | None = None  # [d] mean of what attention pooling's own MLP adds, where there is one
 
     def heads(self) -> Tensor:
         """[L, H, d] every head's mean term."""
@@ -100,7 +100,7 @@ def summarise(
     data = open_split(args, clip, args.reference) if data is None else data
     maps = head_maps(clip.model)
     depth, heads, width, dim = maps.shape
-    reference = Reference(Moments(width, (depth, heads)), None, None, None, None, Moments(dim), maps, 0.0, data.description)
+    reference = Reference(Moments(width, (depth, heads)), None, None, None, Moments(dim), maps, 0.0, data.description)
     for images in stream(clip, data, args, f"reference ({args.reference})"):
         terms = decompose(clip.model, images)
         if not terms.embedding.isfinite().all():

@@ -70,7 +70,7 @@ def right(embedding: Tensor, classes: Tensor, labels: Tensor) -> float:
 
 def means(terms: Decomposition, images: int) -> Decomposition:
     """The mean of every term, once for each of so many images."""
-    fields = {name: value.mean(dim=0).expand(images, *value.shape[1:]) for name, value in vars(terms).items()}
+    fields = {name: value.mean(dim=0).expand(images, *value.shape[1:]) for name, value in vars(terms).items() if value is not None}
     return Decomposition(**fields)
 
 
