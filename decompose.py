@@ -292,7 +292,7 @@ class _Row:
 
     def value(self) -> Tensor:
         """[b, r, H, e]"""
-        return torch.einsum("brT,bHTe->brHe", self.weights, self.mixed)
+        return (self.weights[:, None] @ self.mixed).transpose(1, 2)
 
     def own(self) -> Tensor | None:
         """[b, H, e] the summand of `value` that has the class token for its source, where that is what is read out."""
@@ -309,12 +309,12 @@ class _Row:
         """[b, H, N, t] each source token's term, dotted with the directions [r, D, t] of texts."""
         v = self.scaled(promote(self.call.v))
         said = self.block.writes() @ directions[:, None]  # [r, H, e, t]
-        mixed = 0  # [b, r, H, N] the tokens' attention, weighted; some tokens at a time: never [N, N] of all of them
+        mixed = 0  # [b, H, r, N] the tokens' attention, weighted; some tokens at a time: never [N, N] of all of them
         for part in range(0, self.mixed.shape[2], CHUNK):
             tokens = slice(self.targets.start or 0, None).indices(self.call.q.shape[2])[0] + part
             A = self.attention if self.attention is not None else self.call.weights(slice(tokens, tokens + CHUNK))
-            mixed = mixed + torch.einsum("brT,bHTN->brHN", self.weights[:, :, part : part + CHUNK], A)
-        return sum(mixed[:, r, :, :, None] * (v @ said[r]) for r in range(len(said)))
+            mixed = mixed + self.weights[:, None, :, part : part + CHUNK] @ A
+        return sum(mixed[:, :, r, :, None] * (v @ said[r]) for r in range(len(said)))
 
 
 CHUNK = 64  # tokens
@@ -379,8 +379,8 @@ def _watch(
         return lambda *args: hook(*args) if threading.get_ident() == thread else None
 
     def of_targets(x: Tensor) -> Tensor:
-        """[b, T, D], a copy: a view would keep all tokens of every layer in memory."""
-        return promote(tower.tokens(x)[:, tower.readout.targets]).clone()
+        """[b, T, D]"""
+        return promote(tower.tokens(x)[:, tower.readout.targets])
 
     def at_stem(module: nn.Module, args: tuple) -> None:
         x = of_targets(args[0])
@@ -389,7 +389,7 @@ def _watch(
             seen.stem = seen.weights @ x
 
     def keep(key: object) -> Callable:
-        return lambda module, args: written.__setitem__(key, of_targets(args[0]))
+        return lambda module, args: written.__setitem__(key, of_targets(args[0]).clone())
 
     def at_mlp(index: int) -> Callable:  # by then the block's attention has written
         def hook(module: nn.Module, args: tuple) -> None:
@@ -411,7 +411,7 @@ def _watch(
             seen.mlps.append(seen.weights @ x)
 
     def at_end(module: nn.Module, args: tuple, output: Tensor) -> None:
-        seen.last = of_targets(output)
+        seen.last = of_targets(output).clone()  # a view would keep all tokens, and show what is written on them later
 
     def at_pool(module: nn.Module, args: tuple, output: Tensor) -> None:
         seen.pool = output

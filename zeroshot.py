@@ -6,7 +6,8 @@ import difflib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +42,7 @@ def load_clip(model: str | None = None, pretrained: str | None = None, device: s
     """A model ready to run: the demo's without `model`, else open_clip's of that name.
 
     Args:
-        model: a name that open_clip knows ("ViT-L-14"), or hf-hub:... or local-dir:...
+        model: a name that open_clip knows ("ViT-L-14"), or hf-hub:... or local-dir:..., or the demo's, for other weights of it.
         pretrained: one of open_clip's tags for it, or a checkpoint file (.safetensors, .pt, .bin; nothing is unpickled). "none":
             random weights, which is enough to check the decomposition.
         device: "auto" (a GPU where there is one), or torch's name of a device.
@@ -51,13 +52,16 @@ def load_clip(model: str | None = None, pretrained: str | None = None, device: s
         InputError: unknown name or tag, missing or unsuitable file, weights that are not numbers.
     """
     place = find_device(device)
-    if model is None:
-        if pretrained is not None:
-            raise InputError("--pretrained needs --model: the architecture that these weights are for")
-        network, preprocess, tokenizer = demo.load(place, precision=precision)
-        clip = Clip(
-            network, preprocess, tokenizer, demo.NAME, f"demo/{demo.NAME}.safetensors", place, PRECISIONS[precision], is_demo=True
-        )
+    if model is None and pretrained is not None:
+        raise InputError(f"--pretrained needs --model: the architecture that these weights are for ({demo.NAME}: the demo's)")
+    if model in (None, demo.NAME):
+        weights = pretrained or f"demo/{demo.NAME}.safetensors"
+        try:
+            with _quiet():
+                loaded = demo.load(place, **({} if pretrained is None else {"weights": pretrained}), precision=precision)
+        except Exception as error:  # as below
+            raise InputError(f"cannot load {demo.NAME} with weights {weights!r}: {reason(error)}") from error
+        clip = Clip(*loaded, demo.NAME, weights, place, PRECISIONS[precision], is_demo=True)
     else:
         clip = _from_open_clip(model, pretrained, place, precision)
     for name, parameter in clip.model.named_parameters():
@@ -95,17 +99,25 @@ def _from_open_clip(model: str, pretrained: str | None, device: torch.device, pr
             )
     weights = None if pretrained == "none" else pretrained
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.disable(logging.WARNING)  # what it would say is said here
+        with _quiet():
             network, _, preprocess = open_clip.create_model_and_transforms(
                 model, weights, device=device, precision=precision, require_pretrained=pretrained != "none"
             )
     except Exception as error:  # open_clip, torch, safetensors and the hub raise many kinds; all mean that these are not to be had
         raise InputError(f"cannot load {model} with weights {pretrained!r}: {reason(error)}") from error
-    finally:
-        logging.disable(logging.NOTSET)
     return Clip(network.eval(), preprocess, Tokenizer(model), model, pretrained or model, device, PRECISIONS[precision])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While open, open_clip logs nothing: what it would say is said in one line here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def reason(error: Exception) -> str:

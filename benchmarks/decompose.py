@@ -3,9 +3,10 @@
     $ python -m benchmarks.decompose                      # ViT-B-16 and ViT-L-14, batch 16
     $ python -m benchmarks.decompose --models ViT-H-14 --device cuda --precision bf16
 
-Time: rounds of encode_image, decompose and token_scores (10 texts) right after each other; the median over rounds of each ratio to the
-encode_image of its round, and the smallest and largest. Memory: the peak of a process that does one of them, once its model is built,
-over that of one that runs encode_image; in brackets the same without the model. On a GPU, what torch allocated.
+Time: rounds of encode_image, decompose, token_scores (10 texts) and neurons (of the last layer) right after each other; the median over
+rounds of each ratio to the encode_image of its round, and the smallest and largest. Memory: the peak of a process that does one of
+them, once its model is built, over that of one that runs encode_image; in brackets the same without the model. On a GPU, what torch
+allocated.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from pathlib import Path
 import open_clip
 import torch
 
-from decompose import decompose, token_scores
+from decompose import decompose, neurons, token_scores
 
 JOBS = {
     "encode_image": lambda model, images, texts: model.encode_image(images),
     "decompose": lambda model, images, texts: decompose(model, images),
     "token_scores": token_scores,
+    "neurons": lambda model, images, texts: neurons(model, images, -1),
 }
 
 
@@ -53,7 +55,7 @@ def build(args: argparse.Namespace, name: str) -> tuple:
     model = open_clip.create_model(name, device=args.device, precision=args.precision).eval()
     dtype = next(model.parameters()).dtype
     images = torch.randn(args.batch_size, 3, *model.visual.image_size, device=args.device, dtype=dtype)
-    return model, images, torch.randn(10, model.visual.output_dim, device=args.device)
+    return model, images, torch.randn(10, open_clip.get_model_config(name)["embed_dim"], device=args.device)
 
 
 @torch.no_grad()

@@ -15,9 +15,11 @@ from types import SimpleNamespace
 import open_clip
 import torch
 
-from decompose import decompose, head_maps
+from decompose import decompose, head_maps, neurons
 from tasks.ablation import ablations
 from tasks.common import Kept, Reference
+from tasks.completeness import SIZES, along_texts
+from tasks.neurons import Activity, whole_maps
 from textspan import Moments
 
 CLASSES = 1000
@@ -39,10 +41,16 @@ def main() -> None:
     mean = SimpleNamespace(mean=torch.zeros(depth, heads, width))
     reference = Reference(mean, torch.zeros(depth, dim), torch.zeros(dim), torch.zeros(depth, heads, width), None, maps, 0.0, "")
     moments, kept = Moments(width, (depth, heads)), Kept(10**6, 10**6, 0, slice(depth - 4, depth))
+    still, most = torch.zeros(CLASSES), max(SIZES)
+    reads = {pool: (torch.randn(4, heads, width, most), torch.randn(4, heads, most, CLASSES)) for pool in "abc"}
+    activity = Activity(depth - 1, whole_maps(neurons(model, images, -1)))
     jobs = {
         "encode_image": lambda: model.encode_image(images),
         "decompose": lambda: decompose(model, images),
         "textspan, roles (moments, kept values)": lambda: collect(decompose(model, images), moments, kept),
+        "completeness (3 pools of texts)": lambda: along_texts(decompose(model, images).values[:, -4:], still, reads, list(SIZES)),
+        "retrieval (what one head writes)": lambda: decompose(model, images).values[:, [depth - 1], [0]].flatten(1).cpu(),
+        "neurons, reference pass": lambda: activity.update(neurons(model, images, -1)),
         "ablation": lambda: [scores.argmax(dim=1) for _, scores in ablations(decompose(model, images), reference, classes, read)],
     }
     with torch.no_grad():

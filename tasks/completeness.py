@@ -49,13 +49,7 @@ def run(args: Namespace) -> tuple[dict, list]:
         away = terms.values[:, first:] - reference.values.mean[first:].to(maps)  # [b, l, H, e]
         scores = {("unchanged", None): terms.embedding.to(classes) @ classes.T}
         scores["last layers' heads, whole", None] = still + away.flatten(1) @ read_all
-        for pool, (coordinates, read) in reads.items():
-            along = torch.einsum("blHe,lHem->blHm", away, coordinates)
-            upto, done = still.expand(len(images), -1), 0
-            for m in sizes:
-                upto = upto + along[..., done:m].flatten(1) @ read[:, :, done:m].flatten(0, 2)
-                scores[pool, m], done = upto, m
-        for key, value in scores.items():
+        for key, value in (scores | along_texts(away, still, reads, sizes)).items():
             right[key] += int((value.argmax(dim=1) == truth).sum())
     accuracy = {key: count / len(test) for key, count in right.items()}
     where = settings(
@@ -78,6 +72,20 @@ def run(args: Namespace) -> tuple[dict, list]:
     curves = {pool: [(m, accuracy[pool, m]) for m in sizes] for pool in pools}
     results = {"settings": where, "images": len(test), "curves": curves, "whole": whole}
     return results, pages.completeness(results)
+
+
+def along_texts(
+    away: Tensor, still: Tensor, reads: dict[str, tuple[Tensor, Tensor]], sizes: list[int]
+) -> dict[tuple[str, int], Tensor]:
+    """{(pool, m): [b, c]} class scores with each head's deviation [b, l, H, e] from its mean kept along its first m texts alone."""
+    scores = {}
+    for pool, (coordinates, read) in reads.items():
+        along = torch.einsum("blHe,lHem->blHm", away, coordinates)
+        upto, done = still.expand(len(away), -1), 0
+        for m in sizes:
+            upto = upto + along[..., done:m].flatten(1) @ read[:, :, done:m].flatten(0, 2)
+            scores[pool, m], done = upto, m
+    return scores
 
 
 def text_pools(args: Namespace, clip: Clip, names: list[str]) -> dict[str, Tensor]:

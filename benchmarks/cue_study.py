@@ -1,0 +1,163 @@
+"""Which removal of a cue is the one to use? Three strengths of the bias, several trained models of each.
+
+    $ python -m benchmarks.cue_study --train --seeds 2 3 4      # half an hour per seed on two free cores; weights into --models
+    $ python -m benchmarks.cue_study --seeds 2 3 4              # the table, and benchmarks/cue_study.json
+    $ python -m benchmarks.cue_study --show                     # the table again, from the file: no weights needed
+
+Every seed is trained on the way to all strengths once (the shared stage), then on, once for each strength: --alignment of demo.train,
+the share of the web's birds that are shown where such birds live. Means, cue and heads come from the training split as in --task
+waterbirds, figures from --split. No label is used but to count.
+
+Rows: as in --task waterbirds, and what was tried to do better:
+    everywhere, heads whole   directions everywhere, and the chosen heads mean-ablated besides
+    auto + MLPs       the cue's directions taken out of the chosen heads and of all MLPs and the stem
+    all heads         the cue's directions taken out of every head, none chosen
+    one direction     only the direction between the cue's two halves that the class texts separate most, in the chosen heads
+    80 %, 99 %        directions that hold that much of the cue texts' variance, in the chosen heads (the rule: 95 %)
+    > 0.2, > 0.5      directions in the heads above another threshold; `gap`: above the widest gap between sorted shares
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import demo
+from cue import subspace
+from datasets import DemoBirds
+from evaluate import parse_args
+from tasks.common import Head, table
+from tasks.removal import Cue, look_for_cue, pick, random_heads, score
+from tasks.waterbirds import measure
+from zeroshot import Clip, classifier, embed_texts, templates
+
+ALIGNMENTS = (0.97, 0.985, 0.995)
+SHARED, BRANCH = 1200, 800  # steps
+DRAWS = 20
+FIGURES = Path(__file__).with_suffix(".json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", action="store_true", help="make the models that are not there yet")
+    parser.add_argument("--show", action="store_true", help="print the figures kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--models", type=Path, default=Path("results/cue_study"))
+    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--out", type=Path, default=FIGURES)
+    args = parser.parse_args()
+    if args.train:
+        for seed in args.seeds:
+            train(args.models, seed)
+        return
+    if not args.show:
+        figures = {
+            str(alignment): {str(seed): study(args.models / f"seed{seed}-{alignment}.safetensors", args.split) for seed in args.seeds}
+            for alignment in ALIGNMENTS
+        }
+        args.out.write_text(json.dumps({"split": args.split, "figures": figures}, indent=1) + "\n")
+    show(json.loads(args.out.read_text()))
+
+
+def train(folder: Path, seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = folder / f"seed{seed}.safetensors"
+    stage(shared, seed, SHARED, 0.985)
+    for alignment in ALIGNMENTS:
+        stage(folder / f"seed{seed}-{alignment}.safetensors", seed, BRANCH, alignment, "--init", str(shared))
+
+
+def stage(out: Path, seed: int, steps: int, alignment: float, *more: str) -> None:
+    """One run of demo.train, skipped where its weights are there."""
+    if out.exists():
+        return
+    options = {"--seed": seed, "--steps": steps, "--alignment": alignment, "--out": out}
+    command = [sys.executable, "-m", "demo.train", *(str(word) for pair in options.items() for word in pair), *more]
+    print(" ".join(command[1:]), flush=True)
+    subprocess.run(command, check=True)
+
+
+def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
+    """{row: {worst, average, kinds}} of one model."""
+    args = parse_args(["--task", "waterbirds"])
+    model, preprocess, tokenizer = demo.load(weights=weights)
+    clip = Clip(model, preprocess, tokenizer, demo.NAME, str(weights), torch.device("cpu"), is_demo=True)
+    test = DemoBirds(split, clip.preprocess)
+    classes = classifier(clip, [*test.classes, *test.kinds], templates(clip))
+    cue = look_for_cue(args, clip)
+    texts = embed_texts(clip, cue.texts)
+    scores = score(clip, args, test, cue, classes)
+    base, inside = scores.embedding, scores.heads_cue
+    every = [(layer, head) for layer in range(inside.shape[1]) for head in range(inside.shape[2])]
+    rest = scores.embedding_cue - pick(inside, every)  # of MLPs and stem
+    changes = {
+        "base": 0,
+        "heads (the paper's way)": pick(scores.heads, cue.heads),
+        "directions in the heads": pick(inside, cue.heads),
+        "directions everywhere": scores.embedding_cue,
+        "everywhere, heads whole": scores.embedding_cue + pick(scores.heads - inside, cue.heads),
+        "auto + MLPs": pick(inside, cue.heads) + rest,
+        "all heads": pick(inside, every),
+        "> 0.2": pick(inside, above(cue, 0.2)),
+        "> 0.5": pick(inside, above(cue, 0.5)),
+        "gap": pick(inside, above(cue, widest_gap(cue.explained))),
+    }
+    for name, directions in {
+        "one direction": class_direction(texts, classes[: len(test.classes)])[None],
+        "80 %": subspace(texts, 0.8),
+        "99 %": subspace(texts, 0.99),
+    }.items():
+        other = score(clip, args, test, dataclasses.replace(cue, directions=directions), classes)
+        changes[name] = pick(other.heads_cue, cue.heads)
+        changes[f"everywhere, {name}"] = other.embedding_cue
+    rows = {name: measure(base + change, test) for name, change in changes.items()}
+    draws = [measure(base + pick(scores.heads, drawn), test) for drawn in random_heads(cue.heads, inside.shape[2], DRAWS, 0)]
+    rows["random heads, mean"] = {key: statistics.mean(row[key] for row in draws) for key in ("worst", "average", "kinds")}
+    rows["random heads, best"] = {key: max(row[key] for row in draws) for key in ("worst", "average", "kinds")}
+    return {name: {key: row[key] for key in ("worst", "average", "kinds")} | {"heads": len(cue.heads)} for name, row in rows.items()}
+
+
+def above(cue: Cue, threshold: float) -> list[Head]:
+    return [(layer, head) for layer, head in (cue.explained > threshold).nonzero().tolist()]
+
+
+def widest_gap(explained: Tensor) -> float:
+    """The middle of the widest gap between the sorted shares of all heads: a threshold without labels, and without a number."""
+    shares = explained.flatten().sort().values
+    i = int(shares.diff().argmax())
+    return float(shares[i : i + 2].mean())
+
+
+def class_direction(texts: Tensor, classes: Tensor) -> Tensor:
+    """[d] the classes' difference, within the space in which the cue's texts differ."""
+    directions = subspace(texts, 1.0)
+    return torch.nn.functional.normalize((classes[1] - classes[0]) @ directions.T @ directions, dim=0)
+
+
+def show(kept: dict) -> None:
+    seeds = list(next(iter(kept["figures"].values())))
+    print(f"{kept['split']} split, 4,096 images; mean ± std over {len(seeds)} models of each alignment (seeds {', '.join(seeds)})")
+    for measured, title in (("worst", "worst group, %"), ("average", "average, %"), ("kinds", "kinds of birds, %")):
+        names = list(next(iter(next(iter(kept["figures"].values())).values())))
+        rows = [
+            [name, *(spread([model[name][measured] for model in models.values()]) for models in kept["figures"].values())]
+            for name in names
+        ]
+        print("\n" + table([title, *(f"alignment {alignment}" for alignment in kept["figures"])], rows))
+
+
+def spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
+
+
+if __name__ == "__main__":
+    main()

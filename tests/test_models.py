@@ -1,0 +1,269 @@
+"""open_clip's configurations, all of them; and every task on models that are not read out at a class token."""
+
+import json
+from collections import Counter
+from functools import lru_cache
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_evaluate import run, waterbirds  # noqa: F401
+
+import demo
+from decompose import decompose, neurons, token_scores
+from evaluate import main
+from tasks import check, models
+from towers import open_tower
+from zeroshot import load_clip
+
+torch.set_num_threads(1)
+
+EXACT = 1e-10
+ONE_OF_EACH = {  # family, read-out
+    "ViT-B-32": ("open_clip VisionTransformer", "class token"),
+    "ViT-H-14-CLIPA": ("open_clip VisionTransformer", "mean of patches"),
+    "coca_ViT-B-32": ("open_clip VisionTransformer", "attention pooling"),
+    "ViT-B-16-SigLIP": ("timm VisionTransformer", "attention pooling"),
+    "MobileCLIP2-L-14": ("timm VisionTransformer", "class token"),
+    "MobileCLIP-B": ("timm VisionTransformer", "class token"),
+    "ViTamin-S": ("timm VisionTransformer", "mean of patches"),
+    "vit_medium_patch16_gap_256": ("timm VisionTransformer", "mean of patches"),
+    "vit_relpos_medium_patch16_cls_224": ("timm VisionTransformerRelPos", "class token"),
+    "PE-Core-T-16-384": ("timm Eva", "attention pooling"),
+    "EVA01-g-14": ("timm Eva", "class token"),
+    "EVA02-B-16": ("timm Eva", "class token"),
+    "EVA02-E-14": ("timm Eva", "class token"),
+}
+listed = lru_cache(models.listed)
+
+
+def test_116_of_open_clips_144_configurations_can_be_decomposed_at_full_size():
+    names = open_clip.list_models()
+    if len(names) != 144:
+        pytest.skip(f"counted on open_clip 3.3's 144 configurations, this release has {len(names)}")
+    kinds = Counter(listed(name).refusal.split(",")[0] for name in names)
+    assert kinds == {
+        "": 116,
+        "a ResNet has convolutions": 10,
+        "a ConvNeXt has convolutions": 11,
+        "a FastViT mixes tokens by convolutions in most stages": 6,
+        "a Swin merges tokens between stages": 1,
+    }
+
+
+def test_nothing_is_allocated_for_a_configuration_at_full_size():
+    tower = listed("ViT-bigG-14").tower
+    assert len(tower.blocks) == 48
+    assert all(parameter.is_meta for parameter in tower.visual.parameters())
+
+
+@pytest.mark.parametrize(("name", "kind"), ONE_OF_EACH.items(), ids=ONE_OF_EACH)
+def test_a_small_copy_is_of_its_family_and_sums_to_its_embedding(name, kind):
+    found, model = listed(name), models.small(name)
+    assert (found.family, found.tower.readout.name) == kind
+    assert type(open_tower(model).blocks[0].module) is type(found.tower.blocks[0].module)
+    assert max(check.small_errors(name)) < EXACT
+    images = models.pictures(model)
+    with torch.no_grad():
+        stock = model.encode_image(images)
+    stock = stock[0] if isinstance(stock, tuple) else stock
+    assert torch.allclose(decompose(model, images).embedding, stock, rtol=EXACT, atol=EXACT * float(stock.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP"])
+def test_no_parameter_of_a_small_copy_is_trivial_and_no_term_is_zero(name):
+    model = models.small(name)
+    assert all(p.std() > 0 for p in model.parameters() if p.numel() > 1)
+    terms = decompose(model, models.pictures(model))
+    assert all(term.abs().min() > 0 for term in (terms.stem, terms.heads, terms.mlps, terms.constant))
+
+
+def test_small_errors_are_not_small_once_a_block_is_spoilt(monkeypatch):
+    small = models.small
+
+    def spoilt(name):
+        model = small(name)
+        model.visual.transformer.resblocks[1].attn.register_forward_hook(lambda m, args, output: (output[0] * 1.1, *output[1:]))
+        return model
+
+    monkeypatch.setattr(models, "small", spoilt)
+    assert check.small_errors("ViT-B-32")[0] > 1e-3
+
+
+def test_check_all_prints_families_and_refusals(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(open_clip, "list_models", lambda: ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "convnext_base"])
+    code, results = run(tmp_path, "--task", "check", "--model", "all")
+    out = capsys.readouterr().out
+    assert code == 0
+    assert "2 of 4 can be decomposed" in out
+    assert "refused, a ResNet has convolutions, not a residual stream of attention heads: RN50" in out
+    assert [row["readout"] for row in results["models"]] == ["class token", "", "attention pooling", ""]
+    assert (tmp_path / "results" / "check" / "report.html").exists()
+
+
+def test_check_all_fails_when_an_error_is_too_large(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(open_clip, "list_models", lambda: ["ViT-B-32"])
+    monkeypatch.setattr(check, "small_errors", lambda name: [1e-3, 0.0, 0.0])
+    assert main(["--task", "check", "--model", "all", "--out", str(tmp_path)]) == 2
+    assert "ViT-B-32" in capsys.readouterr().err
+
+
+def test_the_list_names_read_out_size_tags_and_reasons(monkeypatch, capsys):
+    monkeypatch.setattr(open_clip, "list_models", lambda: ["ViT-L-14", "RN50", "PE-Core-L-14-336"])
+    assert main(["--list-models"]) == 0
+    large, resnet, pe = capsys.readouterr().out.splitlines()[2:5]
+    assert "class token" in large
+    assert "24 x 16" in large
+    assert "laion2b_s32b_b82k" in large
+    assert "a ResNet has convolutions" in resnet
+    assert "attention pooling" in pe
+
+
+# Every task on models that are read out otherwise.
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+VISION = {"image_size": 32, "patch_size": 8, "layers": 5, "width": 32, "head_width": 8}
+TOWERS = {
+    "mean": {**VISION, "pool_type": "avg", "final_ln_after_pool": True},
+    "normed-mean": {**VISION, "pool_type": "avg"},
+    "queries": {**VISION, "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 3},
+    "timm-map": {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none", "image_size": 160},
+}
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def tower(request, tmp_path_factory):
+    """--model, --pretrained and the number of layers of a small model with that read-out."""
+    folder = tmp_path_factory.mktemp(request.param)
+    name = f"tiny-{request.param}"
+    (folder / f"{name}.json").write_text(json.dumps({"embed_dim": 64, "vision_cfg": TOWERS[request.param], "text_cfg": TEXT}))
+    open_clip.add_model_config(folder / f"{name}.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model(name)
+    with torch.no_grad():
+        for parameter in model.visual.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
+    return ["--model", name, "--pretrained", str(folder / "weights.safetensors"), "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bank") / "bank.txt"
+    words = {
+        "places": ["a forest", "a lake", "the sea", "a field"],
+        "birds": ["a duck", "a gull"],
+        "colours": ["red", "blue"],
+    }
+    path.write_text("\n".join(line for category, texts in words.items() for line in (f"# {category}", *texts)))
+    return ["--text-bank", str(path)]
+
+
+def test_the_check_of_other_read_outs(tmp_path, tower):
+    code, results = run(tmp_path, "--task", "check", *tower, "--limit", "4")
+    assert code == 0
+    assert list(results["errors"]) == ["terms, convention term", "source tokens against heads"]
+
+
+TASKS = {
+    "waterbirds": ["--heads", "3.0,4.1", "--draws", "3"],
+    "debias": ["--heads", "3.0,4.1", "--draws", "3"],
+    "ablation": [],
+    "completeness": ["--texts", "2"],
+    "textspan": ["--texts", "2"],
+    "neurons": ["--neurons", "3"],
+    "retrieval": ["--head", "4.1", "--text", "a bird"],
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_runs_on_other_read_outs(tmp_path, tower, bank, waterbirds, task):  # noqa: F811
+    code, results = run(tmp_path, "--task", task, *tower, *bank, *TASKS[task], "--data", str(waterbirds))
+    assert code == 0
+    error = results["settings"].get("sum", "within 0e+00 of").split("within ")[1].split()[0]
+    assert float(error) < 1e-5
+    if task == "ablation":  # no class token is read; a pooling's own MLP is a term
+        assert "class token's attention to itself" not in results["accuracy"]
+        assert ("the pooling's own MLP" in results["accuracy"]) == ("timm" in tower[1])
+
+
+def test_neurons_under_attention_pooling_are_summed_up_rightly(tmp_path, tower, bank, waterbirds):  # noqa: F811
+    """Spread and accuracy, from the terms themselves."""
+    from evaluate import parse_args
+    from tasks.common import open_split
+    from tasks.neurons import watch
+
+    clip = load_clip(tower[1], tower[3], "cpu")
+    args = parse_args(["--task", "neurons", *tower, *bank, "--data", str(waterbirds)])
+    data = open_split(args, clip, "train")
+    activity = watch(clip, args, data, 1)
+    images = torch.stack([data[i][0] for i in range(len(data))])
+    found = neurons(clip.model, images, 1)
+    terms = found.terms().double()
+    spread = terms.var(dim=0, correction=0).sum(dim=1) / found.embedding.double().var(dim=0, correction=0).sum()
+    assert torch.allclose(activity.spread(), spread, rtol=1e-4)
+    j = int(spread.argmax())
+    away = terms[:, j] - terms[:, j].mean(dim=0)
+    first = torch.linalg.svd(away, full_matrices=False).Vh[0]
+    direction = torch.nn.functional.normalize(activity.direction(j).double(), dim=0)
+    assert abs(float(first @ direction)) > 1 - 1e-4
+    if found.up is not None:  # one activation, with its own sign, where there is one row; else a length
+        assert float(terms[:, j].mean(dim=0) @ direction) >= 0
+        assert torch.allclose(activity.strength(found)[:, j].double(), terms[:, j].norm(dim=1), rtol=1e-4)
+
+
+# Weights.
+
+
+def test_other_weights_of_the_demo_are_the_demo(tmp_path):
+    state = load_file(demo.FOLDER / f"{demo.NAME}.safetensors")
+    state["visual.proj"] = 2 * state["visual.proj"]
+    save_file(state, tmp_path / "mine.safetensors")
+    ours, theirs = load_clip(device="cpu"), load_clip(demo.NAME, str(tmp_path / "mine.safetensors"), "cpu")
+    images = torch.randn(2, 3, 64, 64)
+    assert theirs.is_demo
+    assert torch.allclose(decompose(theirs.model, images).embedding, 2 * decompose(ours.model, images).embedding, atol=1e-5)
+
+
+def refusal(tmp_path, capsys, *argv):
+    assert main(["--task", "check", *argv, "--out", str(tmp_path / "results")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    return error[-1]
+
+
+def test_a_checkpoint_of_another_architecture_is_told_by_its_first_keys(tmp_path, capsys):
+    state = load_file(demo.FOLDER / f"{demo.NAME}.safetensors")
+    state["another.weight"] = state.pop("visual.proj")
+    state["visual.ln_post.weight"] = state["visual.ln_post.weight"][:5].clone()
+    save_file(state, tmp_path / "other.safetensors")
+    message = refusal(tmp_path, capsys, "--model", demo.NAME, "--pretrained", str(tmp_path / "other.safetensors"))
+    assert "lacks visual.proj" in message
+    assert "has besides another.weight" in message
+    assert "1 of other shapes, first visual.ln_post.weight [5], expected [128]" in message
+
+
+def test_a_file_that_needs_unpickling_says_why_it_is_refused(tmp_path, capsys):
+    torch.save({"state_dict": {}, "args": pytest.raises}, tmp_path / "pickle.pt")
+    message = refusal(tmp_path, capsys, "--model", demo.NAME, "--pretrained", str(tmp_path / "pickle.pt"))
+    assert "unpickling it could run any code" in message
+
+
+@pytest.mark.parametrize("file", ["missing.safetensors", "empty.safetensors"])
+def test_weights_that_cannot_be_read(tmp_path, capsys, file):
+    (tmp_path / "empty.safetensors").touch()
+    assert file in refusal(tmp_path, capsys, "--model", demo.NAME, "--pretrained", str(tmp_path / file))
+
+
+def test_no_tokenizer_is_needed_to_check_and_its_absence_is_said_where_it_is(tmp_path, capsys, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'transformers'")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", missing)
+    clip = load_clip("ViT-B-32", "none", "cpu")
+    images = torch.randn(1, 3, 224, 224)
+    assert token_scores(clip.model, images, torch.randn(1, 512)).shape[-1] == 1
+    from datasets import InputError
+
+    with pytest.raises(InputError, match=r"cannot open the tokenizer of ViT-B-32: .*pip install transformers"):
+        clip.tokenizer(["a bird"])
