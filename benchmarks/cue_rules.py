@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ from datasets import DemoBirds
 from decompose import Decomposition, head_maps
 from evaluate import parse_args
 from tasks.common import Head, Reference, centre, summarise, table
-from tasks.waterbirds import measure, pick, score
+from tasks.removal import pick, score
+from tasks.waterbirds import measure
 from textspan import textspan
 from zeroshot import Bank, Clip, classifier, default_bank, embed_texts, load_bank, templates
 
@@ -37,11 +39,12 @@ def main() -> None:
     clip = Clip(model, preprocess, tokenizer, demo.NAME, str(weights), torch.device("cpu"), is_demo=True)
     bank = load_bank(default_bank(clip))
     cue = embed_texts(clip, bank.of("places"))
-    reference, shares, labels = explain(clip, args, cue)
+    reference, shares, labels, votes = explain(clip, args, cue)
     rules = choose(reference, shares, find_roles(reference, bank, embed_texts(clip, bank.texts)))
 
     test = DemoBirds("test", clip.preprocess)
-    scores = score(clip, args, test, reference, classifier(clip, [*test.classes, *test.kinds], templates(clip)), subspace(cue))
+    parts = SimpleNamespace(reference=reference, directions=subspace(cue), votes=votes)
+    scores = score(clip, args, test, parts, classifier(clip, [*test.classes, *test.kinds], templates(clip)))
     base, truth = measure(scores.embedding, test), set(rules["the truth (looks at labels)"])
     lines = [["base", "", "", "", *percent(base, "worst", "average", "kinds"), "", ""]]
     for label, chosen in rules.items():
@@ -61,8 +64,8 @@ def main() -> None:
     )
 
 
-def explain(clip: Clip, args: argparse.Namespace, cue: Tensor) -> tuple[Reference, dict[str, Tensor], Tensor]:
-    """The reference, how much of each head [L, H] three kinds of labels explain, and the rule's pseudo-labels [n]."""
+def explain(clip: Clip, args: argparse.Namespace, cue: Tensor) -> tuple[Reference, dict[str, Tensor], Tensor, CueVotes]:
+    """The reference, how much of each head [L, H] three kinds of labels explain, the rule's pseudo-labels [n] and votes."""
     maps = head_maps(clip.model)
     zero, place = torch.zeros(maps.shape[3]), DemoBirds("train", clip.preprocess).facts["place"]
     votes = {
@@ -79,7 +82,7 @@ def explain(clip: Clip, args: argparse.Namespace, cue: Tensor) -> tuple[Referenc
             vote.update(true if name == "truth" else terms.embedding, terms.values)
 
     reference = summarise(clip, args, watch)
-    return reference, {name: vote.explained(reference.values) for name, vote in votes.items()}, torch.cat(labels)
+    return reference, {name: vote.explained(reference.values) for name, vote in votes.items()}, torch.cat(labels), votes["auto"]
 
 
 def find_roles(reference: Reference, bank: Bank, texts: Tensor) -> dict[Head, Counter]:

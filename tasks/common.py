@@ -172,11 +172,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def settings(args: Namespace, clip: Clip, **more: str) -> dict[str, str]:
     """What every table says of where its numbers come from."""
+    if "prompts" in more:
+        more["prompts"] += f"; {logits(clip)}"
     return {
         "model": f"{clip.name}, weights {clip.weights}, {str(clip.dtype).removeprefix('torch.')} on {clip.device}",
         **more,
         "seed": str(args.seed),
     }
+
+
+def logits(clip: Clip) -> str:
+    """What the model makes of a cosine: CLIP's softmax or SigLIP's sigmoid. Neither changes which class wins."""
+    scale, bias = (getattr(clip.model, name, None) for name in ("logit_scale", "logit_bias"))
+    if scale is None:
+        return "cosines"
+    scale = float(scale.detach().exp())
+    return f"softmax of {scale:.1f} cosine" if bias is None else f"sigmoid of {scale:.1f} cosine {float(bias.detach()):+.1f}"
 
 
 def print_settings(lines: dict[str, str]) -> None:

@@ -761,7 +761,7 @@ def test_the_settings_say_where_the_numbers_come_from(ran):
     assert where["means"] == "demo world, train split, 96 images"
     assert where["test"] == "demo world, test split, 96 images"
     assert where["bank"].startswith("text_bank.txt, 189 texts, less their mean")
-    assert where["prompts"] == "6 templates, 8 classes"
+    assert where["prompts"] == "6 templates, 8 classes; softmax of 29.9 cosine"
     assert where["layer"] == "3 of 0 to 3, 256 neurons"
     assert 0 < float(where["sum"].split(" within ")[1].split()[0]) < SINGLE
     assert where["seed"] == "0"
@@ -855,7 +855,7 @@ def folder(tmp_path_factory, drawn):
 
 def test_waterbirds_are_told_as_landbird_and_waterbird(folder, truth, capsys):
     results = short(data=folder)
-    assert results["settings"]["prompts"] == "6 templates, 2 classes"
+    assert results["settings"]["prompts"] == "6 templates, 2 classes; softmax of 29.9 cosine"
     assert "factors" not in results["neurons"][0]
     assert results["neurons"][0]["images"][0][1].startswith("plain/")
     assert "Factor" not in capsys.readouterr().out

@@ -238,7 +238,7 @@ def test_the_settings_say_where_the_figures_come_from(demo_run):
     where = demo_run[0]["settings"]
     assert "demo world, test split, 96 images" in where["images"]
     assert where["explained"] == "the predicted class"
-    assert where["prompts"] == "6 templates, 8 classes"
+    assert where["prompts"] == "6 templates, 8 classes; softmax of 29.9 cosine"
     assert "cropped" in where["protocol"]
     assert where["seed"] == "0"
 
