@@ -46,6 +46,7 @@ def of_models(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model, images, results").add_argument
     add("--model", help="open_clip's name of an architecture; without it the demo model")
     add("--pretrained", help="open_clip's tag, or a checkpoint file; none: random weights")
+    add("--image-size", type=positive, metavar="PIXELS", help="another than the model's own; positions are resized, as open_clip does")
     data = "Waterbirds' folder, or any of images (CLASS/NAME.jpg gives labels); segmentation: gtsegs_ijcv.mat, or images/ and masks/"
     add("--data", help=f"{data} [the demo world]")
     splits = ("train", "val", "test")

@@ -38,7 +38,13 @@ class Clip:
     is_demo: bool = False
 
 
-def load_clip(model: str | None = None, pretrained: str | None = None, device: str = "auto", precision: str = "fp32") -> Clip:
+def load_clip(
+    model: str | None = None,
+    pretrained: str | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    image_size: int | None = None,
+) -> Clip:
     """A model ready to run: the demo's without `model`, else open_clip's of that name.
 
     Args:
@@ -47,23 +53,25 @@ def load_clip(model: str | None = None, pretrained: str | None = None, device: s
             random weights, which is enough to check the decomposition.
         device: "auto" (a GPU where there is one), or torch's name of a device.
         precision: "fp32" or "bf16" (the sums of the decomposition stay in fp32).
+        image_size: pixels in a row, where it is not to be the model's own; open_clip interpolates the positions.
 
     Raises:
         InputError: unknown name or tag, missing or unsuitable file, weights that are not numbers.
     """
     place = find_device(device)
+    size = {} if image_size is None else {"force_image_size": image_size}
     if model is None and pretrained is not None:
         raise InputError(f"--pretrained needs --model: the architecture that these weights are for ({demo.NAME}: the demo's)")
     if model in (None, demo.NAME):
         weights = pretrained or f"demo/{demo.NAME}.safetensors"
         try:
             with _quiet():
-                loaded = demo.load(place, **({} if pretrained is None else {"weights": pretrained}), precision=precision)
+                loaded = demo.load(place, **({} if pretrained is None else {"weights": pretrained}), precision=precision, **size)
         except Exception as error:  # as below
-            raise InputError(f"cannot load {demo.NAME} with weights {weights!r}: {reason(error)}") from error
+            raise InputError(f"cannot load {demo.NAME} with weights {weights!r}{_for(size)}: {reason(error)}") from error
         clip = Clip(*loaded, demo.NAME, weights, place, PRECISIONS[precision], is_demo=True)
     else:
-        clip = _from_open_clip(model, pretrained, place, precision)
+        clip = _from_open_clip(model, pretrained, place, precision, size)
     for name, parameter in clip.model.named_parameters():
         if not parameter.isfinite().all():
             raise InputError(f"the weights of {clip.name} ({clip.weights}) hold a NaN or an infinity in {name}")
@@ -80,7 +88,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _from_open_clip(model: str, pretrained: str | None, device: torch.device, precision: str) -> Clip:
+def _from_open_clip(model: str, pretrained: str | None, device: torch.device, precision: str, size: dict[str, int]) -> Clip:
     known = open_clip.list_models()
     if ":" in model and pretrained is not None:
         raise InputError(f"--model {model} brings its own weights: leave out --pretrained {pretrained}")
@@ -101,11 +109,15 @@ def _from_open_clip(model: str, pretrained: str | None, device: torch.device, pr
     try:
         with _quiet():
             network, _, preprocess = open_clip.create_model_and_transforms(
-                model, weights, device=device, precision=precision, require_pretrained=pretrained != "none"
+                model, weights, device=device, precision=precision, require_pretrained=pretrained != "none", **size
             )
     except Exception as error:  # open_clip, torch, safetensors and the hub raise many kinds; all mean that these are not to be had
-        raise InputError(f"cannot load {model} with weights {pretrained!r}: {reason(error)}") from error
+        raise InputError(f"cannot load {model} with weights {pretrained!r}{_for(size)}: {reason(error)}") from error
     return Clip(network.eval(), preprocess, Tokenizer(model), model, pretrained or model, device, PRECISIONS[precision])
+
+
+def _for(size: dict[str, int]) -> str:
+    return "".join(f" for images of {pixels} pixels" for pixels in size.values())
 
 
 @contextmanager

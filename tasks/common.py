@@ -174,8 +174,9 @@ def settings(args: Namespace, clip: Clip, **more: str) -> dict[str, str]:
     """What every table says of where its numbers come from."""
     if "prompts" in more:
         more["prompts"] += f"; {logits(clip)}"
+    size = f", images of {args.image_size} pixels" if args.image_size else ""
     return {
-        "model": f"{clip.name}, weights {clip.weights}, {str(clip.dtype).removeprefix('torch.')} on {clip.device}",
+        "model": f"{clip.name}, weights {clip.weights}, {str(clip.dtype).removeprefix('torch.')} on {clip.device}{size}",
         **more,
         "seed": str(args.seed),
     }

@@ -47,7 +47,7 @@ def run(args: Namespace) -> tuple[dict, list]:
     if (args.image is None) == (not args.text) or (args.text and len(args.text) > 1):
         raise InputError("--task retrieval needs either --image FILE or one --text TEXT")
     query = None if args.image is None else open_picture(args.image)
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
     maps = head_maps(clip.model)
     heads = parse_heads(args.head, *maps.shape[:2], "--head") if args.role is None else heads_of(args, clip)
     layer, head = (list(index) for index in zip(*heads, strict=True))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_evaluate import run, waterbirds  # noqa: F401
 
 import demo
-from decompose import decompose, neurons, token_scores
+from decompose import decompose, heatmap, neurons, token_scores
 from evaluate import main
 from tasks import check, models
 from towers import open_tower
@@ -211,6 +211,34 @@ def test_neurons_under_attention_pooling_are_summed_up_rightly(tmp_path, tower, 
     if found.up is not None:  # one activation, with its own sign, where there is one row; else a length
         assert float(terms[:, j].mean(dim=0) @ direction) >= 0
         assert torch.allclose(activity.strength(found)[:, j].double(), terms[:, j].norm(dim=1), rtol=1e-4)
+
+
+# Other image sizes.
+
+
+@pytest.mark.parametrize("pixels", [96, 33])
+def test_another_image_size_is_another_grid_of_the_same_weights(tmp_path, pixels):
+    clip = load_clip(device="cpu", image_size=pixels)
+    images = torch.randn(2, 3, pixels, pixels)
+    assert decompose(clip.model, images).error() < 1e-5
+    texts = torch.nn.functional.normalize(torch.randn(1, clip.model.visual.output_dim), dim=1)
+    assert heatmap(clip.model, images, texts).shape == (2, 1, pixels // 8, pixels // 8)
+    theirs = load_clip(device="cpu").model.state_dict()
+    ours = clip.model.state_dict()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == ["visual.positional_embedding"]
+    argv = ["--task", "waterbirds", "--image-size", str(pixels), "--limit", "64", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    assert f"images of {pixels} pixels" in json.loads((tmp_path / "waterbirds" / "results.json").read_text())["settings"]["model"]
+
+
+@pytest.mark.parametrize("tower", ["ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32"])
+def test_another_image_size_through_timm_and_with_a_pooler(tower):
+    clip = load_clip(tower, "none", "cpu", image_size=96)
+    assert decompose(clip.model, torch.randn(1, 3, 96, 96)).error() < 1e-5
+
+
+def test_an_image_smaller_than_a_patch_is_refused(tmp_path, capsys):
+    assert "for images of 3 pixels" in refusal(tmp_path, capsys, "--image-size", "3")
 
 
 # Weights.
