@@ -23,7 +23,7 @@ THRESHOLD = 0.3  # of a head's variance; set before the demo's model was trained
 
 
 class CueVotes:
-    """Sums of every head's values by pseudo-label; memory does not grow with the number of images.
+    """Sums of every head's values by pseudo-label; memory does not grow with the number of images, and sums of several sets merge.
 
     Args:
         texts: [t, d] the cue's texts, unit vectors: longer ones would win more votes.
@@ -31,6 +31,8 @@ class CueVotes:
         centre: [d] a mean embedding of such images. Texts differ in how near they are to images at large ("near the water" is near to
             everything); without the centre those win most votes, and the pseudo-labels say little.
     """
+
+    running = ("count", "sum")  # what changes, for whoever saves them
 
     def __init__(self, texts: Tensor, maps: Tensor, centre: Tensor) -> None:
         depth, heads, width, _ = maps.shape
@@ -43,6 +45,10 @@ class CueVotes:
         label = self.labels(embedding).cpu()
         self.count.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
         self.sum.index_add_(0, label, values.cpu().double())
+
+    def merge(self, other: CueVotes) -> None:
+        """Add what `other` has seen."""
+        self.count, self.sum = self.count + other.count, self.sum + other.sum
 
     def labels(self, embedding: Tensor) -> Tensor:
         """[b] each image's pseudo-label, an index into the texts."""

@@ -7,7 +7,6 @@ cue that goes along with it), both [n]. Images are read by DataLoader workers; o
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ class Waterbirds(Dataset):
         missing = {"img_filename", "y", "split", "place"} - set(reader.fieldnames or ())
         if missing:
             raise InputError(f"{path} has no column {sorted(missing)[0]!r}; found {', '.join(reader.fieldnames or ['nothing'])}")
-        for line, row in enumerate(reader, start=2):
+        for line, row in enumerate(self._rows(reader, path), start=2):
             if not row["img_filename"] or "\0" in row["img_filename"]:
                 raise InputError(f"{path}, line {line}: img_filename must name a file, found {row['img_filename']!r}")
             for name, allowed in (("y", "01"), ("place", "01"), ("split", "012")):
@@ -71,6 +70,13 @@ class Waterbirds(Dataset):
                     raise InputError(f"{path}, line {line}: {name} must be one of {', '.join(allowed)}, found {row[name]!r}")
                 row[name] = int(row[name])
             yield row
+
+    @staticmethod
+    def _rows(reader: csv.DictReader, path: Path) -> Iterator[dict]:
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: {error}; expected {', '.join(reader.fieldnames or ())}") from error
 
     def __len__(self) -> int:
         return len(self.files)
@@ -140,7 +146,11 @@ class ImageFolder(Dataset):
     def _names(self, folders: list[str]) -> tuple[str, ...]:
         ids = [name for name in folders if len(name) == 9 and name[0] == "n" and name[1:].isdigit()]
         if not ids:
-            return tuple(name.replace("_", " ") for name in folders)
+            names = tuple(name.replace("_", " ") for name in folders)
+            twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+            if twice is not None:
+                raise InputError(f"two folders in {self.root} name the class {twice!r}; each class needs one folder")
+            return names
         from open_clip import IMAGENET_CLASSNAMES
 
         if len(ids) != len(folders) or len(ids) != len(IMAGENET_CLASSNAMES):
@@ -229,17 +239,19 @@ def read(path: Path, transform: Callable, root: Path | None = None, keep_mode: b
     root: a folder that the file must lie in, for paths that come out of a data set's own files.
     keep_mode: hand the image over as it is; else as RGB, and upright where the camera says which side is up.
     """
-    if root is not None and not path.resolve().is_relative_to(root.resolve()):
-        return f"{path} lies outside {root}"
     try:
+        if root is not None and not path.resolve().is_relative_to(root.resolve()):
+            return f"{path} lies outside {root}"
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+            return f"{path} is neither a file nor a folder"
         with Image.open(path) as image:
             return transform(image if keep_mode else eight_bits(ImageOps.exif_transpose(image)))
     except FileNotFoundError:
         return f"no image {path}"
     except UnidentifiedImageError:
         return f"{path} is not an image that Pillow can read"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"cannot read image {path}: {error}"
+    except Exception as error:  # Pillow's readers raise nearly anything for damaged files
+        return f"cannot read image {path}: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -252,24 +264,39 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def batches(data: Dataset, batch_size: int, workers: int | None, title: str, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+def batches(
+    data: Dataset, batch_size: int, workers: int, title: str, device: torch.device, done: int = 0, quiet: bool = False
+) -> Iterator[tuple[Any, Tensor]]:
     """(images on the device, indices) under a progress bar, every image once, in order.
 
-    Images are a tensor, or a list of tensors where the data set gives more of each (its mask, say).
+    Images are a tensor, or a list of tensors where the data set gives more of each (its mask, say). done: images before these, for the
+    bar; quiet: no bar.
 
     Raises:
-        InputError: naming the first image that cannot be read.
+        InputError: naming the first image that cannot be read; or workers that do not start, or die.
     """
-    workers = min(4, os.cpu_count() or 1) if workers is None else workers
     loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda")
-    with tqdm(total=len(data), desc=title, unit=" images", unit_scale=True, leave=False) as progress:
-        for images, indices in loader:
+    bar = {"total": done + len(data), "initial": done, "desc": title, "unit": " images", "unit_scale": True, "leave": False}
+    with tqdm(**bar, disable=quiet) as progress:
+        for images, indices in _workers_alive(loader):
             if isinstance(images, str):
                 raise InputError(images)
             several = isinstance(images, list)
             moved = [x.to(device, non_blocking=True) for x in (images if several else [images])]
             yield (moved if several else moved[0]), indices
             progress.update(len(indices))
+
+
+def _workers_alive(loader: DataLoader) -> Iterator:
+    """Its batches; or what happened to the processes that read them."""
+    try:
+        yield from loader
+    except OSError as error:
+        raise InputError(f"cannot start {loader.num_workers} processes that read images ({error}); try fewer --workers") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or "exited" not in str(error):
+            raise
+        raise InputError("a worker process that reads images was killed, perhaps for its memory; try fewer --workers") from error
 
 
 def _collate(items: Sequence[tuple[Any, int]]) -> tuple[Any, Tensor]:

@@ -19,7 +19,10 @@ DIR is the folder waterbird_complete95_forest2water2, with metadata.csv in it.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
+import io
 import json
 import os
 import sys
@@ -58,6 +61,9 @@ def of_models(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=64, help="[%(default)s]")
     add("--workers", type=natural, help="processes that read images [4 at most]")
     add("--out", type=Path, default=Path("results"), help="folder for results [%(default)s]")
+    add("--resume", action="store_true", help="go on where an earlier run of the same command was killed")
+    add("--save-every", type=seconds, default=60.0, metavar="SECONDS", help="save what --resume needs this often [%(default)s]")
+    parser.set_defaults(started=time.monotonic())
 
 
 def of_heads(parser: argparse.ArgumentParser) -> None:
@@ -109,57 +115,115 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with an argument in one line, without the whole usage before it."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"evaluate.py: {message}; see --help\n")
+        self.exit(2, f"evaluate.py: {' '.join(message.splitlines())}; see --help\n")
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    number = int(text) if text.lstrip("-").isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    """A whole number of at least 1 that fits 31 bits, for argparse."""
+    number = int(text) if text.isdecimal() else 0
+    if not 1 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text[:40]!r}")
     return number
 
 
 def natural(text: str) -> int:
     """A whole number from 0 that fits 32 bits, for argparse."""
-    number = int(text) if text.isdigit() else -1
+    number = int(text) if text.isdecimal() else -1
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
     return number
 
 
+def seconds(text: str) -> float:
+    """A number from 0, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds from 0, got {text!r}")
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one task. 0: done; 2: something given cannot be used, said in one line; 130: interrupted."""
+    """Run one task. 0: done; 2: something given cannot be used, said in one line; 130: interrupted.
+
+    Under torchrun every process runs this; the first one alone prints and writes.
+    """
     args = parse_args(argv)
+    code, message, speaks = 130, "interrupted; no results were written", True
+    with contextlib.suppress(KeyboardInterrupt):  # said below, where it is gone, and with it the progress bars that it held open
+        code, message, speaks = refused_or_run(args)
+    if message and "--resume" not in message and args.task and (state := args.out / args.task / ".state").exists():
+        message += f" (--resume goes on from what {state} holds)"
+    if message and speaks:
+        print("evaluate.py: " + " ".join(message.splitlines()), file=sys.stderr)
+    elif message:
+        time.sleep(3)  # torchrun ends all processes with the first that ends: let the one that speaks come first
+    return code
+
+
+def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool]:
+    """(exit code, what was wrong, does this process say it?)"""
     import torch  # takes seconds: --help and typing errors need not wait
 
     from baselines import BaselineError
     from datasets import InputError
     from decompose import DecompositionError
+    from tasks import models, passes
 
-    start, code, message = time.time(), 2, ""
     if args.list_models:
-        from tasks.models import print_list
-
-        print_list()
-        return 0
+        models.print_list()
+        return 0, "", True
+    first = True
     try:
-        folder = writable(args.out / args.task)
-        results, sections = importlib.import_module(f"tasks.{args.task}").run(args)
-        results |= {"task": args.task, "seconds": round(time.time() - start, 1)}
-        write_json(folder / "results.json", results)
-        write_page(folder / "report.html", results, sections)
+        args.device = passes.join(args.device)
+        first = passes.world()[0] == 0
+        run(args, first)
     except (InputError, DecompositionError, BaselineError) as error:
-        message = str(error)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        message = f"out of memory ({str(error)[:100]}); try a smaller --batch-size"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted; nothing was written"
-    if message:  # said here, where the exception is gone, and with it the progress bars that it held open
-        print(f"evaluate.py: {message}", file=sys.stderr)
-        return code
-    print(f"\n{time.time() - start:.0f} s; a page to look at: {folder / 'report.html'}; everything: {folder / 'results.json'}")
-    return 0
+        return 2, str(error), first or not getattr(error, "everywhere", True)
+    except (MemoryError, RuntimeError) as error:
+        text = next(iter(str(error).splitlines()), "")
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text
+        if not known:
+            raise
+        return 2, "out of memory" + (f" ({text[:100]})" if text else "") + "; try a smaller --batch-size", True
+    return 0, "", True
+
+
+def run(args: argparse.Namespace, first: bool) -> None:
+    """The task and its files. What it prints comes last: where nobody can take it, nothing else is lost."""
+    from tasks import passes
+
+    start, folder, said = time.time(), writable(args.out / args.task), io.StringIO()
+    if first:
+        passes.tell_of_state(args)
+    try:
+        with contextlib.redirect_stdout(said):
+            results, sections = importlib.import_module(f"tasks.{args.task}").run(args)
+        if first:
+            results |= {"task": args.task, "seconds": round(time.time() - start, 1)}
+            write(folder, results, sections)
+            passes.forget(args)
+            paths = f"a page to look at: {folder / 'report.html'}; everything: {folder / 'results.json'}"
+            said.write(f"\n{time.time() - start:.0f} s; {paths}\n")
+    finally:
+        if first:
+            say(said.getvalue())
+
+
+def say(text: str) -> None:
+    """Print it. Signs that the terminal cannot show come as their codes; a reader that left is no error."""
+    from datasets import InputError
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
+        if not isinstance(error, BrokenPipeError):
+            raise InputError(f"cannot print: {error.strerror or error}; what was to be said is in --out, too") from error
 
 
 def writable(folder: Path) -> Path:
@@ -174,29 +238,30 @@ def writable(folder: Path) -> Path:
         raise InputError(f"cannot write to --out {folder}: {error.strerror or error}") from error
 
 
-def write_json(path: Path, results: dict) -> None:
-    """All or nothing: what was there before stays until the new file is complete."""
-    from datasets import InputError
-
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}; what stood there before still does") from error
-
-
-def write_page(path: Path, results: dict, sections: list[str]) -> None:
-    """One HTML file that needs nothing else."""
+def write(folder: Path, results: dict, sections: list[str]) -> None:
+    """results.json and the page, both or neither: what was there before stays until both are complete."""
     import report
     from datasets import InputError
 
     title = f"{results['task']}: {results['settings']['model'].split(',')[0]}"
+    final = [folder / "results.json", folder / "report.html"]
+    partial = [path.with_name(f".{path.name}.{os.getpid()}") for path in final]
+    path = final[0]
     try:
-        report.write(path, report.page(title, results["settings"], sections))
+        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+        partial[0].write_text(text, encoding="utf-8", errors="backslashreplace")
+        path = final[1]
+        report.write(partial[1], report.page(title, results["settings"], sections))
+        for path in final:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        for before, path in zip(partial, final, strict=True):
+            os.replace(before, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; what stood there before still does") from error
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ def write(path: str | os.PathLike, document: str) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(document, encoding="utf-8", newline="\n")
+        partial.write_text(document, encoding="utf-8", newline="\n", errors="backslashreplace")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,9 +65,10 @@ def load_clip(
         raise InputError(f"--pretrained needs --model: the architecture that these weights are for ({demo.NAME}: the demo's)")
     if model in (None, demo.NAME):
         weights = pretrained or f"demo/{demo.NAME}.safetensors"
+        chosen = {} if pretrained is None else {"weights": None if pretrained == "none" else pretrained}
         try:
             with _quiet():
-                loaded = demo.load(place, **({} if pretrained is None else {"weights": pretrained}), precision=precision, **size)
+                loaded = demo.load(place, **chosen, precision=precision, **size)
         except Exception as error:  # as below
             raise InputError(f"cannot load {demo.NAME} with weights {weights!r}{_for(size)}: {reason(error)}") from error
         clip = Clip(*loaded, demo.NAME, weights, place, PRECISIONS[precision], is_demo=True)
@@ -81,10 +83,12 @@ def load_clip(
 def find_device(name: str) -> torch.device:
     """auto: a GPU where there is one."""
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:150]}; try auto or cpu") from error
+        with _quiet():
+            device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+            torch.ones(1, device=device).item()
+    except Exception as error:  # of a backend that is not in this build, of a driver, of a name
+        told = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise InputError(f"--device {name or '(empty)'} cannot be used here: {told}; try auto or cpu") from error
     return device
 
 
@@ -135,6 +139,11 @@ def _quiet() -> Iterator[None]:
 def reason(error: Exception) -> str:
     """What open_clip and torch say at length, in a line."""
     text = str(error)
+    no_checkpoint = "expected a checkpoint: tensors by name, as safetensors or torch.save(model.state_dict(), ...) write them"
+    if isinstance(error, (EOFError, StopIteration, AttributeError, LookupError, TypeError, struct.error)):
+        return f"{no_checkpoint}; found something else"
+    if "invalid load key" in text:
+        return f"{no_checkpoint}; this file is no archive of torch's"
     if "Weights only load failed" in text or "weights_only" in text:
         return "the file holds more than tensors, and unpickling it could run any code in it; where you trust it, save its tensors anew"
     if "transformers" in text:
@@ -150,6 +159,8 @@ def reason(error: Exception) -> str:
     if shapes:
         key, theirs, ours = shapes[0]
         found.append(f"has {len(shapes):,} of other shapes, first {key} {theirs}, expected {ours}")
+    if not found:
+        return f"{no_checkpoint}; {' '.join(text.split())[:200]}"
     return "its tensors are not those of this architecture: it " + "; ".join(found)
 
 
@@ -175,11 +186,18 @@ class Tokenizer:
 
 @torch.no_grad()
 def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batch_size: int = 256) -> Tensor:
-    """[t, d] unit vectors in float32, on the model's device."""
+    """[t, d] unit vectors in float32, on the model's device.
+
+    Raises:
+        InputError: as `tokenize`; or the text tower's numbers overflow.
+    """
     chunks = range(0, len(texts), batch_size)
     with tqdm(chunks, desc=title, unit="x256", leave=False, disable=title is None) as progress:
         rows = [F.normalize(clip.model.encode_text(tokenize(clip, texts[i : i + batch_size])).float(), dim=-1) for i in progress]
-    return torch.cat(rows)
+    found = torch.cat(rows)
+    if not found.isfinite().all():
+        raise InputError(f"the text embeddings of {clip.name} ({clip.weights}) are not numbers: its weights overflow")
+    return found
 
 
 def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
@@ -188,6 +206,13 @@ def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
     Raises:
         InputError: a text that the tokenizer does not know or would cut.
     """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"this text is no Unicode: {text[:80]!r}; give it in the terminal's encoding, or UTF-8 in a file"
+            ) from error
     encode, room = getattr(clip.tokenizer, "encode", None), getattr(clip.tokenizer, "context_length", None)
     if encode is not None and room is not None:  # open_clip's own tokenizer; it cuts without a word
         for text in texts:

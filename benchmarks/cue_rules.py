@@ -24,7 +24,7 @@ from datasets import DemoBirds
 from decompose import Decomposition, head_maps
 from evaluate import parse_args
 from tasks.common import Head, Reference, centre, summarise, table
-from tasks.removal import pick, score
+from tasks.removal import collect, pick, score
 from tasks.waterbirds import measure
 from textspan import textspan
 from zeroshot import Bank, Clip, classifier, default_bank, embed_texts, load_bank, templates
@@ -44,7 +44,7 @@ def main() -> None:
 
     test = DemoBirds("test", clip.preprocess)
     parts = SimpleNamespace(reference=reference, directions=subspace(cue), votes=votes)
-    scores = score(clip, args, test, parts, classifier(clip, [*test.classes, *test.kinds], templates(clip)))
+    scores = collect(score(clip, args, test, parts, classifier(clip, [*test.classes, *test.kinds], templates(clip))))
     base, truth = measure(scores.embedding, test), set(rules["the truth (looks at labels)"])
     lines = [["base", "", "", "", *percent(base, "worst", "average", "kinds"), "", ""]]
     for label, chosen in rules.items():
@@ -81,7 +81,7 @@ def explain(clip: Clip, args: argparse.Namespace, cue: Tensor) -> tuple[Referenc
         for name, vote in votes.items():
             vote.update(true if name == "truth" else terms.embedding, terms.values)
 
-    reference = summarise(clip, args, watch)
+    reference = summarise(clip, args, update=lambda terms, _: watch(terms))
     return reference, {name: vote.explained(reference.values) for name, vote in votes.items()}, torch.cat(labels), votes["auto"]
 
 

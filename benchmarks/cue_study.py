@@ -35,7 +35,7 @@ from cue import subspace
 from datasets import DemoBirds
 from evaluate import parse_args
 from tasks.common import Head, table
-from tasks.removal import Cue, look_for_cue, pick, random_heads, score
+from tasks.removal import Cue, collect, look_for_cue, pick, random_heads, score
 from tasks.waterbirds import measure
 from zeroshot import Clip, classifier, embed_texts, templates
 
@@ -94,7 +94,7 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
     classes = classifier(clip, [*test.classes, *test.kinds], templates(clip))
     cue = look_for_cue(args, clip)
     texts = embed_texts(clip, cue.texts)
-    scores = score(clip, args, test, cue, classes)
+    scores = collect(score(clip, args, test, cue, classes))
     base, inside = scores.embedding, scores.heads_cue
     every = [(layer, head) for layer in range(inside.shape[1]) for head in range(inside.shape[2])]
     rest = scores.embedding_cue - pick(inside, every)  # of MLPs and stem
@@ -115,7 +115,7 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
         "80 %": subspace(texts, 0.8),
         "99 %": subspace(texts, 0.99),
     }.items():
-        other = score(clip, args, test, dataclasses.replace(cue, directions=directions), classes)
+        other = collect(score(clip, args, test, dataclasses.replace(cue, directions=directions), classes))
         changes[name] = pick(other.heads_cue, cue.heads)
         changes[f"everywhere, {name}"] = other.embedding_cue
     rows = {name: measure(base + change, test) for name, change in changes.items()}

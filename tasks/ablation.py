@@ -7,7 +7,6 @@ every ablation on the way, so that nothing is kept of an image.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -24,11 +23,11 @@ from .common import (
     percent,
     print_settings,
     settings,
-    stream,
     summarise,
     table,
     zero_shot_problem,
 )
+from .passes import Sums, one_pass
 
 PAPER = "The paper, ImageNet, all MLPs ablated: ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3."
 
@@ -41,14 +40,12 @@ def run(args: Namespace) -> tuple[dict, list]:
     classes = classifier(clip, names, templates(clip), title="classes")
     reference = summarise(clip, args)
     read = reference.maps @ classes.T  # [L, H, e, c] from values to class scores
-    right: dict[str, int] = defaultdict(int)
-    start = 0
-    for images in stream(clip, test, args, "test"):
-        truth = labels[start : start + len(images)].to(classes.device)
-        start += len(images)
+    right = Sums()
+    for images, indices in one_pass(clip, test, args, "test", right):
+        truth = labels[indices].to(classes.device)
         for label, scores in ablations(decompose(clip.model, images), reference, classes, read):
-            right[label] += int((scores.argmax(dim=1) == truth).sum())
-    accuracy = {label: count / len(test) for label, count in right.items()}
+            right.add(label, int((scores.argmax(dim=1) == truth).sum()))
+    accuracy = {label: count / len(test) for label, count in right.sums.items()}
     where = settings(
         args,
         clip,

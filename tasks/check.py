@@ -14,7 +14,8 @@ from towers import open_tower
 from zeroshot import load_clip
 
 from . import models, pages
-from .common import open_split, print_settings, settings, stream, table
+from .common import open_split, print_settings, settings, table
+from .passes import Largest, one_pass
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 IMAGES = 64
@@ -29,16 +30,18 @@ def run(args: Namespace) -> tuple[dict, list]:
     data = open_split(args, clip, "test")
     dtype = clip.dtype
     conventions = ("term", "paper") if open_tower(clip.model).readout.as_in_the_paper else ("term",)
-    errors = dict.fromkeys([*(f"terms, convention {name}" for name in conventions), "source tokens against heads"], 0.0)
-    for images in stream(clip, data, args, "check"):
+    worst = Largest()
+    for images, _ in one_pass(clip, data, args, "check", worst):
         check(clip.model, images, TOLERANCE[dtype])
         terms = decompose(clip.model, images)
         texts = torch.nn.functional.normalize(terms.embedding[:1].to(terms.heads.dtype), dim=-1)
         heads, tokens = terms.heads @ texts.T, token_scores(clip.model, images, texts).sum(dim=3)
-        found = [terms.error(), float((heads - tokens).abs().max() / heads.abs().max())]
-        if "paper" in conventions:
-            found.insert(1, decompose(clip.model, images, convention="paper").error())
-        errors = {name: new if new != new else max(worst, new) for (name, worst), new in zip(errors.items(), found, strict=True)}
+        for name in conventions:
+            worst.add(
+                f"terms, convention {name}", (terms if name == "term" else decompose(clip.model, images, convention=name)).error()
+            )
+        worst.add("source tokens against heads", float((heads - tokens).abs().max() / heads.abs().max()))
+    errors = worst.largest
     where = settings(args, clip, images=data.description, tolerance=f"{TOLERANCE[dtype]:.0e}")
     print_settings(where)
     print()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from datasets import DemoBirds, ImageFolder, InputError, Waterbirds, batches, read, subset
+from datasets import DemoBirds, ImageFolder, InputError, Waterbirds, read, subset
 from decompose import Decomposition, decompose, head_maps
 from textspan import Moments
 from zeroshot import Clip
+
+from .passes import Sums, one_pass, world
 
 Head = tuple[int, int]  # (layer, head), both from 0
 LAST_LAYERS = 4  # the paper reads the heads of the last four layers
@@ -35,6 +39,20 @@ class Reference:
     error: float  # largest relative error of the sum of terms
     description: str
     pool: Tensor | None = None  # [d] mean of what attention pooling's own MLP adds, where there is one
+    running = ("values", "embedding", "mlps", "stem", "own", "pool", "error")  # what a pass changes
+
+    def merge(self, other: Reference) -> None:
+        """Add what `other` has seen; before the sums are divided by the number of images."""
+        self.values.merge(other.values)
+        self.embedding.merge(other.embedding)
+        self.add({term: getattr(other, term) for term in MEANS})
+        self.error = max(self.error, other.error)
+
+    def add(self, sums: dict[str, Tensor | None]) -> None:
+        for term, fresh in sums.items():
+            so_far = getattr(self, term)
+            if fresh is not None:
+                setattr(self, term, fresh if so_far is None else so_far + fresh)
 
     def heads(self) -> Tensor:
         """[L, H, d] every head's mean term."""
@@ -65,21 +83,27 @@ def zero_shot_problem(data: DemoBirds | Waterbirds | ImageFolder) -> tuple[list[
 class Kept:
     """The values and embeddings of some images of a pass, chosen with the seed: memory does not grow with their number.
 
-    on_batch for `summarise`. Values are kept in the heads' own space, of the layers wanted.
+    A part that `summarise` fills. Values are kept in the heads' own space, of the layers wanted.
     """
+
+    running = ("values", "embedding")
 
     def __init__(self, count: int, limit: int, seed: int, layers: slice) -> None:
         self.rows = subset(count, limit, seed)
         self.values: Tensor | list[Tensor] = []  # [n, l, H, e]
         self.embedding: Tensor | list[Tensor] = []  # [n, d]
-        self._layers, self._wanted, self._seen = layers, torch.zeros(count, dtype=torch.bool), 0
+        self._layers, self._wanted = layers, torch.zeros(count, dtype=torch.bool)
         self._wanted[self.rows] = True
 
-    def __call__(self, terms: Decomposition) -> None:
-        mine = self._wanted[self._seen : self._seen + len(terms.values)].to(terms.values.device)
+    def update(self, terms: Decomposition, indices: Tensor) -> None:
+        """Add images, by their indices in the data set."""
+        mine = self._wanted[indices].to(terms.values.device)
         self.values.append(terms.values[mine][:, self._layers].cpu())
         self.embedding.append(terms.embedding[mine].float().cpu())
-        self._seen += len(mine)
+
+    def merge(self, other: Kept) -> None:
+        """Add what `other` has seen, of images that come later."""
+        self.values, self.embedding = [*self.values, *other.values], [*self.embedding, *other.embedding]
 
     def done(self) -> Kept:
         """As tensors."""
@@ -87,33 +111,31 @@ class Kept:
         return self
 
 
-def stream(clip: Clip, data: Dataset, args: Namespace, title: str) -> Iterator[Tensor]:
-    """Batches of the data set's images, as the model takes them, under a progress bar."""
-    for images, _ in batches(data, args.batch_size, args.workers, title, clip.device):
-        yield images.to(clip.dtype)
-
-
 def summarise(
-    clip: Clip, args: Namespace, on_batch: Callable[[Decomposition], None] = lambda terms: None, data: Dataset | None = None
+    clip: Clip,
+    args: Namespace,
+    part: Any = None,
+    data: Dataset | None = None,
+    update: Callable[[Decomposition, Tensor], None] | None = None,
 ) -> Reference:
-    """One pass over the --reference split, or `data` in its place; on_batch sees every batch's terms."""
+    """One pass over the --reference split, or `data` in its place. A further part of the pass is updated with every batch's terms
+    and indices, by its own `update`, or the one given."""
     data = open_split(args, clip, args.reference) if data is None else data
     maps = head_maps(clip.model)
     depth, heads, width, dim = maps.shape
     reference = Reference(Moments(width, (depth, heads)), None, None, None, Moments(dim), maps, 0.0, data.description)
-    for images in stream(clip, data, args, f"reference ({args.reference})"):
+    update = getattr(part, "update", None) if update is None else update
+    for images, indices in one_pass(clip, data, args, f"reference ({args.reference})", reference, *([] if part is None else [part])):
         terms = decompose(clip.model, images)
         if not terms.embedding.isfinite().all():
             raise InputError(f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32")
         reference.error = max(reference.error, terms.error())
         reference.values.update(terms.values)
         reference.embedding.update(terms.embedding.float())
-        for term in MEANS:
-            found = getattr(terms, term)
-            if found is not None:
-                so_far = getattr(reference, term)
-                setattr(reference, term, found.double().sum(dim=0) + (0 if so_far is None else so_far))
-        on_batch(terms)
+        found = {term: getattr(terms, term) for term in MEANS}
+        reference.add({term: None if x is None else x.sum(dim=0, dtype=torch.float64).cpu() for term, x in found.items()})
+        if update is not None:
+            update(terms, indices)
     for term in MEANS:
         if getattr(reference, term) is not None:
             setattr(reference, term, (getattr(reference, term) / len(data)).to(maps))
@@ -129,8 +151,10 @@ CENTRE_IMAGES = 512
 def centre(clip: Clip, args: Namespace) -> Tensor:
     """[d] the mean embedding of some reference images, drawn at random: data sets come sorted by class."""
     data = open_split(args, clip, args.reference)
-    few = Subset(data, subset(len(data), CENTRE_IMAGES, args.seed))
-    return torch.cat([decompose(clip.model, images).embedding for images in stream(clip, few, args, "centre")]).float().mean(dim=0)
+    few, total = Subset(data, subset(len(data), CENTRE_IMAGES, args.seed)), Sums()
+    for images, _ in one_pass(clip, few, args, "centre", total):
+        total.add("embedding", decompose(clip.model, images).embedding.double().sum(dim=0))
+    return (total["embedding"] / len(few)).float().to(clip.device)
 
 
 def parse_heads(text: str, depth: int, heads: int, option: str = "--heads") -> list[Head]:
@@ -212,8 +236,10 @@ def open_picture(path: str) -> Image.Image:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """As PNG, under another name first: what stood there stays until the new picture is complete."""
-    partial = path.with_name(f".{path.name}.partial")
+    """As PNG, by the first process, under another name first: what stood there stays until the new picture is complete."""
+    if world()[0] > 0:
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         picture.save(partial, format="PNG")
         partial.replace(path)

@@ -7,7 +7,6 @@ longer list begins with the shorter one, so one run of TextSpan per head and poo
 from __future__ import annotations
 
 from argparse import Namespace
-from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,8 @@ from decompose import decompose
 from zeroshot import Clip, classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
 from . import pages
-from .common import LAST_LAYERS, Reference, open_split, percent, print_settings, settings, stream, summarise, table, zero_shot_problem
+from .common import LAST_LAYERS, Reference, open_split, percent, print_settings, settings, summarise, table, zero_shot_problem
+from .passes import Sums, one_pass
 from .textspan import name_head
 
 SIZES = (0, 1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40, 50, 60)
@@ -40,18 +40,17 @@ def run(args: Namespace) -> tuple[dict, list]:
 
     # What stays of every image when all terms but the heads' deviations are means.
     still = reference.embedding.mean.to(classes) @ classes.T
-    maps, right, start = reference.maps[first:], defaultdict(int), 0
+    maps, right = reference.maps[first:], Sums()
     read_all = (maps @ classes.T).flatten(0, 2)  # [l H e, c]
-    for images in stream(clip, test, args, "test"):
-        truth = labels[start : start + len(images)].to(classes.device)
-        start += len(images)
+    for images, indices in one_pass(clip, test, args, "test", right):
+        truth = labels[indices].to(classes.device)
         terms = decompose(clip.model, images)
         away = terms.values[:, first:] - reference.values.mean[first:].to(maps)  # [b, l, H, e]
         scores = {("unchanged", None): terms.embedding.to(classes) @ classes.T}
         scores["last layers' heads, whole", None] = still + away.flatten(1) @ read_all
         for key, value in (scores | along_texts(away, still, reads, sizes)).items():
-            right[key] += int((value.argmax(dim=1) == truth).sum())
-    accuracy = {key: count / len(test) for key, count in right.items()}
+            right.add(key, int((value.argmax(dim=1) == truth).sum()))
+    accuracy = {key: count / len(test) for key, count in right.sums.items()}
     where = settings(
         args,
         clip,

@@ -10,15 +10,16 @@ from __future__ import annotations
 from argparse import Namespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from cue import corrected
 from datasets import DemoBirds, ImageFolder, InputError, Waterbirds
-from roles import explained
 from zeroshot import classifier, load_clip, templates
 
 from . import pages
 from .common import open_split, percent, print_settings, settings, table
-from .removal import Scores, interventions, look_for_cue, pick, random_heads, score
+from .removal import Plan, look_for_cue, random_heads, score
 
 Images = DemoBirds | Waterbirds | ImageFolder
 
@@ -29,13 +30,15 @@ def run(args: Namespace) -> tuple[dict, list]:
     test = open_split(args, clip, "test")
     names, labels = class_problem(args, test)
     cue = look_for_cue(args, clip)
-    scores = score(clip, args, test, cue, classifier(clip, names, templates(clip)))
-    changes = {"base": torch.zeros_like(scores.embedding)} | interventions(args, scores, cue.heads)
     place = getattr(test, "place", None)
     group = None if labels is None or place is None else labels * (int(place.max()) + 1) + place
-    rows = {label: measure(scores, change, labels, group) for label, change in changes.items()}
-    draws = random_heads(cue.heads, scores.heads.shape[2], args.draws, args.seed)
-    control = [measure(scores, pick(scores.heads, drawn), labels, group) for drawn in draws]
+    shape = cue.reference.maps.shape[:2]
+    plan = Plan(args.remove, shape, cue.heads, random_heads(cue.heads, shape[1], args.draws, args.seed))
+    every, outcomes = torch.cat([plan.rows, plan.draws]), Outcomes(len(cue.texts), labels, group)
+    for scores, indices in score(clip, args, test, cue, classifier(clip, names, templates(clip)), outcomes):
+        outcomes.update(scores.after(every), scores.label, indices)
+    found = outcomes.rows()
+    rows, control = dict(zip(plan.labels, found, strict=False)), found[len(plan.labels) :]
     where = settings(
         args,
         clip,
@@ -62,6 +65,8 @@ def class_problem(args: Namespace, test: Images) -> tuple[list[str], Tensor | No
             raise InputError("--task debias needs --classes: at least two names to tell the images by (their folders name none)")
         return own, y
     names = list(args.classes)
+    if not all(name.strip() for name in names):
+        raise InputError("--classes holds a class without a name")
     if len(names) < 2 or len(set(names)) < len(names):
         raise InputError(f"--classes needs at least two names, each once; found {', '.join(names)}")
     if y is None or not set(own) <= set(names):  # the folders mean something else
@@ -69,22 +74,66 @@ def class_problem(args: Namespace, test: Images) -> tuple[list[str], Tensor | No
     return names, torch.tensor([names.index(name) for name in own])[y]
 
 
-def measure(scores: Scores, change: Tensor, labels: Tensor | None, group: Tensor | None) -> dict:
-    """What one intervention did. cue: share of the variance of class scores, less their mean, between images of different cue text."""
-    now = scores.embedding + change
-    predicted = now.argmax(dim=1)
-    relative = now - now.mean(dim=1, keepdim=True)
-    row = {
-        "changed": float((predicted != scores.embedding.argmax(dim=1)).double().mean()),
-        "cue": float(explained(relative[:, None, None], scores.label)),
-    }
-    if labels is not None:
-        right = (predicted == labels).double()
-        row["average"] = float(right.mean())
-        row["worst class"] = min(float(right[labels == c].mean()) for c in labels.unique())
-    if group is not None:
-        row["worst group"] = min(float(right[group == g].mean()) for g in group.unique())
-    return row
+class Outcomes:
+    """What each intervention did, counted over images; the first one changes nothing.
+
+    Axes: k interventions, b images, c classes, t texts of the cue, g groups.
+    """
+
+    running = ("images", "changed", "by_text", "count", "square", "right", "members")
+
+    def __init__(self, texts: int, labels: Tensor | None, group: Tensor | None) -> None:
+        self.keys = {name: key for name, key in (("worst class", labels), ("worst group", group)) if key is not None}
+        self.labels, self.texts = labels, texts
+        self.images = self.changed = self.by_text = self.square = 0
+        self.count = torch.zeros(texts, dtype=torch.float64)
+        self.right = dict.fromkeys(self.keys, 0)  # [k, g]
+        self.members = dict.fromkeys(self.keys, 0)  # [g]
+
+    def update(self, scores: Tensor, label: Tensor, indices: Tensor) -> None:
+        """Add images: class scores [k, b, c], the cue's text that fits each best [b], indices in the data set."""
+        scores, label = scores.cpu(), label.cpu()
+        predicted = scores.argmax(dim=2)  # [k, b]
+        self.images += len(indices)
+        self.changed = self.changed + (predicted != predicted[0]).sum(dim=1)
+        relative = (scores - scores.mean(dim=2, keepdim=True)).double()
+        one_hot = F.one_hot(label, self.texts).double()  # [b, t]
+        self.count = self.count + one_hot.sum(dim=0)
+        self.by_text = self.by_text + torch.einsum("bt,kbc->ktc", one_hot, relative)
+        self.square = self.square + relative.square().sum(dim=(1, 2))  # [k]
+        for name, key in self.keys.items():
+            size, mine = int(key.max()) + 1, key[indices]
+            right = (predicted == self.labels[indices]).long()
+            self.right[name] = self.right[name] + torch.zeros(len(right), size, dtype=torch.long).index_add_(1, mine, right)
+            self.members[name] = self.members[name] + torch.bincount(mine, minlength=size)
+
+    def merge(self, other: Outcomes) -> None:
+        """Add what `other` has seen."""
+        for name in ("images", "changed", "by_text", "count", "square"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in self.keys:
+            self.right[name] = self.right[name] + other.right[name]
+            self.members[name] = self.members[name] + other.members[name]
+
+    def cue(self) -> Tensor:
+        """[k] share of the variance of class scores, less their mean over classes, between images of different cue text."""
+        n, seen = self.images, self.count > 0
+        mean = self.by_text.sum(dim=1) / n  # [k, c]
+        shift = self.by_text[:, seen] / self.count[seen, None] - mean[:, None]
+        between = (self.count[seen, None] * shift.square()).sum(dim=(1, 2))
+        total = self.square - n * mean.square().sum(dim=1)
+        return torch.where(total > 1e-12 * self.square, corrected(between, total, n, int(seen.sum())), 0.0)
+
+    def rows(self) -> list[dict]:
+        """Of each intervention."""
+        follows, found = self.cue().tolist(), []
+        for i, changed in enumerate(self.changed.tolist()):
+            found.append({"changed": changed / self.images, "cue": follows[i]})
+            for name, right in self.right.items():
+                there = self.members[name] > 0
+                found[-1].setdefault("average", int(right[i].sum()) / self.images)
+                found[-1][name] = float((right[i][there] / self.members[name][there]).min())
+        return found
 
 
 def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: int) -> None:

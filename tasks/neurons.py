@@ -13,7 +13,7 @@ Axes as in decompose.py; k images kept of each neuron, m neurons shown, c classe
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ from roles import explained
 from textspan import Moments
 from zeroshot import Bank, Clip, classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
-from .common import name, open_split, percent, print_settings, settings, stream, table, zero_shot_problem
+from .common import name, open_split, percent, print_settings, settings, table, zero_shot_problem
+from .passes import Rows, Sums, one_pass
 from .removal import random_heads
 
 KEPT = 6  # images of each neuron, for the page
@@ -51,15 +52,13 @@ def run(args: Namespace) -> tuple[dict, list]:
     activity = watch(clip, args, data, layer)
     chosen = activity.spread().argsort(descending=True, stable=True)[: args.neurons].tolist()
     drawn = [[j for _, j in draw] for draw in random_heads([(layer, j) for j in chosen], len(activity.maps), DRAWS, args.seed)]
-    fired: list[Tensor] = []  # [b, m]
-    # Kept in the demo alone, where the factors behind every image are known; elsewhere memory does not grow.
-    on_batch = (lambda found: fired.append(activity.strength(found)[:, chosen].cpu())) if isinstance(test, DemoBirds) else None
     sets = [[], *([j] for j in chosen), chosen, *drawn]
-    accuracy = ablate(clip, args, test, labels, classes, activity, sets, on_batch)
+    # Kept in the demo alone, where the factors behind every image are known; elsewhere memory does not grow.
+    accuracy, fired = ablate(clip, args, test, labels, classes, activity, sets, chosen if isinstance(test, DemoBirds) else [])
     described = [describe(j, activity, texts, bank, data) for j in chosen]
     found = [row | {"accuracy without it": accuracy[i]} for i, row in enumerate(described, start=1)]
-    if fired:
-        add_factors(found, torch.cat(fired), test.facts)
+    if fired is not None:
+        add_factors(found, fired, test.facts)
     results = {
         "settings": settings(
             args,
@@ -97,13 +96,15 @@ class Activity:
         kept: number of images to keep of each neuron, those that fire it most.
     """
 
+    running = ("rows", "activations", "embedding", "top", "images", "error")  # what a pass changes
+
     def __init__(self, layer: int, maps: Tensor, kept: int = KEPT) -> None:
         self.layer, self.maps, self.kept = layer, maps if maps.ndim == 3 else maps[:, None], kept
         n, r, d = self.maps.shape
         self.gram = (self.maps @ self.maps.mT).double()  # [n, r, r] lengths of terms, from activations
         self.rows, self.activations, self.embedding = Moments(r, (n,)), Moments(1, (n,)), Moments(1, (d,))
-        self.top = maps.new_zeros(n, 0)  # [n, k] activations, the largest first
-        self.images = torch.zeros(n, 0, dtype=torch.long, device=maps.device)  # [n, k] where they were found
+        self.top = torch.zeros(n, 0, dtype=maps.dtype)  # [n, k] activations, the largest first
+        self.images = torch.zeros(n, 0, dtype=torch.long)  # [n, k] where they were found
         self.error = 0.0  # largest relative error of the sum of neurons
 
     def strength(self, found: Neurons) -> Tensor:
@@ -111,17 +112,26 @@ class Activity:
         a = found.activations
         return a if a.ndim == 2 else torch.einsum("brn,nrs,bsn->bn", a, self.gram.to(a), a).clamp_min(0).sqrt()
 
-    def update(self, found: Neurons) -> None:
-        """Add the next images of the pass."""
-        first, fresh = self.activations.count, self.strength(found).T  # [n, b]
-        indices = torch.arange(first, first + fresh.shape[1], device=fresh.device).expand_as(fresh)
-        top, images = torch.cat([self.top, fresh], dim=1), torch.cat([self.images, indices], dim=1)
-        order = top.argsort(dim=1, descending=True, stable=True)[:, : self.kept]  # of equals the earlier image is kept
-        self.top, self.images = top.gather(1, order), images.gather(1, order)
+    def update(self, found: Neurons, indices: Tensor) -> None:
+        """Add images, by their indices in the data set."""
+        fresh = self.strength(found).T.cpu()  # [n, b]
+        self._rank(fresh, indices.expand_as(fresh))
         self.activations.update(fresh.T[..., None])
         self.rows.update(by_row(found).transpose(1, 2))
         self.embedding.update(found.embedding.float()[..., None])
         self.error = max(self.error, found.error())
+
+    def merge(self, other: Activity) -> None:
+        """Add what `other` has seen, of images that come later."""
+        self._rank(other.top, other.images)
+        for moments in ("activations", "rows", "embedding"):
+            getattr(self, moments).merge(getattr(other, moments))
+        self.error = max(self.error, other.error)
+
+    def _rank(self, top: Tensor, images: Tensor) -> None:
+        top, images = torch.cat([self.top, top], dim=1), torch.cat([self.images, images], dim=1)
+        order = top.argsort(dim=1, descending=True, stable=True)[:, : self.kept]  # of equals the earlier image is kept
+        self.top, self.images = top.gather(1, order), images.gather(1, order)
 
     def mean(self) -> Tensor:
         """[n] mean activation."""
@@ -158,13 +168,13 @@ def whole_maps(found: Neurons) -> Tensor:
 
 def watch(clip: Clip, args: Namespace, data: Dataset, layer: int) -> Activity:
     """One pass over the reference images."""
-    activity = None
-    for images in stream(clip, data, args, f"reference ({args.reference})"):
+    first = clip.preprocess(data.picture(0))[None].to(clip.device, clip.dtype)
+    activity = Activity(layer, whole_maps(neurons(clip.model, first, layer)))
+    for images, indices in one_pass(clip, data, args, f"reference ({args.reference})", activity):
         found = neurons(clip.model, images, layer)
         if not found.embedding.isfinite().all():
             raise InputError(f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32")
-        activity = Activity(layer, whole_maps(found)) if activity is None else activity
-        activity.update(found)
+        activity.update(found, indices)
     if not activity.embedding.scatter.sum() > 0:
         raise InputError(f"the reference images ({data.description}) all have the same embedding; raise --limit")
     return activity
@@ -178,28 +188,31 @@ def ablate(
     classes: Tensor,
     activity: Activity,
     sets: Sequence[Sequence[int]],
-    on_batch: Callable[[Neurons], None] | None = None,
-) -> list[float]:
+    kept: Sequence[int] = (),
+) -> tuple[list[float], Tensor | None]:
     """Accuracy on the test images for each set of neurons, mean-ablated together; one pass, nothing is run again.
 
     Args:
         labels: [images] the true class.
         classes: [c, d].
+        kept: neurons m whose strength [images, m] is returned, too.
     """
     mean = activity.rows.mean.T.to(activity.maps)  # [r, n]
     members = [torch.tensor(chosen, dtype=torch.long, device=classes.device) for chosen in sets]
     reads = [activity.maps[chosen] @ classes.T for chosen in members]  # [m, r, c]
-    right, start = torch.zeros(len(sets), dtype=torch.long, device=classes.device), 0
-    for images in stream(clip, test, args, "test"):
-        found, truth = neurons(clip.model, images, activity.layer), labels[start : start + len(images)].to(classes.device)
-        start += len(images)
+    total, fired = Sums(), Rows()
+    for images, indices in one_pass(clip, test, args, "test", total, fired):
+        found, truth = neurons(clip.model, images, activity.layer), labels[indices].to(classes.device)
         # Up to the embedding's norm, which does not change what wins.
         base, away = found.embedding.to(classes) @ classes.T, mean - by_row(found)
-        for i, (chosen, read) in enumerate(zip(members, reads, strict=True)):
-            right[i] += ((base + torch.einsum("brm,mrc->bc", away[:, :, chosen], read)).argmax(dim=1) == truth).sum()
-        if on_batch is not None:
-            on_batch(found)
-    return [count / len(test) for count in right.tolist()]
+        right = [
+            ((base + torch.einsum("brm,mrc->bc", away[:, :, chosen], read)).argmax(dim=1) == truth).sum()
+            for chosen, read in zip(members, reads, strict=True)
+        ]
+        total.add("right", torch.stack(right))
+        if kept:
+            fired.add(activity.strength(found)[:, list(kept)])
+    return [count / len(test) for count in total["right"].tolist()], fired.tensor() if kept else None
 
 
 def describe(j: int, activity: Activity, texts: Tensor, bank: Bank, data: Dataset) -> dict:

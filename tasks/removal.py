@@ -1,15 +1,17 @@
 """What waterbirds and debias share: find the heads that look at a cue, and score every image with and without what they write.
 
 Every intervention changes the embedding by a sum of terms, and a class score is the embedding's dot product with the class, up to
-a positive factor that does not change which class wins. So one pass over the test images keeps each term's dot product with each
-class, and every intervention, the random ones too, is a sum of those.
+a positive factor that does not change which class wins. So one pass over the test images takes each term's dot product with each
+class, and every intervention, the random ones too, is a weighted sum of those: a row of zeros and ones. Nothing is kept of an image.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,8 @@ from datasets import InputError
 from decompose import decompose, head_maps
 from zeroshot import Clip, default_bank, embed_texts, load_bank
 
-from .common import LAST_LAYERS, Head, Reference, centre, name, parse_heads, stream, summarise
+from .common import LAST_LAYERS, Head, Reference, centre, name, parse_heads, summarise
+from .passes import one_pass
 
 # Section 4 of the paper; its authors' list for ViT-L-14 has 22.12 twice, here it stands once.
 PAPER_HEADS = {
@@ -61,7 +64,7 @@ def look_for_cue(args: Namespace, clip: Clip) -> Cue:
     if not len(directions):
         raise InputError(f"the texts of the cue ({title}) do not differ for this model: give texts that do")
     votes = CueVotes(embeddings, maps, centre(clip, args))
-    reference = summarise(clip, args, lambda terms: votes.update(terms.embedding, terms.values))
+    reference = summarise(clip, args, votes, update=lambda terms, _: votes.update(terms.embedding, terms.values))
     explained = votes.explained(reference.values)
     needs_heads = {"heads", "directions"} & set(args.remove)
     heads = given or (auto_heads(explained, title) if needs_heads else [])
@@ -106,7 +109,7 @@ def auto_heads(explained: Tensor, cue_name: str) -> list[Head]:
 
 @dataclass
 class Scores:
-    """Dot products with every class c, for every test image: of the embedding, and of what each intervention would add to it."""
+    """Dot products with every class c, for some images: of the embedding, and of what each intervention would add to it."""
 
     embedding: Tensor  # [n, c]
     heads: Tensor  # [n, L, H, c] mean - term
@@ -116,46 +119,81 @@ class Scores:
     embedding_cue: Tensor  # [n, c] (mean - embedding), projected onto the cue's directions
     label: Tensor  # [n] the cue's text that fits the image best
 
+    def after(self, rows: Tensor) -> Tensor:
+        """[k, n, c] class scores after each intervention, rows [k, terms] of `Plan`."""
+        terms = [self.heads.flatten(1, 2), self.mlps, self.stem[:, None], self.heads_cue.flatten(1, 2), self.embedding_cue[:, None]]
+        return self.embedding + torch.einsum("kt,ntc->knc", rows.to(self.embedding), torch.cat(terms, dim=1))
 
-def score(clip: Clip, args: Namespace, test: Dataset, cue: Cue, classes: Tensor) -> Scores:
-    """One pass over the test images."""
+
+def score(clip: Clip, args: Namespace, test: Dataset, cue: Cue, classes: Tensor, *parts: Any) -> Iterator[tuple[Scores, Tensor]]:
+    """One pass over the test images, in batches: (scores, indices)."""
     reference, directions = cue.reference, cue.directions
     maps = reference.maps
     classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
     read, read_cue = maps @ classes.T, maps @ classes_cue  # [L, H, e, c]
     mean = reference.values.mean.to(maps)
-    parts = []
-    for images in stream(clip, test, args, "test"):
+    for images, indices in one_pass(clip, test, args, "test", *parts):
         terms = decompose(clip.model, images)
         embedding, away = terms.embedding.to(maps), mean - terms.values
-        batch = (
-            embedding @ classes.T,
-            torch.einsum("bLHe,LHec->bLHc", away, read),
-            (reference.mlps - terms.mlps) @ classes.T,
-            (reference.stem - terms.stem) @ classes.T,
-            torch.einsum("bLHe,LHec->bLHc", away, read_cue),
-            (reference.embedding.mean.to(maps) - embedding) @ classes_cue,
-            cue.votes.labels(embedding),
+        yield (
+            Scores(
+                embedding @ classes.T,
+                torch.einsum("bLHe,LHec->bLHc", away, read),
+                (reference.mlps - terms.mlps) @ classes.T,
+                (reference.stem - terms.stem) @ classes.T,
+                torch.einsum("bLHe,LHec->bLHc", away, read_cue),
+                (reference.embedding.mean.to(maps) - embedding) @ classes_cue,
+                cue.votes.labels(embedding),
+            ),
+            indices,
         )
-        parts.append([part.cpu() for part in batch])
-    return Scores(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def interventions(args: Namespace, scores: Scores, chosen: list[Head]) -> dict[str, Tensor]:
-    """What each row of the table adds to the class scores, [n, c]."""
-    rows, depth = {}, scores.heads.shape[1]
-    if "heads" in args.remove:
-        whole = pick(scores.heads, chosen)
-        rows["heads mean-ablated"] = whole
-        rows["  + MLPs and stem"] = whole = whole + scores.mlps.sum(dim=1) + scores.stem
-        if depth > LAST_LAYERS:
-            early = [(layer, head) for layer in range(depth - LAST_LAYERS) for head in range(scores.heads.shape[2])]
-            rows["  + earlier layers"] = whole + pick(scores.heads, sorted(set(early) - set(chosen)))
-    if "directions" in args.remove:
-        rows["cue's directions in the heads"] = pick(scores.heads_cue, chosen)
-    if "embedding" in args.remove:
-        rows["cue's directions everywhere"] = scores.embedding_cue
-    return rows
+def collect(batches: Iterator[tuple[Scores, Tensor]]) -> Scores:
+    """The scores of all images, to try many things on few."""
+    found = [scores for scores, _ in batches]
+    return Scores(*(torch.cat([getattr(scores, field.name).cpu() for scores in found]) for field in fields(Scores)))
+
+
+class Plan:
+    """The interventions as rows of zeros and ones: which terms each takes out.
+
+    Args:
+        ways: of --remove.
+        shape: (L, H).
+        chosen: heads.
+        draws: other sets of heads, for the random control; they are mean-ablated.
+    """
+
+    def __init__(self, ways: Sequence[str], shape: tuple[int, int], chosen: list[Head], draws: Sequence[list[Head]] = ()) -> None:
+        depth, heads = shape
+        self.shape = shape
+        rows = {"base": self.row()}
+        if "heads" in ways:
+            rows["heads mean-ablated"] = whole = self.row(heads=chosen)
+            rows["  + MLPs and stem"] = whole = whole + self.row(others=True)
+            if depth > LAST_LAYERS:
+                early = {(layer, head) for layer in range(depth - LAST_LAYERS) for head in range(heads)}
+                rows["  + earlier layers"] = whole + self.row(heads=early - set(chosen))
+        if "directions" in ways:
+            rows["cue's directions in the heads"] = self.row(directions=chosen)
+        if "embedding" in ways:
+            rows["cue's directions everywhere"] = self.row(everywhere=True)
+        self.labels = list(rows)
+        self.chosen = torch.stack([self.row(heads=chosen)])  # [1, terms]
+        self.rows = torch.stack(list(rows.values()))  # [k, terms]
+        self.draws = torch.stack([self.row(heads=drawn) for drawn in draws]) if draws else self.rows[:0]
+
+    def row(
+        self, heads: Iterable[Head] = (), others: bool = False, directions: Iterable[Head] = (), everywhere: bool = False
+    ) -> Tensor:
+        """[terms]: heads to mean-ablate, MLPs and stem, the cue's directions in heads, or in the whole embedding."""
+        depth, width = self.shape
+        row = [torch.zeros(depth, width), torch.full((depth + 1,), float(others)), torch.zeros(depth, width)]
+        for mask, those in ((row[0], heads), (row[2], directions)):
+            for layer, head in those:
+                mask[layer, head] = 1
+        return torch.cat([*(part.flatten() for part in row), torch.tensor([float(everywhere)])])
 
 
 def pick(scores: Tensor, chosen: list[Head]) -> Tensor:

@@ -31,10 +31,10 @@ from .common import (
     print_settings,
     save_picture,
     settings,
-    stream,
     summarise,
     table,
 )
+from .passes import Rows, one_pass
 from .textspan import ROLE_IMAGES
 
 TILE, ACROSS, GAP = 150, 6, 8  # of the contact sheet
@@ -46,6 +46,8 @@ def run(args: Namespace) -> tuple[dict, list]:
         raise InputError("--task retrieval needs either --head L.H or --role CATEGORY")
     if (args.image is None) == (not args.text) or (args.text and len(args.text) > 1):
         raise InputError("--task retrieval needs either --image FILE or one --text TEXT")
+    if args.text and not args.text[0].strip():
+        raise InputError("--text is empty: give a text to look for")
     query = None if args.image is None else open_picture(args.image)
     clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
     maps = head_maps(clip.model)
@@ -54,9 +56,12 @@ def run(args: Namespace) -> tuple[dict, list]:
     data = open_split(args, clip, "test")
     A = maps[layer, head].flatten(0, 1)  # [h e, d] from these heads' values, side by side, to the sum of their terms
 
-    kept = torch.cat(
-        [decompose(clip.model, images).values[:, layer, head].flatten(1).cpu() for images in stream(clip, data, args, "images")]
-    )
+    written = Rows()
+    for images, _ in one_pass(clip, data, args, "images", written):
+        written.add(decompose(clip.model, images).values[:, layer, head].flatten(1))
+    kept = written.tensor()
+    if not kept.isfinite().all():
+        raise InputError(f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32")
     mean, A = kept.mean(dim=0), A.cpu()
     if query is None:
         score = (kept - mean) @ (A @ embed_texts(clip, args.text)[0].cpu())

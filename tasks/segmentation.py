@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from baselines import BaselineError
-from datasets import InputError, batches
+from datasets import InputError
 from decompose import DecompositionError
 from masks import DemoMasks, ImageNetSegmentation, Masked, MaskFolder
 from metrics import Segmentation
@@ -22,6 +22,7 @@ from zeroshot import Clip, classifier, load_clip, templates
 from . import pages
 from .attribution import NO_TEXT, OURS, OURS_ABS, attribute, choose_methods, clipped, score_of
 from .common import print_settings, settings, table
+from .passes import one_pass
 
 BLOB, RANDOM = "centred blob", "random"  # what a method must beat
 
@@ -34,28 +35,26 @@ def run(args: Namespace) -> tuple[dict, list]:
     names = class_names(args, data)
     prompt, labels = choose_prompt(args, data, names)
     classes = classifier(clip, names, templates(clip), title="classes")
-    totals = {method: Segmentation(clip=clipped(method)) for method in methods}
-    foregrounds: dict[int, int] = {}
-    refused: dict[str, str] = {}  # methods that do not support this model
-    for (images, masks, foreground), indices in batches(data, args.batch_size, args.workers, "segmentation", clip.device):
-        same_foreground(foregrounds, foreground, indices, data)
-        images = images.to(clip.dtype)
+    found = Found({method: Segmentation(clip=clipped(method)) for method in methods}, data)
+    for (images, masks, foreground), indices in one_pass(clip, data, args, "segmentation", found):
+        found.see(foreground, indices)
         shown = labels[indices].to(clip.device) if labels is not None else predict(clip, images, classes)
-        for method in [method for method in totals if method not in refused]:
+        for method in [method for method in methods if method not in found.refused]:
             try:
                 maps = sanity(method, images, clip, indices, args.seed)
                 if maps is None:
                     texts = classes[shown] - classes.mean(dim=0) if contrasted(method, args.contrast) else classes[shown]
                     maps = attribute(method, clip.model, images, texts, args.score)
             except (BaselineError, DecompositionError) as error:
-                refused[method] = str(error)
-                if args.methods or all(name in (*refused, BLOB, RANDOM) for name in totals):
+                found.refused[method] = str(error)
+                if args.methods or all(name in (*found.refused, BLOB, RANDOM) for name in methods):
                     raise InputError(str(error)) from error
                 continue
             try:
-                totals[method].update(maps, masks)
+                found.totals[method].update(maps, masks)
             except ValueError as error:
                 raise InputError(f"{method} on images {int(indices[0])} to {int(indices[-1])}: {error}") from error
+    refused = found.refused
     where = settings(
         args,
         clip,
@@ -64,7 +63,7 @@ def run(args: Namespace) -> tuple[dict, list]:
         prompts=f"{len(templates(clip))} templates, {len(names):,} classes",
         protocol={"aligned": "masks resized and cropped as images", "authors": "masks squashed onto the crop"}[args.protocol],
     )
-    rows = {method: measures(method, total, args) for method, total in totals.items() if method not in refused}
+    rows = {method: measures(method, total, args) for method, total in found.totals.items() if method not in refused}
     print_settings(where)
     print()
     print_rows(rows)
@@ -72,6 +71,36 @@ def run(args: Namespace) -> tuple[dict, list]:
         print(f"Without {', '.join(method for method in refused if refused[method] == reason)}: {reason}")
     results = {"settings": where, "rows": rows, "refused": refused}
     return results, pages.segmentation(results)
+
+
+class Found:
+    """What the pass finds: running totals of each method, the masks' value for foreground, and who refused the model."""
+
+    running = ("totals", "foregrounds", "refused")
+
+    def __init__(self, totals: dict[str, Segmentation], data: Masked) -> None:
+        self.totals, self.data = totals, data
+        self.foregrounds: dict[int, int] = {}  # value: the first image that has it
+        self.refused: dict[str, str] = {}  # methods that do not support this model
+
+    def see(self, values: Tensor, indices: Tensor) -> None:
+        """Notes which value means foreground, and refuses a second one."""
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True):
+            if value:
+                self.foregrounds.setdefault(value, index)
+        if len(self.foregrounds) > 1:
+            (one, first), (other, second) = list(self.foregrounds.items())[:2]
+            raise InputError(
+                f"the mask of {self.data.name(first)} marks foreground with {one}, that of {self.data.name(second)} with {other}; "
+                "if one of them marks pixels to leave out, give it as --void"
+            )
+
+    def merge(self, other: Found) -> None:
+        for method, total in other.totals.items():
+            self.totals[method].merge(total)
+        self.refused = self.refused | other.refused
+        for value, index in other.foregrounds.items():
+            self.see(torch.tensor([value]), torch.tensor([index]))
 
 
 def open_masks(args: Namespace, clip: Clip) -> Masked:
@@ -99,6 +128,8 @@ def class_names(args: Namespace, data: Masked) -> list[str]:
                 f"--classes takes at least two names, or a file with one on each line; cannot read {names[0]}: "
                 f"{getattr(error, 'strerror', None) or error}"
             ) from error
+    if not all(name.strip() for name in names):
+        raise InputError("--classes holds a class without a name")
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if len(names) < 2 or twice is not None:
         raise InputError("--classes needs at least two names" if twice is None else f"--classes holds {twice!r} twice")
@@ -153,19 +184,6 @@ def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) 
     seeds = [(seed * 1_000_003 + i) % 2**32 for i in indices.tolist()]
     draws = [torch.rand(rows, cols, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(draws).to(clip.device)  # each image's own: the batch size changes nothing
-
-
-def same_foreground(seen: dict[int, int], values: Tensor, indices: Tensor, data: Masked) -> None:
-    """Notes which value means foreground, and refuses a second one."""
-    for value, index in zip(values.tolist(), indices.tolist(), strict=True):
-        if value:
-            seen.setdefault(value, index)
-    if len(seen) > 1:
-        (one, first), (other, second) = list(seen.items())[:2]
-        raise InputError(
-            f"the mask of {data.name(first)} marks foreground with {one}, that of {data.name(second)} with {other}; "
-            "if one of them marks pixels to leave out, give it as --void"
-        )
 
 
 def measures(method: str, total: Segmentation, args: Namespace) -> dict:

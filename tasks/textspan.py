@@ -17,7 +17,8 @@ from textspan import Moments, TextSpan, textspan
 from zeroshot import Bank, Clip, default_bank, embed_texts, load_bank, load_clip
 
 from . import pages
-from .common import LAST_LAYERS, Head, Kept, name, open_split, print_settings, settings, stream, summarise
+from .common import LAST_LAYERS, Head, Kept, name, open_split, print_settings, settings, summarise
+from .passes import Rows, one_pass
 
 PICTURES = 6  # per head on the page
 SHOWN = 4  # texts per head on screen; all are in results.json
@@ -132,8 +133,10 @@ def in_words(head: dict) -> str:
 def true_factors(clip: Clip, args: Namespace, first: int) -> dict[str, Tensor]:
     """{factor: [L, H]} share of each head's variance that a factor of the demo explains, on the balanced validation split."""
     data = DemoBirds("val", clip.preprocess)
-    values = torch.cat([decompose(clip.model, images).values[:, first:].cpu() for images in stream(clip, data, args, "truth (val)")])
-    written = in_own_space(values, head_maps(clip.model)[first:])
+    values = Rows()
+    for images, _ in one_pass(clip, data, args, "truth (val)", values):
+        values.add(decompose(clip.model, images).values[:, first:])
+    written = in_own_space(values.tensor(), head_maps(clip.model)[first:])
     return {factor: explained(written, data.facts[factor]) for factor in FACTORS.values()}
 
 

@@ -12,8 +12,8 @@ from datasets import DemoBirds, InputError, Waterbirds
 from zeroshot import classifier, load_clip, templates
 
 from . import pages
-from .common import Head, open_split, percent, print_settings, settings, table
-from .removal import Scores, interventions, look_for_cue, pick, random_heads, score
+from .common import open_split, percent, print_settings, settings, table
+from .removal import Plan, look_for_cue, random_heads, score
 
 GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 
@@ -31,11 +31,16 @@ def run(args: Namespace) -> tuple[dict, list]:
 
     cue = look_for_cue(args, clip)
     names = [*test.classes, *(test.kinds if clip.is_demo and args.data is None else ())]
-    scores = score(clip, args, test, cue, classifier(clip, names, templates(clip)))
-    rows = {"base": measure(scores.embedding, test)} | {
-        label: measure(scores.embedding + change, test) for label, change in interventions(args, scores, cue.heads).items()
-    }
-    draws = random_control(args, scores, cue.heads, test)
+    shape = cue.reference.maps.shape[:2]
+    plan = Plan(args.remove, shape, cue.heads, random_heads(cue.heads, shape[1], args.draws, args.seed))
+    every = torch.cat([plan.rows, plan.chosen, plan.draws])
+    groups = Groups(test)
+    for scores, indices in score(clip, args, test, cue, classifier(clip, names, templates(clip)), groups):
+        groups.update(scores.after(every), indices)
+    found = groups.rows()
+    rows = dict(zip(plan.labels, found, strict=False))
+    ours, drawn = found[len(rows)], found[len(rows) + 1 :]
+    draws = random_control(ours, drawn) if drawn else None
     where = settings(
         args,
         clip,
@@ -58,37 +63,60 @@ def run(args: Namespace) -> tuple[dict, list]:
     return results, pages.waterbirds(results, {group: seen[i] for i, group in enumerate(GROUPS)})
 
 
-def measure(scores: Tensor, test: DemoBirds | Waterbirds) -> dict:
-    """Accuracies from class scores [n, c]: the two classes first, the demo's kinds of birds after them."""
-    right = scores[:, : len(test.classes)].argmax(dim=1) == test.y
-    groups = {group: right[2 * test.y + test.place == i].double().mean().item() for i, group in enumerate(GROUPS)}
-    row = {"groups": groups, "worst": min(groups.values()), "average": right.double().mean().item()}
-    if scores.shape[1] > len(test.classes):
-        row["kinds"] = (scores[:, len(test.classes) :].argmax(dim=1) == test.facts["kind"]).double().mean().item()
-    return row
+class Groups:
+    """Right answers by group, counted over images, for several interventions at once.
 
-
-def random_control(args: Namespace, scores: Scores, chosen: list[Head], test: DemoBirds | Waterbirds) -> dict | None:
-    """Mean-ablate random heads instead: as many in each layer as were chosen there, but never the chosen set itself.
-
-    None where no other set can be drawn, because the chosen heads are all that their layers have.
+    class scores [k, b, c]: the two classes first, the demo's kinds of birds after them.
     """
-    draws = random_heads(chosen, scores.heads.shape[2], args.draws, args.seed)
-    if not draws:
-        return None
-    found = {"worst": [], "average": []}
-    for drawn in draws:
-        row = measure(scores.embedding + pick(scores.heads, drawn), test)
-        for key, values in found.items():
-            values.append(row[key])
-    ours = measure(scores.embedding + pick(scores.heads, chosen), test)["worst"]
+
+    running = ("right", "kinds", "images")
+
+    def __init__(self, test: DemoBirds | Waterbirds) -> None:
+        self.test, self.group = test, 2 * test.y + test.place
+        self.right, self.kinds, self.images = 0, 0, torch.zeros(4, dtype=torch.long)
+
+    def update(self, scores: Tensor, indices: Tensor) -> None:
+        """Add images, by their indices in the data set."""
+        scores, group, kind_of = scores.cpu(), self.group[indices], len(self.test.classes)
+        right = scores[..., :kind_of].argmax(dim=2) == self.test.y[indices]  # [k, b]
+        self.right = self.right + torch.stack([right[:, group == i].sum(dim=1) for i in range(4)], dim=1)  # [k, 4]
+        if scores.shape[2] > kind_of:
+            self.kinds = self.kinds + (scores[..., kind_of:].argmax(dim=2) == self.test.facts["kind"][indices]).sum(dim=1)
+        self.images = self.images + torch.bincount(group, minlength=4)
+
+    def merge(self, other: Groups) -> None:
+        """Add what `other` has seen."""
+        self.right, self.kinds, self.images = self.right + other.right, self.kinds + other.kinds, self.images + other.images
+
+    def rows(self) -> list[dict]:
+        """Accuracies of each intervention."""
+        total, found = int(self.images.sum()), []
+        for i, right in enumerate(self.right.double()):
+            by_group = (right / self.images).tolist()
+            found.append(
+                {"groups": dict(zip(GROUPS, by_group, strict=True)), "worst": min(by_group), "average": float(right.sum()) / total}
+            )
+            if isinstance(self.kinds, Tensor):
+                found[-1]["kinds"] = int(self.kinds[i]) / total
+        return found
+
+
+def measure(scores: Tensor, test: DemoBirds | Waterbirds) -> dict:
+    """Accuracies from class scores [n, c] of all images."""
+    groups = Groups(test)
+    groups.update(scores[None], torch.arange(len(test)))
+    return groups.rows()[0]
+
+
+def random_control(ours: dict, drawn: list[dict]) -> dict:
+    """What mean-ablating random heads does: as many in each layer as were chosen there, but never the chosen set itself."""
     control = {
-        "draws": args.draws,
-        "worst values": found["worst"],
-        "below the chosen heads": sum(worst < ours for worst in found["worst"]) / args.draws,
+        "draws": len(drawn),
+        "worst values": [row["worst"] for row in drawn],
+        "below the chosen heads": sum(row["worst"] < ours["worst"] for row in drawn) / len(drawn),
     }
-    for key, values in found.items():
-        values = torch.tensor(values, dtype=torch.float64)
+    for key in ("worst", "average"):
+        values = torch.tensor([row[key] for row in drawn], dtype=torch.float64)
         control[key] = {"mean": values.mean().item(), "std": values.std(correction=0).item(), "max": values.max().item()}
     return control
 

@@ -28,12 +28,12 @@ import tasks.textspan
 from datasets import DemoBirds, ImageFolder, subset
 from decompose import Decomposition, decompose, head_maps, token_scores
 from demo import scenes
-from evaluate import main
+from evaluate import main, parse_args
 from roles import find_roles
 from tasks.ablation import ablations
 from tasks.common import Kept, Reference
 from tasks.completeness import random_texts
-from tasks.removal import auto_heads, interventions, pick, random_heads
+from tasks.removal import Plan, Scores, auto_heads, pick, random_heads
 from tasks.retrieval import agree, cosine, heads_of, sheet
 from tasks.textspan import agreement
 from textspan import Moments, reconstruct, textspan
@@ -678,7 +678,7 @@ def test_a_role_is_all_heads_that_have_it(tmp_path, clip, demo, photo, query):
 
 def test_heads_of_a_role_are_explained_by_its_texts(clip, demo):
     """By the plainest route: of the true places, which the images of the demo have."""
-    args = Namespace(text_bank=None, role="places", data=None, reference="train", limit=LIMIT, seed=0, batch_size=80, workers=0)
+    args = parse_args(["--task", "retrieval", "--role", "places", "--limit", str(LIMIT), "--batch-size", "80", "--workers", "0"])
     place = DemoBirds("train", clip.preprocess, LIMIT).facts["place"].numpy()
     share = {(i, j): epsilon_squared(demo.train.heads[:, i, j].numpy(), place)[1] for i in range(4) for j in range(8)}
     found = heads_of(args, clip)
@@ -1091,9 +1091,26 @@ def test_heads_above_the_threshold_are_chosen():
     ],
 )
 def test_only_the_rows_asked_for_are_made(remove, labels):
-    parts = {name: torch.zeros(2, 6, 4, 3) for name in ("heads", "heads_cue")}
-    scores = SimpleNamespace(**parts, mlps=torch.zeros(2, 6, 3), stem=torch.zeros(2, 3), embedding_cue=torch.zeros(2, 3))
-    assert list(interventions(Namespace(remove=remove), scores, [(5, 1)])) == labels
+    assert Plan(remove, (6, 4), [(5, 1)]).labels == ["base", *labels]
+
+
+def test_a_row_of_the_plan_takes_out_the_terms_that_it_names():
+    """Against sums written out, term by term."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embedding": (), "heads": (6, 4), "mlps": (6,), "stem": (), "heads_cue": (6, 4), "embedding_cue": ()}
+    scores = Scores(*(torch.randn(2, *shape, 3, generator=generator) for shape in shapes.values()), label=torch.zeros(2))
+    chosen, drawn = [(0, 1), (5, 1), (5, 2)], [(0, 3), (5, 0), (5, 2)]
+    plan = Plan(("heads", "directions", "embedding"), (6, 4), chosen, [drawn])
+    heads = sum(scores.heads[:, layer, head] for layer, head in chosen)
+    others = scores.mlps.sum(dim=1) + scores.stem
+    early = sum(scores.heads[:, layer, head] for layer in (0, 1) for head in range(4) if (layer, head) != (0, 1))
+    directions = sum(scores.heads_cue[:, layer, head] for layer, head in chosen)
+    expected = [0 * heads, heads, heads + others, heads + others + early, directions, scores.embedding_cue]
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(scores.after(plan.rows), scores.embedding + torch.stack(expected), **close)
+    torch.testing.assert_close(scores.after(plan.chosen)[0], scores.embedding + heads, **close)
+    torch.testing.assert_close(scores.after(plan.draws)[0], scores.embedding + pick(scores.heads, drawn), **close)
+    assert not torch.allclose(scores.after(plan.draws), scores.after(plan.chosen))
 
 
 @pytest.mark.parametrize("batch", [1, 7, 30])
@@ -1102,7 +1119,8 @@ def test_the_images_kept_are_those_drawn_in_any_batches(batch):
     values, embedding = torch.randn(30, 5, 2, 3, generator=generator), torch.randn(30, 4, generator=generator)
     kept = Kept(30, 11, 7, slice(2, 5))
     for i in range(0, 30, batch):
-        kept(SimpleNamespace(values=values[i : i + batch], embedding=embedding[i : i + batch]))
+        rows = torch.arange(i, min(i + batch, 30))
+        kept.update(SimpleNamespace(values=values[rows], embedding=embedding[rows]), rows)
     wanted = subset(30, 11, 7)
     assert kept.rows == wanted
     assert torch.equal(kept.done().values, values[wanted][:, 2:5])

@@ -1,0 +1,505 @@
+"""A pass that is split over processes, killed, continued: the same numbers as one that runs through."""
+
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import demo
+from cue import CueVotes
+from datasets import DemoBirds, InputError
+from evaluate import main, parse_args
+from metrics import Segmentation
+from tasks import passes
+from tasks.common import Kept, Reference
+from tasks.debias import Outcomes
+from tasks.passes import Largest, Rows, Sums
+from tasks.waterbirds import Groups
+from textspan import Moments
+from zeroshot import load_clip
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--limit", "200", "--batch-size", "32", "--workers", "0"]
+
+
+# Parts. Each is made, and filled with the images [start, stop) of one stream.
+
+generator = torch.Generator().manual_seed(0)
+X = torch.randn(40, 2, 3, 4, generator=generator)  # values [n, L, H, e]
+X[39, 0, 0, 0] = 9  # the largest comes last
+LABELS, GROUP, TEXT = (torch.randint(0, k, (40,), generator=generator) for k in (2, 4, 3))
+SCORES = torch.randn(5, 40, 2, generator=generator)
+
+
+class Birds:
+    """As much of a data set as Groups needs."""
+
+    classes, y, place, facts = ("a", "b"), LABELS, GROUP % 2, {"kind": TEXT}
+
+
+def sums(part, rows):
+    part.add("x", X[rows].double().sum(dim=0))
+    part.add("count", len(rows))
+
+
+def votes(part, rows):
+    part.update(X[rows].flatten(1), X[rows])
+
+
+def segmentation(part, rows):
+    part.update(X[rows, 0], (X[rows, 1] > 0).long())
+
+
+def reference(part, rows):
+    part.values.update(X[rows])
+    part.embedding.update(X[rows, 0, 0])
+    part.add({"mlps": X[rows, 0].double().sum(dim=0), "own": None})
+    part.error = max(part.error, float(X[rows].abs().max()))
+
+
+class Terms:
+    def __init__(self, rows):
+        self.values, self.embedding = X[rows], X[rows].flatten(1)
+
+
+PARTS = {
+    "Sums": (Sums, sums),
+    "Rows": (Rows, lambda part, rows: part.add(X[rows])),
+    "Largest": (Largest, lambda part, rows: part.add("x", float(X[rows].max()))),
+    "Moments": (lambda: Moments(4, (2, 3)), lambda part, rows: part.update(X[rows])),
+    "CueVotes": (lambda: CueVotes(torch.eye(24)[:7], torch.ones(2, 3, 4, 24), torch.zeros(24)), votes),
+    "Segmentation": (lambda: Segmentation(clip=True), segmentation),
+    "Reference": (lambda: Reference(Moments(4, (2, 3)), None, None, None, Moments(4), None, 0.0, ""), reference),
+    "Kept": (lambda: Kept(40, 9, 0, slice(1, 2)), lambda part, rows: part.update(Terms(rows), rows)),
+    "Groups": (lambda: Groups(Birds), lambda part, rows: part.update(SCORES[:, rows], rows)),
+    "Outcomes": (lambda: Outcomes(3, LABELS, GROUP), lambda part, rows: part.update(SCORES[:, rows], TEXT[rows], rows)),
+}
+
+
+def flat(state):
+    """The tensors and numbers of a state, one after the other."""
+    if isinstance(state, dict):
+        return [x for key in sorted(state, key=str) for x in flat(state[key])]
+    if isinstance(state, list):
+        return [torch.cat(state)] if state and isinstance(state[0], torch.Tensor) else [x for one in state for x in flat(one)]
+    return [] if state is None or isinstance(state, str) else [torch.as_tensor(state)]
+
+
+def same(one, other, exactly=False):
+    one, other = flat(passes.state(one)), flat(passes.state(other))
+    assert len(one) == len(other) > 0
+    tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-9, "atol": 1e-9}
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("kind", PARTS)
+@settings(max_examples=10, deadline=None)
+@given(cuts=st.lists(st.integers(1, 39), max_size=4, unique=True).map(sorted))
+def test_parts_merge_to_what_one_that_saw_all_holds(kind, cuts):
+    make, fill = PARTS[kind]
+    whole, merged = make(), make()
+    fill(whole, torch.arange(40))
+    for start, stop in zip([0, *cuts], [*cuts, 40], strict=True):
+        part = make()
+        fill(part, torch.arange(start, stop))
+        merged.merge(part)
+    same(whole, merged)
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_part_restored_from_a_file_is_the_part_and_goes_on_alike(tmp_path, kind):
+    make, fill = PARTS[kind]
+    part, other = make(), make()
+    fill(part, torch.arange(25))
+    torch.save(passes.state(part), tmp_path / "state.pt")
+    seen = passes.state(part)
+    fill(part, torch.arange(25, 40))
+    passes.restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
+    with pytest.raises(AssertionError):  # the control: a state that lacks 15 images is told apart
+        same(part, other, exactly=True)
+    fill(other, torch.arange(25, 40))
+    same(part, other, exactly=True)
+    passes.restore(other, seen)  # a state is a copy: what the part did later is not in it
+    with pytest.raises(AssertionError):
+        same(part, other, exactly=True)
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_twin_does_not_change_the_part_it_is_of(kind):
+    make, fill = PARTS[kind]
+    part = make()
+    fill(part, torch.arange(25))
+    before = copy.deepcopy(passes.state(part))
+    twin = passes._twin(part)
+    passes.restore(twin, passes.state(make()))
+    fill(twin, torch.arange(25, 40))
+    for a, b in zip(flat(before), flat(passes.state(part)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_nan_is_the_largest():
+    one, other = Largest(), Largest()
+    one.add("x", 1.0)
+    other.add("x", float("nan"))
+    one.merge(other)
+    one.add("x", 2.0)
+    assert one.largest["x"] != one.largest["x"]
+
+
+# Runs.
+
+
+def results(out, task):
+    found = json.loads((Path(out) / task / "results.json").read_text())
+    return {key: value for key, value in found.items() if key != "seconds"}
+
+
+def close(a, b, tolerance, path=""):
+    """Equal but for numbers, and those to a tolerance."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert list(a) == list(b), path
+        for key in a:
+            close(a[key], b[key], tolerance, f"{path}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            close(x, y, tolerance, f"{path}/{i}")
+    elif isinstance(a, float):
+        assert a == pytest.approx(b, abs=tolerance, rel=tolerance), path
+    elif "/settings/sum" not in path:  # an error in words
+        assert a == b, path
+
+
+def test_the_comparison_of_results_sees_a_difference():
+    close({"a": [1.0, "x"]}, {"a": [1.0 + 1e-8, "x"]}, 1e-6)
+    for other in ({"a": [1.0 + 1e-5, "x"]}, {"a": [1.0, "y"]}, {"a": [1.0]}, {"b": [1.0, "x"]}):
+        with pytest.raises(AssertionError):
+            close({"a": [1.0, "x"]}, other, 1e-6)
+
+
+JOBS = {
+    "waterbirds": [*FAST, "--draws", "10"],
+    "debias": [*FAST, "--draws", "10", "--cue", "places"],
+    "textspan": FAST,
+    "ablation": FAST,
+    "completeness": FAST,
+    "neurons": FAST,
+    "retrieval": [*FAST, "--role", "places", "--text", "a bird"],
+    "segmentation": ["--limit", "60", "--batch-size", "16", "--workers", "0", "--methods", "decomposition", "rollout", "random"],
+    "check": ["--limit", "1"],  # one of the processes has no images
+}
+
+
+TRUTH = 300  # images of the validation split, which textspan compares with
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DemoBirds.sizes, "val", TRUTH)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Every task, in one process."""
+    out = tmp_path_factory.mktemp("alone")
+    for task, options in JOBS.items():
+        assert main(["--task", task, *options, "--out", str(out)]) == 0
+    return out
+
+
+SEVERAL = """
+import json, sys
+import torch
+from datasets import DemoBirds
+from evaluate import main
+torch.set_num_threads(1)
+DemoBirds.sizes["val"] = 300
+sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
+"""
+
+
+def several(tmp_path, processes, jobs):
+    """The jobs, one after the other, in so many processes together."""
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        str(script),
+        json.dumps(jobs),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+
+
+def test_three_processes_give_the_results_of_one(tmp_path, alone):
+    """200 images are no multiple of 3."""
+    jobs = [["--task", task, *options, "--out", str(tmp_path / "out")] for task, options in JOBS.items()]
+    done = several(tmp_path, 3, jobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for task in JOBS:
+        close(results(alone, task), results(tmp_path / "out", task), 1e-6 if task != "check" else 1e-3)
+    assert done.stdout.count("a page to look at") == len(JOBS)  # one process speaks
+
+
+def test_what_one_process_alone_finds_wrong_is_said_once(tmp_path, waterbirds):
+    broken = sorted(row["img_filename"] for row in waterbirds.rows if row["split"] == 2)[-1]
+    (waterbirds.root / broken).write_bytes(b"no image")
+    jobs = [
+        ["--task", "waterbirds", "--data", str(waterbirds.root), "--heads", "3.4", "--workers", "0", "--out", str(tmp_path / "out")]
+    ]
+    done = several(tmp_path, 2, jobs)
+    assert done.returncode != 0
+    assert done.stderr.count(f"{broken} is not an image") == 1
+    assert not (tmp_path / "out" / "waterbirds" / "results.json").exists()
+
+
+@pytest.fixture
+def waterbirds(tmp_path):
+    from types import SimpleNamespace
+
+    from test_evaluate import write_metadata
+
+    data, rows = DemoBirds("val", lambda image: image, limit=60), []
+    for i in range(60):
+        name = f"bird_{i:02d}.png"
+        (tmp_path / "birds").mkdir(exist_ok=True)
+        data.picture(i).save(tmp_path / "birds" / name)
+        rows.append({"img_filename": name, "y": int(data.y[i]), "split": (0, 2)[i % 2], "place": int(data.place[i])})
+    write_metadata(tmp_path / "birds", rows)
+    return SimpleNamespace(root=tmp_path / "birds", rows=rows)
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [(task, ["--batch-size", "7"]) for task in ("waterbirds", "textspan", "neurons", "ablation")]
+    + [("waterbirds", ["--batch-size", "200"]), ("waterbirds", ["--workers", "2"])],
+)
+def test_batch_size_and_workers_change_nothing(tmp_path, alone, task, options):
+    assert main(["--task", task, *JOBS[task], *options, "--out", str(tmp_path)]) == 0
+    close(results(alone, task), results(tmp_path, task), 1e-6)
+
+
+KILLED = """
+import os, signal, sys, threading
+from evaluate import main
+import torch, tasks.waterbirds, tasks.textspan
+from datasets import DemoBirds
+torch.set_num_threads(1)
+DemoBirds.sizes["val"] = 300
+threading.Timer(float(sys.argv[1]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+code = main(sys.argv[2:])
+os._exit(code)
+"""
+
+
+@pytest.mark.parametrize("task", ["waterbirds", "textspan"])
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, task):
+    argv = ["--task", task, "--limit", "1000", "--batch-size", "16", "--workers", "0", "--save-every", "0.01"]
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+
+    def start(seconds, out, *more):
+        command = [sys.executable, str(script), str(seconds), *argv, "--out", str(out), *more]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT).returncode
+
+    assert start(300, tmp_path / "through") == 0
+    whole = json.loads((tmp_path / "through" / task / "results.json").read_text())["seconds"]
+    dice, codes = random.Random(0), []
+    for _ in range(4):
+        codes.append(start(dice.uniform(0.2, 0.9) * whole, tmp_path / "killed", "--resume"))
+        if codes[-1] == 0:
+            break
+    assert codes[0] == -signal.SIGKILL  # or nothing was tested
+    if codes[-1] != 0:
+        assert start(300, tmp_path / "killed", "--resume") == 0
+    assert results(tmp_path / "killed", task) == results(tmp_path / "through", task)
+    assert not (tmp_path / "killed" / task / ".state").exists()
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped(tmp_path, monkeypatch, after=5, *more):
+    """A run that ends in mid-pass, and leaves its state."""
+    write, count = passes.Book._write, []
+
+    def counted(book, path, parts, done):
+        write(book, path, parts, done)
+        count.append(path)
+        if len(count) == after:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passes.Book, "_write", counted)
+        with pytest.raises(Stop):
+            main(["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--out", str(tmp_path), *more])
+    return tmp_path / "waterbirds" / ".state"
+
+
+def test_what_is_saved_is_not_done_again(tmp_path, monkeypatch, alone, capsys):
+    """10 writes: 7 batches of the centre, its end, 2 of 7 batches of the reference."""
+    assert sorted(path.name for path in stopped(tmp_path, monkeypatch, 10).iterdir()) == [
+        "centre.0.pt",
+        "centre.pt",
+        "reference-train.0.pt",
+    ]
+    seen, decompose = [], passes.batches
+    monkeypatch.setattr(passes, "batches", lambda data, *more, **options: seen.append(len(data)) or decompose(data, *more, **options))
+    assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--resume", "--out", str(tmp_path)]) == 0
+    assert seen == [200 - 2 * 32, 200]
+    assert results(tmp_path, "waterbirds") == results(alone, "waterbirds")
+
+
+OTHERS = {
+    "seed": (["--seed", "1"], "--seed differs: '0' then, '1' now"),
+    "batch": (["--batch-size", "16"], "--batch-size differs: '32' then, '16' now"),
+    "images": (["--limit", "199"], "differs"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_state_of_another_run_is_refused_and_left(tmp_path, monkeypatch, capsys, other):
+    folder = stopped(tmp_path, monkeypatch)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    more, words = OTHERS[other]
+    capsys.readouterr()
+    argv = ["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--resume", "--out", str(tmp_path), *more]
+    assert main(argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert words in error
+    assert "start anew without --resume" in error
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_other_weights_are_another_run(tmp_path):
+    one, other = load_clip(device="cpu"), load_clip(device="cpu")
+    with torch.no_grad():
+        next(other.model.parameters()).flatten()[0] += 1e-3
+    args, data = parse_args(["--task", "waterbirds"]), DemoBirds("train", one.preprocess)
+    prints = [passes.fingerprint(args, clip, data, "test") for clip in (one, load_clip(device="cpu"), other)]
+    assert prints[0] == prints[1]
+    assert {key for key in prints[0] if prints[0][key] != prints[2][key]} == {"weights"}
+
+
+def test_another_bank_of_the_same_name_is_another_run(tmp_path):
+    clip, bank = load_clip(device="cpu"), tmp_path / "bank.txt"
+    args, data = parse_args(["--task", "waterbirds", "--text-bank", str(bank)]), DemoBirds("train", clip.preprocess)
+    found = []
+    for text in ("a bird\na dog\n", "a bird\na dog\n", "a bird\na cat\n"):
+        bank.write_text(text)
+        found.append(passes.fingerprint(args, clip, data, "test"))
+    assert found[0] == found[1]
+    assert {key for key in found[0] if found[0][key] != found[2][key]} == {"file of --text_bank"}
+
+
+def test_a_broken_state_is_refused(tmp_path, monkeypatch, capsys):
+    folder = stopped(tmp_path, monkeypatch)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--resume", "--out", str(tmp_path)]) == 2
+    assert "cannot read the state" in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_resume_starts_anew_and_says_so(tmp_path, monkeypatch, capsys, alone):
+    folder = stopped(tmp_path, monkeypatch)
+    capsys.readouterr()
+    assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--out", str(tmp_path)]) == 0
+    assert f"note: {folder} is of a run that stopped" in capsys.readouterr().err
+    assert results(tmp_path, "waterbirds") == results(alone, "waterbirds")
+    assert not folder.exists()
+
+
+def test_a_run_stopped_twice_keeps_nothing_of_the_first(tmp_path, monkeypatch, alone):
+    """The first gets farther, with another seed; the second does not resume it."""
+    assert "reference-train.0.pt" in {path.name for path in stopped(tmp_path, monkeypatch, 10, "--seed", "1").iterdir()}
+    assert [path.name for path in stopped(tmp_path, monkeypatch, 2).iterdir()] == ["centre.0.pt"]
+    assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--resume", "--out", str(tmp_path)]) == 0
+    assert results(tmp_path, "waterbirds") == results(alone, "waterbirds")
+
+
+def test_resuming_nothing_says_so(tmp_path, capsys):
+    assert main(["--task", "check", "--limit", "4", "--resume", "--out", str(tmp_path)]) == 0
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")])
+def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypatch, capsys, error):
+    folder = stopped(tmp_path, monkeypatch)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--resume", "--out", str(tmp_path)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot save the state" in line
+    assert "--resume" in line
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_short_run_leaves_no_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(passes.Book, "_write", lambda *_: pytest.fail("saved"))
+    assert main(["--task", "check", "--limit", "4", "--out", str(tmp_path)]) == 0
+
+
+def test_the_demos_weights_hash_does_not_depend_on_who_loaded_them():
+    hashes = {passes.weights_hash(clip) for clip in (load_clip(device="cpu"), load_clip(demo.NAME, device="cpu"))}
+    assert len(hashes) == 1
+
+
+def test_states_hold_tensors_and_numbers_alone(tmp_path, monkeypatch):
+    """What comes back from a file is never unpickled."""
+    folder = stopped(tmp_path, monkeypatch)
+    for path in folder.iterdir():
+        assert torch.load(path, weights_only=True)["run"]["processes"] == 1
+
+
+def test_an_unreadable_state_is_not_unpickled(tmp_path, monkeypatch, capsys):
+    folder = stopped(tmp_path, monkeypatch)
+    for path in folder.iterdir():
+        torch.save({"run": {}, "parts": pytest.raises}, path)
+    assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--resume", "--out", str(tmp_path)]) == 2
+    assert "cannot read the state" in capsys.readouterr().err
+
+
+def test_images_are_shared_out_whole(monkeypatch):
+    """None twice, none left out, whatever the numbers."""
+    for images in (0, 1, 5, 12, 100):
+        for size in (1, 2, 3, 7):
+            cuts = [images * rank // size for rank in range(size + 1)]
+            assert cuts[0] == 0
+            assert cuts[-1] == images
+            assert max(b - a for a, b in pairwise(cuts)) <= -(-images // size)
+
+
+def test_an_error_elsewhere_ends_a_process_that_waits(monkeypatch):
+    def dead(*_, **__):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(passes, "world", lambda: (0, 2))
+    monkeypatch.setattr(passes.dist, "broadcast_object_list", dead)
+    with pytest.raises(InputError, match="another process stopped"):
+        passes.broadcast(None)
