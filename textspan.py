@@ -91,6 +91,13 @@ class Moments:
         """[*batch, dim, dim] over the rows seen (divided by their number)."""
         return self.scatter / max(self.count, 1)
 
+    def factor(self) -> Tensor:
+        """[k, d] F with F' F = covariance, and k its rank: the directions that the rows vary along, 0 where all are the same but for
+        rounding. Of one thing's moments: index those of many."""
+        if not self.covariance.trace() > NEGLIGIBLE * self.mean.square().sum():
+            return self.covariance[:0]
+        return _factor(self.covariance)
+
     def map(self, A: Tensor) -> Moments:
         """The moments of x @ A for A [*batch, dim, other]: those of a head's term from those of its values, say."""
         A = A.detach().to("cpu", torch.float64)
@@ -132,17 +139,17 @@ def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, ran
     R = texts.detach().to("cpu", torch.float64)
     if R.ndim != 2 or R.shape[1] != len(moments.mean):
         raise ValueError(f"texts must be [m, {len(moments.mean)}] like the contributions, got {list(R.shape)}")
-    if not R.isfinite().all():
+    length = torch.linalg.vector_norm(R, dim=1).square()  # [m]
+    if not length.isfinite().all():
         raise ValueError("the texts' embeddings hold a NaN or an infinity")
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, or None for no projection; got {rank}")
     if not 1 <= size <= len(R):
         raise ValueError(f"size must be between 1 and the number of texts, {len(R)}; got {size}")
-    variance = moments.covariance.trace()
-    if not variance > NEGLIGIBLE * moments.mean.square().sum():
+    variance, F = moments.covariance.trace(), moments.factor()  # [k, d]
+    if not len(F):
         raise ValueError(f"the contributions have no variance over {moments.count} images: there is nothing to name")
 
-    F, length = _factor(moments.covariance), R.square().sum(dim=1)  # [k, d], [m]
     basis = torch.eye(R.shape[1], dtype=R.dtype)
     if rank is not None:
         # The uncentred contributions vary along F and the mean. From here on work in the projected space: [m, rank], not [m, d].
@@ -154,23 +161,25 @@ def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, ran
 
 def _pick(F: Tensor, R: Tensor, basis: Tensor, length: Tensor, size: int, variance: Tensor) -> TextSpan:
     indices, directions, explained = [], [], []
-    D = R @ F.T  # [m, k]; the score of text j is |D_j|^2
+    D, R = R @ F.T, R.clone()  # [m, k]; the score of text j is |D_j|^2
+    left = R.square().sum(dim=1)  # [m] squared norms of what the picks have left of each text
     for _ in range(size):
-        left = R.square().sum(dim=1)
-        score = D.square().sum(dim=1)
+        score = torch.linalg.vector_norm(D, dim=1).square()
         score[left <= NEGLIGIBLE * length] = 0  # spanned by earlier picks, or not written by the head: what is left of it is rounding
         j = int(score.argmax())
         if not score[j] > NEGLIGIBLE * variance * left[j]:
             raise ValueError(
                 f"the contributions hold {len(indices)} independent directions that a text can name; size={size} is too many"
             )
-        r, d = R[j] / left[j].sqrt(), D[j] / left[j].sqrt()  # unit direction; F r
+        norm = R[j].norm()
+        r, d = R[j] / norm, D[j] / norm  # unit direction; F r
         indices.append(j)
         directions.append(R[j] @ basis)
         explained.append(d.square().sum() / variance)
         along = R @ r
-        D = D - torch.outer(along, d)  # (R - R r r')(F - F r r')' = R F' - (R r)(F r)'
-        R = R - torch.outer(along, r)
+        left = (left - along.square()).clamp_min(0)
+        D.addr_(along, d, alpha=-1)  # (R - R r r')(F - F r r')' = R F' - (R r)(F r)'
+        R.addr_(along, r, alpha=-1)
     return TextSpan(indices, torch.stack(directions), torch.stack(explained))
 
 

@@ -114,7 +114,7 @@ def read_along(texts: Tensor, reference: Reference, first: int, classes: Tensor,
     maps, most = reference.maps[first:], max(sizes)
     coordinates = maps.new_zeros(*maps.shape[:3], most)
     read = maps.new_zeros(*maps.shape[:2], most, len(classes))
-    texts = texts.cpu()
+    texts = texts.cpu().double()
     for layer in tqdm(range(len(maps)), desc=f"TextSpan, {pool}", unit="layer", leave=False):
         for head in range(maps.shape[1]):
             moments = reference.values[first + layer, head].map(maps[layer, head])

@@ -32,7 +32,7 @@ def run(args: Namespace) -> tuple[dict, list]:
     bank = load_bank(args.text_bank or default_bank(clip))
     depth, heads, width, _ = head_maps(clip.model).shape
     size = choose_size(args.texts, width, len(bank.texts))
-    texts = embed_texts(clip, bank.texts, "text bank").cpu()
+    texts = embed_texts(clip, bank.texts, "text bank").cpu().double()
     data = open_split(args, clip, args.reference)
     layers = range(max(0, depth - LAST_LAYERS), depth)
     kept = Kept(len(data), ROLE_IMAGES, args.seed, slice(layers.start, depth))
@@ -82,7 +82,7 @@ def strongest(values: Tensor, A: Tensor, span: TextSpan) -> list[int]:
 
 def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Head) -> TextSpan:
     """The head's texts; as many as it has directions where no number was asked for, none where it writes the same to every image."""
-    held = int(torch.linalg.matrix_rank(moments.covariance, hermitian=True, rtol=1e-10))
+    held = len(moments.factor())
     if not held:
         return TextSpan([], moments.mean.new_zeros(0, len(moments.mean)), moments.mean.new_zeros(0))
     try:
