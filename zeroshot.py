@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
+import os
 import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,6 +42,7 @@ class Clip:
     device: torch.device
     dtype: torch.dtype = torch.float32  # of the images it takes
     is_demo: bool = False
+    cache: Path | None = None  # folder that keeps the embeddings of many texts
 
 
 def load_clip(
@@ -45,6 +51,7 @@ def load_clip(
     device: str = "auto",
     precision: str = "fp32",
     image_size: int | None = None,
+    out: Path | None = None,
 ) -> Clip:
     """A model ready to run: the demo's without `model`, else open_clip's of that name.
 
@@ -55,6 +62,7 @@ def load_clip(
         device: "auto" (a GPU where there is one), or torch's name of a device.
         precision: "fp32" or "bf16" (the sums of the decomposition stay in fp32).
         image_size: pixels in a row, where it is not to be the model's own; open_clip interpolates the positions.
+        out: folder for results; the embeddings of banks of texts are kept in it for the next run.
 
     Raises:
         InputError: unknown name or tag, missing or unsuitable file, weights that are not numbers.
@@ -77,7 +85,7 @@ def load_clip(
     for name, parameter in clip.model.named_parameters():
         if not parameter.isfinite().all():
             raise InputError(f"the weights of {clip.name} ({clip.weights}) hold a NaN or an infinity in {name}")
-    return clip
+    return replace(clip, cache=None if out is None or clip.is_demo else Path(out) / "texts")
 
 
 def find_device(name: str) -> torch.device:
@@ -184,20 +192,64 @@ class Tokenizer:
         return getattr(self._opened, name)
 
 
+CACHED = 500  # texts from which their embeddings are kept: fewer are soon made again
+
+
 @torch.no_grad()
 def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batch_size: int = 256) -> Tensor:
-    """[t, d] unit vectors in float32, on the model's device.
+    """[t, d] unit vectors in float32, on the model's device. Those of many texts come from a file where one run has left it.
 
     Raises:
         InputError: as `tokenize`; or the text tower's numbers overflow.
     """
+    path = None
+    if clip.cache is not None and len(texts) >= CACHED:
+        key = digest(weights_hash(clip.model).encode(), str(clip.dtype).encode(), "\n".join(texts).encode(errors="backslashreplace"))
+        path = clip.cache / f"{key}.safetensors"
+        with suppress(OSError, SafetensorError, KeyError):  # none yet, or a broken one
+            return load_file(path)["texts"].to(clip.device)
     chunks = range(0, len(texts), batch_size)
     with tqdm(chunks, desc=title, unit="x256", leave=False, disable=title is None) as progress:
         rows = [F.normalize(clip.model.encode_text(tokenize(clip, texts[i : i + batch_size])).float(), dim=-1) for i in progress]
     found = torch.cat(rows)
     if not found.isfinite().all():
         raise InputError(f"the text embeddings of {clip.name} ({clip.weights}) are not numbers: its weights overflow")
+    if path is not None:
+        keep(path, found)
     return found
+
+
+def keep(path: Path, texts: Tensor) -> None:
+    """Whole or not at all; a full disk costs the next run some time, and this one nothing."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with suppress(OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"texts": texts.cpu().contiguous()}, partial)
+        os.replace(partial, path)
+    with suppress(OSError):
+        partial.unlink()
+
+
+_hashes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Of all parameters and buffers, once for a model."""
+    if model not in _hashes:
+        parts = []
+        for name, tensor in model.state_dict().items():
+            bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            parts.append(f"{name} {tensor.dtype} {list(tensor.shape)} {digest(bits.numpy())}")
+        _hashes[model] = digest("\n".join(parts).encode())
+    return _hashes[model]
+
+
+def digest(*parts: bytes) -> str:
+    """32 hexadecimal digits that tell whether anything differs."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:

@@ -34,7 +34,7 @@ PAPER = "The paper, ImageNet, all MLPs ablated: ViT-B-16 70.2 to 67.0, ViT-L-14 
 
 def run(args: Namespace) -> tuple[dict, list]:
     """Accuracy without the MLPs, without the class token's attention to itself, and without layers and heads."""
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
     test = open_split(args, clip, "test")
     names, labels = zero_shot_problem(test)
     classes = classifier(clip, names, templates(clip), title="classes")

@@ -26,7 +26,7 @@ def run(args: Namespace) -> tuple[dict, list]:
     if args.model == "all":
         return run_all(args)
     args.limit = args.limit or IMAGES
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
     data = open_split(args, clip, "test")
     dtype = clip.dtype
     conventions = ("term", "paper") if open_tower(clip.model).readout.as_in_the_paper else ("term",)

@@ -27,7 +27,7 @@ MEAN_ONLY = "nothing but means"
 
 def run(args: Namespace) -> tuple[dict, list]:
     """Accuracy against the number of texts per head, for several pools of texts."""
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
     test = open_split(args, clip, "test")
     names, labels = zero_shot_problem(test)
     classes = classifier(clip, names, templates(clip), title="classes")

@@ -26,7 +26,7 @@ Images = DemoBirds | Waterbirds | ImageFolder
 
 def run(args: Namespace) -> tuple[dict, list]:
     """Predictions with and without the cue, with or without labels."""
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
     test = open_split(args, clip, "test")
     names, labels = class_problem(args, test)
     cue = look_for_cue(args, clip)

@@ -35,7 +35,7 @@ def run(args: Namespace) -> tuple[dict, list]:
     if any(not text.strip() for text in args.text):
         raise InputError("--text is empty: give a text to look for")
     image = open_picture(args.image)
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
     methods = choose_methods(args)
     texts = embed_texts(clip, args.text)
     pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)

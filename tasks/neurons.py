@@ -39,7 +39,7 @@ DRAWS = 20  # of random neurons
 
 def run(args: Namespace) -> tuple[dict, list]:
     """The neurons whose direct effect varies most: what they write, what fires them, and accuracy without them."""
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
     depth = len(head_maps(clip.model))
     layer = choose_layer(args.layer, depth)
     bank = load_bank(args.text_bank or default_bank(clip))

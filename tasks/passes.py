@@ -18,7 +18,6 @@ that is over. Batches are the same after --resume as without a kill, and sums ar
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import re
 import shutil
@@ -29,15 +28,14 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from datasets import InputError, batches
-from zeroshot import Clip
+from zeroshot import Clip, digest, weights_hash
 
 # Parts that serve many tasks.
 
@@ -334,25 +332,11 @@ def fingerprint(args: Namespace, clip: Clip, data: Dataset, title: str) -> dict[
         "processes": world()[1],
         **options,
         **{f"file of --{name}": _file_hash(getattr(args, name, None)) for name in FILES},
-        "weights": weights_hash(clip),
-        "images": _hash(repr(_names(data)).encode()),
+        "weights": weights_hash(clip.model),
+        "images": digest(repr(_names(data)).encode()),
         "program": _program(),
         "torch": str(torch.__version__),
     }
-
-
-_weights: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-def weights_hash(clip: Clip) -> str:
-    """Of all parameters and buffers, once for a model."""
-    if clip.model not in _weights:
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in clip.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else repr(tensor.item()).encode())
-        _weights[clip.model] = digest.hexdigest()
-    return _weights[clip.model]
 
 
 def _names(data: Dataset) -> list:
@@ -370,15 +354,11 @@ def _file_hash(value: Any) -> str | None:
         if not path.is_file():
             return None
         size = path.stat().st_size
-        return _hash(path.read_bytes()) if size < 2**26 else f"{size} bytes of {path.stat().st_mtime_ns}"
+        return digest(path.read_bytes()) if size < 2**26 else f"{size} bytes of {path.stat().st_mtime_ns}"
     except OSError:  # no file name at all
         return None
 
 
 def _program() -> str:
     here = Path(__file__).parent
-    return _hash(b"".join(path.read_bytes() for path in sorted([*here.parent.glob("*.py"), *here.glob("*.py")])))
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return digest(*(path.read_bytes() for path in sorted([*here.parent.glob("*.py"), *here.glob("*.py")])))

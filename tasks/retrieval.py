@@ -49,7 +49,7 @@ def run(args: Namespace) -> tuple[dict, list]:
     if args.text and not args.text[0].strip():
         raise InputError("--text is empty: give a text to look for")
     query = None if args.image is None else open_picture(args.image)
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
     maps = head_maps(clip.model)
     heads = parse_heads(args.head, *maps.shape[:2], "--head") if args.role is None else heads_of(args, clip)
     layer, head = (list(index) for index in zip(*heads, strict=True))

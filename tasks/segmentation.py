@@ -29,7 +29,7 @@ BLOB, RANDOM = "centred blob", "random"  # what a method must beat
 
 def run(args: Namespace) -> tuple[dict, list]:
     """Pixel accuracy, mean IoU and mean AP of every method."""
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
     data = open_masks(args, clip)
     methods = choose_methods(args, extra=(BLOB, RANDOM))
     names = class_names(args, data)

@@ -28,7 +28,7 @@ FACTORS = {"animals": "kind", "colours": "colour", "places": "place", "light": "
 
 def run(args: Namespace) -> tuple[dict, list]:
     """Each head's texts with the share of its variance that they explain, what is left, and its role by category."""
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
     bank = load_bank(args.text_bank or default_bank(clip))
     depth, heads, width, _ = head_maps(clip.model).shape
     size = choose_size(args.texts, width, len(bank.texts))

@@ -20,7 +20,7 @@ GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 
 def run(args: Namespace) -> tuple[dict, list]:
     """Accuracy by group: as it is, without the cue's heads or directions, and without random heads."""
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size)
+    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
     if args.data is not None:
         Waterbirds(args.data, "test", clip.preprocess)  # other folders have no groups: refused here
     test = open_split(args, clip, "test")

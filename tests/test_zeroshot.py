@@ -1,8 +1,11 @@
 """Classifiers, banks, and images as they come."""
 
+import copy
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -11,7 +14,7 @@ import torch
 from PIL import Image
 
 from datasets import DemoBirds, InputError, eight_bits, subset
-from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
+from zeroshot import CACHED, classifier, default_bank, embed_texts, load_bank, load_clip, templates, weights_hash
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,3 +97,74 @@ def test_a_limited_demo_split_holds_pictures_of_the_whole(clip):
         assert torch.equal(part[i][0], whole[row][0])
         assert part.y[i] == whole.y[row]
         assert part.place[i] == whole.place[row]
+
+
+# The cache of text embeddings.
+
+
+@pytest.fixture
+def cached(clip, tmp_path, monkeypatch):
+    """The demo with a cache, its texts, and how many were embedded so far."""
+    counted, encode = [], clip.model.encode_text
+    monkeypatch.setattr(clip.model, "encode_text", lambda tokens: counted.append(len(tokens)) or encode(tokens))
+    texts = load_bank(default_bank(clip)).texts
+    texts = [f"{text} {more}".strip() for more in ("", "a", "one") for text in texts][:CACHED]
+    return SimpleNamespace(clip=replace(clip, cache=tmp_path / "texts"), texts=texts, counted=counted)
+
+
+def test_many_texts_are_embedded_once(cached, clip):
+    first, again = embed_texts(cached.clip, cached.texts), embed_texts(cached.clip, cached.texts)
+    assert sum(cached.counted) == CACHED
+    assert torch.equal(first, again)
+    assert torch.equal(first, embed_texts(clip, cached.texts))  # which has no cache
+
+
+def test_few_texts_leave_no_file(cached):
+    embed_texts(cached.clip, cached.texts[:-1])
+    assert not cached.clip.cache.exists()
+
+
+def test_other_texts_weights_and_precisions_are_other_files(cached):
+    before = embed_texts(cached.clip, cached.texts)
+    embed_texts(cached.clip, [*cached.texts[:-1], "a bird"])
+    embed_texts(replace(cached.clip, dtype=torch.bfloat16), cached.texts)
+    model = copy.deepcopy(cached.clip.model)
+    del model.encode_text  # the counting one is bound to the first model
+    with torch.no_grad():
+        model.text_projection += 0.1
+    after = embed_texts(replace(cached.clip, model=model), cached.texts)
+    assert len(list(cached.clip.cache.iterdir())) == 4
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_a_broken_file_is_made_anew(cached):
+    first = embed_texts(cached.clip, cached.texts)
+    (path,) = cached.clip.cache.iterdir()
+    for content in (b"", path.read_bytes()[:-100], b"{}" * 50):
+        path.write_bytes(content)
+        assert torch.equal(first, embed_texts(cached.clip, cached.texts))
+    assert sum(cached.counted) == 4 * CACHED
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(cached, tmp_path):
+    (tmp_path / "texts").write_text("in the way")
+    assert len(embed_texts(cached.clip, cached.texts)) == CACHED
+    assert (tmp_path / "texts").read_text() == "in the way"
+
+
+def test_the_hash_sees_any_bit_name_and_shape(clip):
+    def hash_of(change):
+        model = copy.deepcopy(clip.model)
+        with torch.no_grad():
+            change(model)
+        return weights_hash(model)
+
+    hashes = [
+        hash_of(lambda model: None),
+        hash_of(lambda model: model.logit_scale.add_(1e-6)),
+        hash_of(lambda model: model.visual.proj.view(-1)[-1:].add_(1e-6)),
+        hash_of(lambda model: setattr(model.visual, "proj", torch.nn.Parameter(model.visual.proj.T.contiguous().T.reshape(64, -1)))),
+        hash_of(lambda model: model.register_buffer("more", torch.zeros(1))),
+    ]
+    assert hashes[0] == weights_hash(clip.model)
+    assert len(set(hashes)) == len(hashes)
