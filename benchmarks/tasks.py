@@ -15,14 +15,18 @@ from types import SimpleNamespace
 import open_clip
 import torch
 
-from decompose import decompose, head_maps, neurons
+from cue import CueVotes, subspace
+from decompose import Decomposition, decompose, head_maps, neurons
 from tasks.ablation import ablations
 from tasks.common import Kept, Reference
 from tasks.completeness import SIZES, along_texts
+from tasks.debias import Outcomes
 from tasks.neurons import Activity, whole_maps
+from tasks.removal import Plan, Scorer, Scores, random_heads
+from tasks.waterbirds import Groups
 from textspan import Moments
 
-CLASSES = 1000
+CLASSES, DRAWS = 1000, 100
 
 
 def main() -> None:
@@ -38,9 +42,17 @@ def main() -> None:
     depth, heads, width, dim = maps.shape
     classes = torch.nn.functional.normalize(torch.randn(CLASSES, dim), dim=-1)
     read = maps @ classes.T
-    mean = SimpleNamespace(mean=torch.zeros(depth, heads, width))
-    reference = Reference(mean, torch.zeros(depth, dim), torch.zeros(dim), torch.zeros(depth, heads, width), None, maps, 0.0, "")
+    own, mlps, stem = torch.zeros(depth, heads, width), torch.zeros(depth, dim), torch.zeros(dim)
+    reference = Reference(Moments(width, (depth, heads)), mlps, stem, own, Moments(dim), maps, 0.0, "")
     moments, kept = Moments(width, (depth, heads)), Kept(10**6, 10**6, 0, slice(depth - 4, depth))
+    rows = torch.arange(args.batch_size)
+    cue = torch.nn.functional.normalize(torch.randn(46, dim), dim=-1)
+    chosen = [(depth - 1, 0), (depth - 1, 1), (depth - 2, 3)]
+    plan = Plan(("heads", "directions", "embedding"), (depth, heads), chosen, random_heads(chosen, heads, DRAWS, 0))
+    every, votes = torch.cat([plan.rows, plan.draws]), CueVotes(cue, maps, torch.zeros(dim))
+    few, many = (Scorer(reference, subspace(cue), votes, some) for some in (classes[:2], classes))
+    birds = SimpleNamespace(classes=("a", "b"), y=rows % 2, place=rows // 2 % 2)
+    groups, outcomes = Groups(birds), Outcomes(len(cue), rows % CLASSES, None)
     still, most = torch.zeros(CLASSES), max(SIZES)
     reads = {pool: (torch.randn(4, heads, width, most), torch.randn(4, heads, most, CLASSES)) for pool in "abc"}
     activity = Activity(depth - 1, whole_maps(neurons(model, images, -1)))
@@ -48,9 +60,12 @@ def main() -> None:
         "encode_image": lambda: model.encode_image(images),
         "decompose": lambda: decompose(model, images),
         "textspan, roles (moments, kept values)": lambda: collect(decompose(model, images), moments, kept),
+        "waterbirds, reference pass": lambda: collect(decompose(model, images), moments, votes),
+        f"waterbirds ({DRAWS} random draws)": lambda: groups.update(few(decompose(model, images)).after(every), rows),
+        f"debias ({DRAWS} random draws)": lambda: debias(many(decompose(model, images)), every, outcomes),
         "completeness (3 pools of texts)": lambda: along_texts(decompose(model, images).values[:, -4:], still, reads, list(SIZES)),
         "retrieval (what one head writes)": lambda: decompose(model, images).values[:, [depth - 1], [0]].flatten(1).cpu(),
-        "neurons, reference pass": lambda: activity.update(neurons(model, images, -1)),
+        "neurons, reference pass": lambda: activity.update(neurons(model, images, -1), rows),
         "ablation": lambda: [scores.argmax(dim=1) for _, scores in ablations(decompose(model, images), reference, classes, read)],
     }
     with torch.no_grad():
@@ -63,9 +78,13 @@ def main() -> None:
         print(f"  {name:<40} x {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}, {args.rounds} rounds)")
 
 
-def collect(terms, moments: Moments, kept: Kept) -> None:
+def collect(terms: Decomposition, moments: Moments, more: Kept | CueVotes) -> None:
     moments.update(terms.values)
-    kept(terms)
+    more.update(*((terms, torch.arange(len(terms.values))) if isinstance(more, Kept) else (terms.embedding, terms.values)))
+
+
+def debias(scores: Scores, every: torch.Tensor, outcomes: Outcomes) -> None:
+    outcomes.update(scores.after(every), scores.label, torch.arange(len(scores.label)))
 
 
 def seconds(job) -> float:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from cue import THRESHOLD, CueVotes, subspace
 from datasets import InputError
-from decompose import decompose, head_maps
+from decompose import Decomposition, decompose, head_maps
 from zeroshot import Clip, default_bank, embed_texts, load_bank
 
 from .common import LAST_LAYERS, Head, Reference, centre, name, parse_heads, summarise
@@ -125,28 +125,39 @@ class Scores:
         return self.embedding + torch.einsum("kt,ntc->knc", rows.to(self.embedding), torch.cat(terms, dim=1))
 
 
+class Scorer:
+    """From the terms of a batch to its Scores.
+
+    Args:
+        directions: [k, d] of the cue, orthonormal.
+        classes: [c, d].
+    """
+
+    def __init__(self, reference: Reference, directions: Tensor, votes: CueVotes, classes: Tensor) -> None:
+        maps = reference.maps
+        self.reference, self.votes, self.classes = reference, votes, classes
+        self.classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
+        self.read, self.read_cue = maps @ classes.T, maps @ self.classes_cue  # [L, H, e, c]
+        self.mean, self.mean_embedding = reference.values.mean.to(maps), reference.embedding.mean.to(maps)
+
+    def __call__(self, terms: Decomposition) -> Scores:
+        embedding, away = terms.embedding.to(self.mean), self.mean - terms.values
+        return Scores(
+            embedding @ self.classes.T,
+            torch.einsum("bLHe,LHec->bLHc", away, self.read),
+            (self.reference.mlps - terms.mlps) @ self.classes.T,
+            (self.reference.stem - terms.stem) @ self.classes.T,
+            torch.einsum("bLHe,LHec->bLHc", away, self.read_cue),
+            (self.mean_embedding - embedding) @ self.classes_cue,
+            self.votes.labels(embedding),
+        )
+
+
 def score(clip: Clip, args: Namespace, test: Dataset, cue: Cue, classes: Tensor, *parts: Any) -> Iterator[tuple[Scores, Tensor]]:
     """One pass over the test images, in batches: (scores, indices)."""
-    reference, directions = cue.reference, cue.directions
-    maps = reference.maps
-    classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
-    read, read_cue = maps @ classes.T, maps @ classes_cue  # [L, H, e, c]
-    mean = reference.values.mean.to(maps)
+    scorer = Scorer(cue.reference, cue.directions, cue.votes, classes)
     for images, indices in one_pass(clip, test, args, "test", *parts):
-        terms = decompose(clip.model, images)
-        embedding, away = terms.embedding.to(maps), mean - terms.values
-        yield (
-            Scores(
-                embedding @ classes.T,
-                torch.einsum("bLHe,LHec->bLHc", away, read),
-                (reference.mlps - terms.mlps) @ classes.T,
-                (reference.stem - terms.stem) @ classes.T,
-                torch.einsum("bLHe,LHec->bLHc", away, read_cue),
-                (reference.embedding.mean.to(maps) - embedding) @ classes_cue,
-                cue.votes.labels(embedding),
-            ),
-            indices,
-        )
+        yield scorer(decompose(clip.model, images)), indices
 
 
 def collect(batches: Iterator[tuple[Scores, Tensor]]) -> Scores:
