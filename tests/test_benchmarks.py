@@ -62,7 +62,7 @@ def test_cue_study(monkeypatch, capsys):
     assert rows["directions everywhere"]["worst"] > rows["base"]["worst"]
     out = run("cue_study", monkeypatch, capsys, "--show")
     readme = (cue_study.FIGURES.parent.parent / "README.md").read_text()
-    assert [line for line in out.splitlines() if line.startswith("directions everywhere")][0] in readme
+    assert next(line for line in out.splitlines() if line.startswith("directions everywhere")) in readme
 
 
 def test_map_variants(monkeypatch, capsys):
