@@ -18,7 +18,7 @@ from datasets import DemoBirds, ImageFolder, InputError, Waterbirds
 from zeroshot import classifier, load_clip, templates
 
 from . import pages
-from .common import open_split, percent, print_settings, settings, table
+from .common import logits, open_split, percent, print_settings, settings, table
 from .removal import Plan, look_for_cue, random_heads, score
 
 Images = DemoBirds | Waterbirds | ImageFolder
@@ -43,7 +43,7 @@ def run(args: Namespace) -> tuple[dict, list]:
         args,
         clip,
         images=test.description,
-        classes=f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; {len(templates(clip))} templates",
+        classes=f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; {len(templates(clip))} templates; {logits(clip)}",
         labels="none given" if labels is None else "from the folders or metadata; used for the accuracies alone",
         means=cue.reference.description,
         **cue.words(),

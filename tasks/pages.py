@@ -91,7 +91,8 @@ def debias(results: dict) -> list[Html]:
     return [section("What taking the cue out did", *parts)]
 
 
-def segmentation(results: dict) -> list[Html]:
+def segmentation(results: dict, examples: dict[str, list[tuple[Image.Image, str]]]) -> list[Html]:
+    """examples: titles, and pictures with captions."""
     rows = results["rows"]
     keys = ("pixel accuracy", "mIoU", "mAP")
     cells = [[method, row["score"], row["text"], *(f"{100 * row[key]:.1f}" for key in keys)] for method, row in rows.items()]
@@ -103,7 +104,9 @@ def segmentation(results: dict) -> list[Html]:
         "mIoU": [(method, 100 * row["mIoU"], None, None) for method, row in rows.items()],
     }
     parts = [table(["%", "score", "text", *keys], cells), intervals(groups, "Every method", "%")]
-    return [section("Do the maps lie on the object?", *parts)]
+    shown = [part for title, tiles in examples.items() for part in (title, pictures(tiles))]
+    note = "Images drawn with the seed. Each map from its least (dark) to its most (bright); the decomposition from zero."
+    return [section("Do the maps lie on the object?", *parts), section("Some of the maps", *shown, note=note)]
 
 
 def ablation(results: dict, depth: int, heads: int, first: int) -> list[Html]:

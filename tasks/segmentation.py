@@ -9,22 +9,26 @@ import difflib
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from baselines import BaselineError
-from datasets import InputError
+from datasets import InputError, subset
 from decompose import DecompositionError
-from masks import DemoMasks, ImageNetSegmentation, Masked, MaskFolder
+from masks import DemoMasks, ImageNetSegmentation, Masked, MaskFolder, seen
 from metrics import Segmentation
 from zeroshot import Clip, classifier, load_clip, templates
 
 from . import pages
 from .attribution import NO_TEXT, OURS, OURS_ABS, attribute, choose_methods, clipped, score_of
 from .common import print_settings, settings, table
+from .heatmap import overlay
 from .passes import one_pass
 
 BLOB, RANDOM = "centred blob", "random"  # what a method must beat
+EXAMPLES = 3  # images on the page
 
 
 def run(args: Namespace) -> tuple[dict, list]:
@@ -41,10 +45,7 @@ def run(args: Namespace) -> tuple[dict, list]:
         shown = labels[indices].to(clip.device) if labels is not None else predict(clip, images, classes)
         for method in [method for method in methods if method not in found.refused]:
             try:
-                maps = sanity(method, images, clip, indices, args.seed)
-                if maps is None:
-                    texts = classes[shown] - classes.mean(dim=0) if contrasted(method, args.contrast) else classes[shown]
-                    maps = attribute(method, clip.model, images, texts, args.score)
+                maps = maps_of(method, clip, args, images, indices, classes, shown)
             except (BaselineError, DecompositionError) as error:
                 found.refused[method] = str(error)
                 if args.methods or all(name in (*found.refused, BLOB, RANDOM) for name in methods):
@@ -70,7 +71,35 @@ def run(args: Namespace) -> tuple[dict, list]:
     for reason in dict.fromkeys(refused.values()):
         print(f"Without {', '.join(method for method in refused if refused[method] == reason)}: {reason}")
     results = {"settings": where, "rows": rows, "refused": refused}
-    return results, pages.segmentation(results)
+    return results, pages.segmentation(results, examples(clip, args, data, list(rows), names, classes, labels))
+
+
+def maps_of(method: str, clip: Clip, args: Namespace, images: Tensor, indices: Tensor, classes: Tensor, shown: Tensor) -> Tensor:
+    """[b, rows, cols] what a method says of the classes shown [b]."""
+    maps = sanity(method, images, clip, indices, args.seed)
+    if maps is not None:
+        return maps
+    texts = classes[shown] - classes.mean(dim=0) if contrasted(method, args.contrast) else classes[shown]
+    return attribute(method, clip.model, images, texts, args.score)
+
+
+def examples(
+    clip: Clip, args: Namespace, data: Masked, methods: list[str], names: list[str], classes: Tensor, labels: Tensor | None
+) -> dict[str, list[tuple[Image.Image, str]]]:
+    """For some images, drawn with the seed: the image, its mask, and every method's map laid over it."""
+    found = {}
+    for i in subset(len(data), EXAMPLES, args.seed):
+        image, values = data.pair(i)
+        pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
+        shown = labels[[i]].to(clip.device) if labels is not None else predict(clip, pixels, classes)
+        box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
+        mask = Image.fromarray(np.where(values == 0, 0, np.where(values == args.void, 128, 255)).astype(np.uint8))
+        tiles = [(image, "image"), (mask, "mask")]
+        for method in methods:
+            heat = maps_of(method, clip, args, pixels, torch.tensor([i]), classes, shown)
+            tiles.append((overlay(image, heat, box, clipped(method)), method))
+        found[f"{data.name(i)}: {names[int(shown[0])]}"] = tiles
+    return found
 
 
 class Found:
