@@ -1,0 +1,201 @@
+"""Do the tests notice a change in the code? Mutants of one module, and those of them that its tests let live.
+
+$ pip install "mutmut>=3.8,<4"                          # its operators alone are used, through libcst
+$ python -m benchmarks.mutation textspan.py             # every mutant; the survivors as diffs
+$ python -m benchmarks.mutation towers.py --sample 150  # a seeded random sample
+$ python -m benchmarks.mutation towers.py --mutants 17 --tests tests/test_seen.py       # some mutants, some tests
+
+Operators: mutmut's for numbers, names, strings that are one word, arguments left out, `not`, keywords, operators and conditional
+expressions; and its kin here: one less, conditions of `if` forced either way, x.f(...) made x, torch.no_grad left off, a call or an
+assignment to an attribute or entry not made. Annotations, imports, docstrings, what is raised and strict= of zip stay as they are.
+
+Tests run in a copy of the repository, each mutant in a fork of a process that has imported torch and open_clip already: Unix alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import gc
+import importlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = {  # fastest first
+    "decompose.py": ("decompose", "neurons", "towers"),
+    "towers.py": ("decompose", "neurons", "towers"),
+    "textspan.py": ("textspan", "cue", "roles"),
+    "cue.py": ("cue", "roles"),
+    "roles.py": ("roles",),
+    "metrics.py": ("metrics",),
+    "baselines.py": ("baselines",),
+}
+
+
+def mutants(source: str) -> list[str]:
+    """The source with one change each, in order of the code."""
+    import libcst as cst
+    from mutmut.mutation import mutators
+
+    found, module = [], cst.parse_module(source)
+
+    def words(node: cst.SimpleString) -> Iterator[cst.CSTNode]:
+        if re.fullmatch(r"\"\w+\"|'\w+'", node.value):
+            yield node.with_changes(value='"XX' + node.value[1:])
+
+    def less(node: cst.Integer | cst.Float) -> Iterator[cst.CSTNode]:
+        yield cst.parse_expression(f"({node.evaluated_value - 1!r})")
+
+    def forced(node: cst.If | cst.CompIf) -> Iterator[cst.CSTNode]:
+        yield from (
+            node.with_changes(test=cst.Name(value), whitespace_before_test=cst.SimpleWhitespace(" ")) for value in ("True", "False")
+        )
+
+    def call(node: cst.Call) -> Iterator[cst.CSTNode]:
+        kept = {id(arg) for arg in node.args if arg.keyword and arg.keyword.value == "strict"}
+        for new in mutators.operator_arg_removal(node):
+            if len(new.args) < len(node.args) and kept <= {id(arg) for arg in new.args}:
+                yield new
+        if isinstance(node.func, cst.Attribute) and not cst.matchers.matches(node.func.value, cst.matchers.Name("torch")):
+            yield node.func.value
+
+    def ungraded(node: cst.FunctionDef) -> Iterator[cst.CSTNode]:
+        kept = [d for d in node.decorators if module.code_for_node(d.decorator) != "torch.no_grad()"]
+        if len(kept) < len(node.decorators):
+            yield node.with_changes(decorators=kept)
+
+    def undone(node: cst.Expr | cst.Assign) -> Iterator[cst.CSTNode]:
+        value = node.value if isinstance(node, cst.Expr) else node.targets[0].target
+        if isinstance(value, cst.Call if isinstance(node, cst.Expr) else cst.Attribute | cst.Subscript):
+            yield cst.Pass()
+
+    operators = [
+        (cst.Integer | cst.Float, mutators.operator_number),
+        (cst.Integer | cst.Float, less),
+        (cst.SimpleString, words),
+        (cst.Name, mutators.operator_name),
+        (cst.AugAssign, mutators.operator_augmented_assignment),
+        (cst.UnaryOperation, mutators.operator_remove_unary_ops),
+        (cst.CSTNode, mutators.operator_keywords),
+        (cst.CSTNode, mutators.operator_swap_op),
+        (cst.IfExp, mutators.operator_if_exp),
+        (cst.If | cst.CompIf, forced),
+        (cst.Call, call),
+        (cst.FunctionDef, ungraded),
+        (cst.Expr | cst.Assign, undone),
+    ]
+
+    class Visitor(cst.CSTVisitor):
+        def on_visit(self, node: cst.CSTNode) -> bool:
+            for kind, operator in operators:
+                if isinstance(node, kind):
+                    found.extend((node, new) for new in operator(node))
+            strict = isinstance(node, cst.Arg) and node.keyword is not None and node.keyword.value == "strict"
+            return not strict and not isinstance(node, cst.Annotation | cst.Import | cst.ImportFrom | cst.Raise | cst.Decorator)
+
+    module.visit(Visitor())
+    changed = (module.deep_replace(node, new).code for node, new in found)
+    return list(dict.fromkeys(code for code in changed if code != source))
+
+
+def diff(source: str, mutant: str, name: str) -> str:
+    lines = difflib.unified_diff(source.splitlines(), mutant.splitlines(), name, name, lineterm="", n=0)
+    return "\n".join(list(lines)[2:])
+
+
+def run(tree: Path, tests: list[str], limit: float) -> tuple[str, float]:
+    """passed, failed or late, and after how many seconds; each file of tests in a process of its own."""
+    start = time.perf_counter()
+    for test in tests:
+        child = os.fork()
+        if not child:
+            _test(tree, test)
+        status = None
+        while status is None and time.perf_counter() - start < limit:
+            time.sleep(0.02)
+            done, code = os.waitpid(child, os.WNOHANG)
+            status = code if done else None
+        if status is None:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return "late", limit
+        if status:
+            return "failed", time.perf_counter() - start
+    return "passed", time.perf_counter() - start
+
+
+def _test(tree: Path, test: str) -> None:
+    import pytest
+    from hypothesis import Phase, settings
+
+    os.setsid()
+    os.chdir(tree)
+    sys.path[:] = [str(tree), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
+    settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate], database=None)  # nothing is shrunk
+    settings.load_profile("mutation")
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # half a second
+    plugins = ["-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "_hypothesis_pytestplugin", "--hypothesis-seed=0"]
+    os._exit(int(pytest.main(["-x", "-q", "--tb=no", *plugins, test])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("module", choices=TESTS)
+    parser.add_argument("--sample", type=int, help="this many mutants, drawn at random; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mutants", type=int, nargs="+", help="these, by number")
+    parser.add_argument("--tests", nargs="+", help="these tests in place of the module's")
+    parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
+    args = parser.parse_args()
+    source = (ROOT / args.module).read_text()
+    found = mutants(source)
+    chosen = list(range(len(found)))
+    if args.sample is not None:
+        chosen = sorted(random.Random(args.seed).sample(chosen, min(args.sample, len(chosen))))
+    chosen = args.mutants or chosen
+    print(f"{args.module}: {len(found)} mutants, of them {len(chosen)} now", flush=True)
+    if args.list:
+        for i in chosen:
+            print(f"#{i}\n{diff(source, found[i], args.module)}")
+        return
+    tests = args.tests or [f"tests/test_{name}.py" for name in TESTS[args.module]]
+    for name in ("torch", "open_clip", "timm", "hypothesis", "pytest"):
+        importlib.import_module(name)
+    gc.freeze()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True)
+        for name in files.stdout.splitlines():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+        result, seconds = run(tree, tests, 600)
+        if result != "passed":
+            sys.exit("the tests do not pass on the code as it is")
+        print(f"its tests take {seconds:.1f} s", flush=True)
+        survivors = 0
+        for i in chosen:
+            (tree / args.module).write_text(found[i])
+            for cached in (tree / "__pycache__").glob(f"{Path(args.module).stem}.*"):
+                cached.unlink()  # its time stamp counts seconds
+            result, taken = run(tree, tests, 10 + 3 * seconds)
+            if result == "passed":
+                survivors += 1
+                print(f"\n#{i} lives ({taken:.0f} s)\n{diff(source, found[i], args.module)}", flush=True)
+        print(f"\n{args.module}: {len(chosen)} mutants run, {len(chosen) - survivors} killed, {survivors} alive")
+
+
+if __name__ == "__main__":
+    main()
