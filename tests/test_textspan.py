@@ -366,6 +366,7 @@ def test_an_empty_update_changes_nothing():
 def test_moments_of_nothing_are_zero():
     moments = Moments(3, (2,))
     assert moments.count == 0
+    assert moments.mean.dtype == moments.covariance.dtype == torch.float64
     assert torch.equal(moments.mean, torch.zeros(2, 3, dtype=torch.float64))
     assert torch.equal(moments.covariance, torch.zeros(2, 3, 3, dtype=torch.float64))
 
@@ -708,6 +709,20 @@ def test_directions_at_the_level_of_float32_rounding_do_not_count(strength, seen
     else:
         with pytest.raises(ValueError, match="hold 1 independent directions"):
             textspan(C, torch.eye(2), 2, rank)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_what_counts_as_rounding_does_not_depend_on_the_scale(scale):
+    C = scale * torch.diag(torch.tensor([1.0, 1e-5], dtype=torch.float64))
+    assert textspan(torch.cat([C, -C]), torch.eye(2), 2).indices == [0, 1]
+
+
+def test_rounding_is_told_by_the_strongest_direction_be_it_the_mean():
+    C = torch.diag(torch.tensor([0, 1e-5, 1e-8], dtype=torch.float64))
+    C = torch.cat([C, -C]) + hand(1, 0, 0)  # float32 would round the third axis at 1e-7
+    assert textspan(C, torch.eye(3), 1).indices == [1]
+    with pytest.raises(ValueError, match="hold 1 independent directions"):
+        textspan(C, torch.eye(3), 2)
 
 
 @pytest.mark.parametrize("rank", [None, 80])
