@@ -674,6 +674,12 @@ def test_each_source_token_is_that_of_the_long_way_where_there_are_many(tower):
     assert far(scores, by_hand(model, images).sources @ texts.T) < EXACT
 
 
+def test_the_sources_sum_to_the_heads_where_registers_are_more_than_a_head_is_wide():
+    model = VIT("avg", reg_tokens=20)  # heads of 16
+    images, texts = pictures(model), sentences(model)
+    assert far(token_scores(model, images, texts).sum(3), decompose(model, images).heads @ texts.T) < EXACT
+
+
 DYNAMIC = {
     "SigLIP": partial(SIGLIP, dynamic_img_size=True),
     "PE-Core": partial(PE, dynamic_img_size=True),
