@@ -27,13 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {  # fastest first
+TESTS = {  # fastest killers first
     "decompose.py": ("decompose", "neurons", "towers"),
-    "towers.py": ("decompose", "neurons", "towers"),
+    "towers.py": ("towers", "decompose", "neurons"),
     "textspan.py": ("textspan", "cue", "roles"),
     "cue.py": ("cue", "roles"),
     "roles.py": ("roles",),
@@ -112,13 +113,32 @@ def diff(source: str, mutant: str, name: str) -> str:
     return "\n".join(list(lines)[2:])
 
 
-def run(tree: Path, tests: list[str], limit: float) -> tuple[str, float]:
+class Killers:
+    """A plugin of pytest: tests that have failed before, with other mutants, go first."""
+
+    def __init__(self, note: Path) -> None:
+        self.note, self.kills = note, Counter()
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        items.sort(key=lambda item: -self.kills[item.nodeid])
+
+    def pytest_runtest_logreport(self, report: object) -> None:
+        if report.failed:
+            self.note.write_text(report.nodeid)
+
+    def count(self) -> None:
+        if self.note.exists():
+            self.kills[self.note.read_text()] += 1
+            self.note.unlink()
+
+
+def run(tree: Path, tests: list[str], limit: float, killers: Killers) -> tuple[str, float]:
     """passed, failed or late, and after how many seconds; each file of tests in a process of its own."""
     start = time.perf_counter()
     for test in tests:
         child = os.fork()
         if not child:
-            _test(tree, test)
+            _test(tree, test, killers)
         status = None
         while status is None and time.perf_counter() - start < limit:
             time.sleep(0.02)
@@ -129,11 +149,12 @@ def run(tree: Path, tests: list[str], limit: float) -> tuple[str, float]:
             os.waitpid(child, 0)
             return "late", limit
         if status:
+            killers.count()
             return "failed", time.perf_counter() - start
     return "passed", time.perf_counter() - start
 
 
-def _test(tree: Path, test: str) -> None:
+def _test(tree: Path, test: str, killers: Killers) -> None:
     import pytest
     from hypothesis import Phase, settings
 
@@ -147,7 +168,7 @@ def _test(tree: Path, test: str) -> None:
         os.dup2(null.fileno(), 2)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # half a second
     plugins = ["-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "_hypothesis_pytestplugin", "--hypothesis-seed=0"]
-    os._exit(int(pytest.main(["-x", "-q", "--tb=no", *plugins, test])))
+    os._exit(int(pytest.main(["-x", "-q", "--tb=no", *plugins, test], [killers])))
 
 
 def main() -> None:
@@ -163,7 +184,7 @@ def main() -> None:
     found = mutants(source)
     chosen = list(range(len(found)))
     if args.sample is not None:
-        chosen = sorted(random.Random(args.seed).sample(chosen, min(args.sample, len(chosen))))
+        chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))  # as drawn: a run cut short is a sample, too
     chosen = args.mutants or chosen
     print(f"{args.module}: {len(found)} mutants, of them {len(chosen)} now", flush=True)
     if args.list:
@@ -180,19 +201,20 @@ def main() -> None:
         for name in files.stdout.splitlines():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
-        result, seconds = run(tree, tests, 600)
+        killers = Killers(Path(folder) / "failed")
+        result, seconds = run(tree, tests, 600, killers)
         if result != "passed":
             sys.exit("the tests do not pass on the code as it is")
         print(f"its tests take {seconds:.1f} s", flush=True)
         survivors = 0
-        for i in chosen:
+        for done, i in enumerate(chosen, start=1):
             (tree / args.module).write_text(found[i]())
             for cached in (tree / "__pycache__").glob(f"{Path(args.module).stem}.*"):
                 cached.unlink()  # its time stamp counts seconds
-            result, taken = run(tree, tests, 10 + 3 * seconds)
+            result, taken = run(tree, tests, 10 + 3 * seconds, killers)
             if result == "passed":
                 survivors += 1
-                print(f"\n#{i} lives ({taken:.0f} s)\n{diff(source, found[i](), args.module)}", flush=True)
+                print(f"\n#{i} lives ({taken:.0f} s; {survivors} of {done})\n{diff(source, found[i](), args.module)}", flush=True)
         print(f"\n{args.module}: {len(chosen)} mutants run, {len(chosen) - survivors} killed, {survivors} alive")
 
 
