@@ -31,7 +31,7 @@ from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from decompose import DecompositionError, check, decompose, head_maps, heatmap, neurons, token_scores
-from towers import attention_calls
+from towers import Rows, attention_calls
 
 EXACT = 1e-10  # float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this
 SINGLE = 1e-5  # float32 rounds at 6e-8; the longest sums here lose one digit more
@@ -656,6 +656,17 @@ def test_an_embedding_altered_after_the_last_block_is_blamed_on_no_block(family)
         check(model, pictures(model))
 
 
+@pytest.mark.parametrize("r", [1, 3])
+def test_rows_in_one_factor_read_as_rows_in_two(r):
+    generator = torch.Generator().manual_seed(r)
+    x, down, texts = (torch.randn(size, generator=generator, dtype=torch.float64) for size in [(2, r, 4, 7), (r, 7, 5), (6, 5)])
+    one, two = Rows(down), Rows(down, torch.eye(5, dtype=torch.float64).expand(r, 5, 5))
+    expected = sum(x[:, i] @ down[i] for i in range(r))
+    assert far(one.read(x), expected) < EXACT
+    assert far(two.read(x), expected) < EXACT
+    assert far(one.directions(texts), two.directions(texts)) < EXACT
+
+
 # Many tokens, other sizes.
 
 MANY = {
@@ -1142,6 +1153,12 @@ def test_gated_attention_is_not_a_sum_of_heads():
     model = gated()
     expected = stock(EVA("token"), pictures(model))
     assert far(stock(model, pictures(model)), expected) > FAR
+
+
+def test_a_block_of_open_clip_with_an_attention_of_timm_is_refused():
+    model = native()
+    model.visual.transformer.resblocks[1].attn = Attention(32, 4).double()
+    refused("attention Attention has no in_proj_weight and out_proj", model)
 
 
 @pytest.mark.parametrize("block", [ParallelScalingBlock, ParallelThingsBlock])
