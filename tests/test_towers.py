@@ -659,9 +659,10 @@ def test_an_embedding_altered_after_the_last_block_is_blamed_on_no_block(family)
 @pytest.mark.parametrize("r", [1, 3])
 def test_rows_in_one_factor_read_as_rows_in_two(r):
     generator = torch.Generator().manual_seed(r)
-    x, down, texts = (torch.randn(size, generator=generator, dtype=torch.float64) for size in [(2, r, 4, 7), (r, 7, 5), (6, 5)])
-    one, two = Rows(down), Rows(down, torch.eye(5, dtype=torch.float64).expand(r, 5, 5))
-    expected = sum(x[:, i] @ down[i] for i in range(r))
+    shapes = [(2, r, 4, 7), (r, 7, 3), (r, 3, 5), (6, 5)]
+    x, down, up, texts = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    one, two = Rows(down @ up), Rows(down, up)
+    expected = sum(x[:, i] @ down[i] @ up[i] for i in range(r))
     assert far(one.read(x), expected) < EXACT
     assert far(two.read(x), expected) < EXACT
     assert far(one.directions(texts), two.directions(texts)) < EXACT
