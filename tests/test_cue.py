@@ -292,6 +292,22 @@ def test_a_small_variance_around_a_large_constant_still_counts():
     close(explained(texts, maps, embedding, values + 1e4), explained(texts, maps, embedding, values))
 
 
+def test_a_variance_within_float32_rounding_does_not_count():
+    texts, maps, embedding, values = world(0)
+    values[:, 0, 1] = 1 + 1e-7 * normal(8, 4, E)[pseudo_label(embedding, texts)]  # which the label determines
+    values[:, 1, 0] = 1 + 1e-5 * normal(8, 4, E)[pseudo_label(embedding, texts)]
+    found = explained(texts, maps, embedding, values)
+    assert found[0, 1] == 0
+    assert found[1, 0] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e5])
+def test_the_scale_of_the_values_does_not_matter(scale):
+    texts, maps, embedding, values = world(0)
+    values[:, 0, 1] = 1 + 1e-7 * normal(8, 4, E)[pseudo_label(embedding, texts)]
+    close(explained(texts, maps, embedding, scale * values), explained(texts, maps, embedding, values))
+
+
 # ---- subspace --------------------------------------------------------------------------------------------------------------------
 
 SHARES = st.sampled_from([0.2, 0.5, 0.8, 0.95, 0.99])
@@ -395,6 +411,14 @@ def test_texts_that_differ_by_a_thousand_times_float32_rounding_have_their_direc
     differences = normal(1, 4, D)
     a, b = subspace(normal(0, 1, D) + 1e-4 * differences), subspace(differences)
     close(a.T @ a, b.T @ b)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e5])
+def test_the_scale_of_the_texts_does_not_matter(scale):
+    texts = normal(0, 5, D)
+    a, b = subspace(scale * texts), subspace(texts)
+    close(a.T @ a, b.T @ b)
+    assert len(subspace(scale * (texts[:1] + 1e-8 * texts))) == 0
 
 
 def test_the_directions_keep_the_type_of_the_texts():
