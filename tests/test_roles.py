@@ -169,7 +169,7 @@ def test_a_head_that_writes_nothing_has_no_share():
 
 
 @pytest.mark.parametrize("n", [60, 1000])
-@pytest.mark.parametrize("constant", [0.1, 0.3, 1.7, 1e-3])  # no binary fractions: a mean in float32 is off by rounding
+@pytest.mark.parametrize("constant", [0.1, 0.3, 1.7, 1e-3, -0.3])  # no binary fractions: a mean in float32 is off by rounding
 def test_a_head_that_writes_a_constant_has_no_share(n, constant):
     written, label = labelled(0, n)
     written[:, 0, 1] = constant
@@ -457,6 +457,12 @@ def test_roles_are_of_layer_and_head():
     close(roles.stable.flatten(), flat.stable.flatten())
     assert len(flat.stable.unique()) > 2  # so few images that some heads change their role
     assert [roles.name(i // 2, i % 2) for i in range(6)] == list(named(flat, heads).values())
+
+
+def test_what_is_given_may_be_in_float64():
+    *given, categories, _, _ = world(n=100)
+    a, b = find_roles(*given, categories, bootstraps=0), find_roles(*(x.double() for x in given), categories, bootstraps=0)
+    close(a.share, b.share)
 
 
 def test_nothing_given_is_changed():
