@@ -468,6 +468,14 @@ def test_images_that_are_all_alike_have_no_spread():
     assert measured(maps, masks).mean_ap_error == 0
 
 
+def test_a_spread_of_nothing_is_no_root_of_a_negative_number():
+    maps, masks = problem(21, b=1)
+    for n in range(2, 30):  # rounding falls either way
+        error = measured(maps.expand(n, -1, -1), masks.expand(n, -1, -1)).mean_ap_error
+        assert isinstance(error, float)
+        assert 0 <= error < 1e-7
+
+
 # What it refuses, with its sums as they were.
 
 
