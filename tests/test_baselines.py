@@ -1174,6 +1174,26 @@ def test_a_timm_tower_is_refused():
     refused("TimmModel.*timm", with_tower(TimmModel("test_vit", embed_dim=24, pretrained=False)))  # timm's own toy ViT
 
 
+class OlderTower(nn.Module):
+    """Without the attributes pool_type and attn_pool, which older releases did not have."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.embed, self.positional_embedding, self.patch_size = tower._embeds, tower.positional_embedding, tower.patch_size
+        self.ln_pre, self.transformer, self.ln_post, self.proj = tower.ln_pre, tower.transformer, tower.ln_post, tower.proj
+
+    def forward(self, images):
+        return self.ln_post(self.transformer(self.embed(images))[:, 0]) @ self.proj
+
+
+@every_method
+def test_a_tower_of_older_releases_that_reads_its_class_token_has_the_same_map(method):
+    model = build()
+    older = with_tower(OlderTower(model.visual))
+    ours = METHODS[method](older, pictures(model), sentences(model))
+    assert far(ours, mapped(method, model)) < tolerance(method)
+
+
 @pytest.mark.parametrize("name", ["transformer", "ln_post"])
 def test_a_tower_without_blocks_or_last_norm_is_refused(name):
     model = build()
