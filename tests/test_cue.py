@@ -269,6 +269,13 @@ def test_embeddings_may_differ_in_type_from_the_texts():
     close(explained(texts.float(), maps, embedding, values), explained(texts, maps, embedding.float(), values))
 
 
+def test_the_centre_may_differ_in_type_from_the_texts():
+    texts, maps, embedding, values = world(0)
+    centre = embedding.mean(dim=0)
+    found = explained(texts.float(), maps, embedding, values, centre=centre)
+    close(found, explained(texts.float(), maps, embedding, values, centre=centre.float()))
+
+
 def test_the_results_are_in_float64_per_head():
     found = explained(*(x.float() for x in world(0)))
     assert found.dtype == torch.float64
@@ -401,6 +408,7 @@ def test_two_texts_have_one_direction():
 
 def test_texts_that_do_not_differ_have_no_direction_to_take_out():
     assert len(subspace(normal(0, 1, D).expand(4, D))) == 0
+    assert len(subspace(torch.zeros(4, D))) == 0
 
 
 def test_texts_that_differ_by_float32_rounding_have_no_direction_to_take_out():

@@ -455,11 +455,12 @@ def test_random_maps_have_an_average_precision_of_about_a_half():
     assert measured(maps + 0.2 * masks, masks).mean_ap > 0.6
 
 
-def test_the_standard_error_is_numpys():
-    maps, masks = problem(20, b=40)
-    each = [measured(maps[i : i + 1], masks[i : i + 1]).mean_ap for i in range(40)]
+@pytest.mark.parametrize("b", [2, 40])
+def test_the_standard_error_is_numpys(b):
+    maps, masks = problem(20, b)
+    each = [measured(maps[i : i + 1], masks[i : i + 1]).mean_ap for i in range(b)]
     # The variance is a difference of two sums: it keeps about 12 digits.
-    assert measured(maps, masks).mean_ap_error == pytest.approx(np.std(each, ddof=1) / np.sqrt(40), rel=1e-9)
+    assert measured(maps, masks).mean_ap_error == pytest.approx(np.std(each, ddof=1) / np.sqrt(b), rel=1e-9)
 
 
 def test_images_that_are_all_alike_have_no_spread():
