@@ -338,7 +338,7 @@ def test_a_category_that_explains_no_more_than_random_texts_gives_no_role():
     assert [roles.name(0, head) for head in range(2)] == [None, "a"]
 
 
-@pytest.mark.parametrize(("share", "role"), [(0.29, None), (0.31, "a")])
+@pytest.mark.parametrize(("share", "role"), [(0.29, None), (0.3, None), (0.31, "a")])
 def test_a_category_must_explain_over_30_percent(share, role):
     assert Roles(["a", "b"], torch.tensor([[[share]], [[0.0]]]), torch.zeros(2, 1, 1), torch.ones(1, 1)).name(0, 0) == role
 
