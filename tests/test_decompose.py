@@ -1178,6 +1178,12 @@ def test_a_tower_without_blocks_is_refused():
     refused(r"no residual stream of attention heads \(transformer.resblocks", model)
 
 
+def test_a_tower_without_transformer_is_refused():
+    model = build()
+    del model.visual.transformer
+    refused(r"no residual stream of attention heads \(transformer.resblocks", model)
+
+
 def test_a_tower_without_last_norm_is_refused():
     model = build()
     del model.visual.ln_post

@@ -1256,6 +1256,19 @@ def test_a_mask_that_forbids_is_one_that_adds_minus_infinity():
     assert far(calls[0].weights(slice(None)), (q @ k.mT * 0.7).softmax(-1)) < EXACT
 
 
+def test_causal_attention_and_dropout_of_another_thread_pass_by_as_they_are():
+    q, k, v = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with attention_calls() as calls:
+        causal, dropped = in_threads(
+            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=1.0),
+        )
+    assert torch.equal(causal, expected)
+    assert not dropped.any()
+    assert not calls
+
+
 def test_causal_attention_is_refused():
     x = torch.randn(1, 1, 3, 4)
     with attention_calls(), pytest.raises(DecompositionError, match="causal"):
