@@ -1171,6 +1171,8 @@ def test_an_attention_without_linear_projection_is_refused():
     model = VIT("token")
     blocks(model)[1].attn.proj = nn.Identity()
     refused("attention Attention has no linear proj", model)
+    del blocks(model)[1].attn.proj
+    refused("attention Attention has no linear proj", model)
 
 
 @pytest.mark.parametrize("place", ["norm", "attn.norm", "norm1"])
