@@ -436,19 +436,21 @@ def _run(model: nn.Module, images: Tensor, texts: Tensor, score: str, first: int
 def _watched(model: nn.Module, hooks: list[Callable]) -> Iterator[None]:
     """Eval mode, no checkpointing, and the hooks, while open; all put back also after an error."""
     training, transformer = [module for module in model.modules() if module.training], model.visual.transformer
-    checkpointing, handles = getattr(transformer, "grad_checkpointing", False), []
+    checkpointing, handles = getattr(transformer, "grad_checkpointing", None), []
     try:
         handles.extend(register() for register in hooks)
         for module in training:
             module.training = False
-        transformer.grad_checkpointing = False  # it would run the blocks, and these hooks, a second time
+        if checkpointing:  # it would run the blocks, and these hooks, a second time
+            transformer.grad_checkpointing = False
         yield
     finally:
         for handle in handles:
             handle.remove()
         for module in training:
             module.training = True
-        transformer.grad_checkpointing = checkpointing
+        if checkpointing:
+            transformer.grad_checkpointing = checkpointing
 
 
 def _direction(score: str, texts: Tensor, logit_scale: Tensor | None) -> Callable[[Tensor], Tensor]:

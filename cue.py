@@ -75,8 +75,11 @@ def corrected(between: Tensor, total: Tensor, images: int, groups: int) -> Tenso
     """Share between / total of a variance over images that lies between groups of them, 0 where the groups are as good as random.
 
     Chance alone gives k groups of n images a share of (k - 1) / (n - 1); the correction (epsilon squared, Kelley 1935) makes it 0.
+    Where every image is a group of its own, nothing is left to tell them from chance: 0, too.
     """
-    within = (total - between) / max(images - groups, 1)
+    if images <= groups:
+        return torch.zeros_like(total)
+    within = (total - between) / (images - groups)
     return (1 - within * (images - 1) / total).clamp_min(0)
 
 

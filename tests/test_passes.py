@@ -31,7 +31,7 @@ from zeroshot import load_clip, weights_hash
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
-FAST = ["--limit", "200", "--batch-size", "32", "--workers", "0"]
+FAST = ["--limit", "131", "--batch-size", "32", "--workers", "0"]
 
 
 # Parts. Each is made, and filled with the images [start, stop) of one stream.
@@ -199,7 +199,7 @@ JOBS = {
     "completeness": FAST,
     "neurons": FAST,
     "retrieval": [*FAST, "--role", "places", "--text", "a bird"],
-    "segmentation": ["--limit", "60", "--batch-size", "16", "--workers", "0", "--methods", "decomposition", "rollout", "random"],
+    "segmentation": ["--limit", "31", "--batch-size", "16", "--workers", "0", "--methods", "decomposition", "rollout", "random"],
     "check": ["--limit", "1"],  # one of the processes has no images
 }
 
@@ -251,10 +251,10 @@ def several(tmp_path, processes, jobs):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
 
 
-def test_three_processes_give_the_results_of_one(tmp_path, alone):
-    """200 images are no multiple of 3."""
+def test_two_processes_give_the_results_of_one(tmp_path, alone):
+    """131 images are no multiple of 2."""
     jobs = [["--task", task, *options, "--out", str(tmp_path / "out")] for task, options in JOBS.items()]
-    done = several(tmp_path, 3, jobs)
+    done = several(tmp_path, 2, jobs)
     assert done.returncode == 0, done.stderr[-3000:]
     for task in JOBS:
         close(results(alone, task), results(tmp_path / "out", task), 1e-6 if task != "check" else 1e-3)
@@ -313,9 +313,9 @@ os._exit(code)
 """
 
 
-@pytest.mark.parametrize("task", ["waterbirds", "textspan"])
-def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, task):
-    argv = ["--task", task, "--limit", "1000", "--batch-size", "16", "--workers", "0", "--save-every", "0.01"]
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path):
+    task = "waterbirds"
+    argv = ["--task", task, "--limit", "800", "--batch-size", "16", "--workers", "0", "--save-every", "0.01"]
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
 
@@ -326,7 +326,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, task):
     assert start(300, tmp_path / "through") == 0
     whole = json.loads((tmp_path / "through" / task / "results.json").read_text())["seconds"]
     dice, codes = random.Random(0), []
-    for _ in range(4):
+    for _ in range(2):
         codes.append(start(dice.uniform(0.2, 0.9) * whole, tmp_path / "killed", "--resume"))
         if codes[-1] == 0:
             break
@@ -359,8 +359,8 @@ def stopped(tmp_path, monkeypatch, after=5, *more):
 
 
 def test_what_is_saved_is_not_done_again(tmp_path, monkeypatch, alone, capsys):
-    """10 writes: 7 batches of the centre, its end, 2 of 7 batches of the reference."""
-    assert sorted(path.name for path in stopped(tmp_path, monkeypatch, 10).iterdir()) == [
+    """8 writes: 5 batches of the centre, its end, 2 of 5 batches of the reference."""
+    assert sorted(path.name for path in stopped(tmp_path, monkeypatch, 8).iterdir()) == [
         "centre.0.pt",
         "centre.pt",
         "reference-train.0.pt",
@@ -368,14 +368,14 @@ def test_what_is_saved_is_not_done_again(tmp_path, monkeypatch, alone, capsys):
     seen, decompose = [], passes.batches
     monkeypatch.setattr(passes, "batches", lambda data, *more, **options: seen.append(len(data)) or decompose(data, *more, **options))
     assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--resume", "--out", str(tmp_path)]) == 0
-    assert seen == [200 - 2 * 32, 200]
+    assert seen == [131 - 2 * 32, 131]
     assert results(tmp_path, "waterbirds") == results(alone, "waterbirds")
 
 
 OTHERS = {
     "seed": (["--seed", "1"], "--seed differs: '0' then, '1' now"),
     "batch": (["--batch-size", "16"], "--batch-size differs: '32' then, '16' now"),
-    "images": (["--limit", "199"], "differs"),
+    "images": (["--limit", "130"], "differs"),
 }
 
 
@@ -433,7 +433,7 @@ def test_a_run_that_does_not_resume_starts_anew_and_says_so(tmp_path, monkeypatc
 
 def test_a_run_stopped_twice_keeps_nothing_of_the_first(tmp_path, monkeypatch, alone):
     """The first gets farther, with another seed; the second does not resume it."""
-    assert "reference-train.0.pt" in {path.name for path in stopped(tmp_path, monkeypatch, 10, "--seed", "1").iterdir()}
+    assert "reference-train.0.pt" in {path.name for path in stopped(tmp_path, monkeypatch, 8, "--seed", "1").iterdir()}
     assert [path.name for path in stopped(tmp_path, monkeypatch, 2).iterdir()] == ["centre.0.pt"]
     assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--resume", "--out", str(tmp_path)]) == 0
     assert results(tmp_path, "waterbirds") == results(alone, "waterbirds")

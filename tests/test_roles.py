@@ -470,3 +470,11 @@ def test_nothing_given_is_changed():
     before = [x.clone() for x in given[:4]]
     find_roles(*given)
     assert all(torch.equal(a, b) for a, b in zip(before, given[:4], strict=True))
+
+
+def test_groups_as_many_as_images_explain_nothing():
+    """Each image alone in its group leaves no variance within; that is no share of anything."""
+    written = torch.randn(50, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(explained(written, torch.arange(50)), torch.zeros(1, 3))
+    assert (explained(written, torch.arange(50) // 25) < 0.2).all()
+    assert (explained(torch.arange(50.0).view(50, 1, 1, 1).expand_as(written), torch.arange(50) // 25) > 0.7).all()
