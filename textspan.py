@@ -162,12 +162,13 @@ def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, ran
 def _pick(F: Tensor, R: Tensor, basis: Tensor, length: Tensor, size: int, variance: Tensor) -> TextSpan:
     indices, directions, explained = [], [], []
     D, R = R @ F.T, R.clone()  # [m, k]; the score of text j is |D_j|^2
-    left = R.square().sum(dim=1)  # [m] squared norms of what the picks have left of each text
     for _ in range(size):
         score = torch.linalg.vector_norm(D, dim=1).square()
-        score[left <= NEGLIGIBLE * length] = 0  # spanned by earlier picks, or not written by the head: what is left of it is rounding
+        score[score <= NEGLIGIBLE * variance * length] = (
+            0  # spanned by earlier picks, or not written by the head: what is left is rounding
+        )
         j = int(score.argmax())
-        if not score[j] > NEGLIGIBLE * variance * left[j]:
+        if not score[j]:
             raise ValueError(
                 f"the contributions hold {len(indices)} independent directions that a text can name; size={size} is too many"
             )
@@ -177,7 +178,6 @@ def _pick(F: Tensor, R: Tensor, basis: Tensor, length: Tensor, size: int, varian
         directions.append(R[j] @ basis)
         explained.append(d.square().sum() / variance)
         along = R @ r
-        left = (left - along.square()).clamp_min(0)
         D.addr_(along, d, alpha=-1)  # (R - R r r')(F - F r r')' = R F' - (R r)(F r)'
         R.addr_(along, r, alpha=-1)
     return TextSpan(indices, torch.stack(directions), torch.stack(explained))

@@ -765,3 +765,50 @@ def test_a_text_of_length_zero_is_never_picked():
     assert 0 not in textspan(head(0), texts, 3, None).indices
     with pytest.raises(ValueError, match="hold 3 independent directions"):
         textspan(head(0), texts, 4, None)
+
+
+# Rounding is told from signal on any scale, of contributions and of texts.
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e10])
+@pytest.mark.parametrize("rank", [80, None])
+def test_what_rounding_leaves_is_picked_on_no_scale(scale, rank):
+    """Three directions, forty texts: the fourth pick would be rounding."""
+    generator = torch.Generator().manual_seed(0)
+    C = (
+        scale
+        * torch.randn(100, 3, generator=generator, dtype=torch.float64)
+        @ torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    )
+    texts = torch.randn(40, 12, generator=generator, dtype=torch.float64)
+    span = textspan(C, texts, size=3, rank=rank)
+    assert float(span.explained.sum()) == pytest.approx(1, abs=1e-9) or rank is None
+    if rank is not None:
+        with pytest.raises(ValueError, match="hold 3 independent directions"):
+            textspan(C, texts, size=4, rank=rank)
+
+
+@pytest.mark.parametrize("length", [1e-13, 1.0, 1e13])
+def test_a_text_of_any_length_is_named(length):
+    """It alone lies along the second axis."""
+    C = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    texts = torch.tensor([[1.0, 0.0], [0.0, length]], dtype=torch.float64)
+    assert sorted(textspan(C, texts, size=2).indices) == [0, 1]
+
+
+@pytest.mark.parametrize("mean", [[3.0, -3.0, 0.0], [-3.0, -3.0, -3.0], [3.0, 3.0, 3.0]])
+def test_rounding_about_a_mean_is_no_direction(mean):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    mean = torch.tensor(mean, dtype=torch.float64)
+    assert len(Moments(3).update(mean + 1e-8 * noise).factor()) == 0
+    assert len(Moments(3).update(mean + 1e-3 * noise).factor()) == 3
+
+
+def test_a_factor_is_one_of_the_covariance_and_has_its_rank():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 4, generator=generator, dtype=torch.float64) @ torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    moments = Moments(9).update(x)
+    F = moments.factor()
+    assert F.shape == (4, 9)
+    torch.testing.assert_close(F.T @ F, torch.cov(x.T, correction=0), rtol=1e-10, atol=1e-10)
