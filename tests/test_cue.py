@@ -432,3 +432,17 @@ def test_the_scale_of_the_texts_does_not_matter(scale):
 def test_the_directions_keep_the_type_of_the_texts():
     for dtype in (torch.float16, torch.float32, torch.float64):
         assert subspace(normal(0, 5, D).to(dtype)).dtype == dtype
+
+
+def test_votes_of_two_sets_merge_to_those_of_both():
+    generator = torch.Generator().manual_seed(0)
+    texts, maps = torch.nn.functional.normalize(torch.randn(3, 6, generator=generator), dim=1), torch.ones(1, 2, 4, 6)
+    embedding, values = torch.randn(20, 6, generator=generator), torch.randn(20, 1, 2, 4, generator=generator)
+    whole, first, second = (CueVotes(texts, maps, torch.zeros(6)) for _ in range(3))
+    whole.update(embedding, values)
+    first.update(embedding[:7], values[:7])
+    second.update(embedding[7:], values[7:])
+    first.merge(second)
+    assert torch.equal(first.count, whole.count)
+    torch.testing.assert_close(first.sum, whole.sum)
+    assert not torch.equal(second.count, whole.count)
