@@ -1205,7 +1205,7 @@ def test_ctrl_c_in_mid_run(tmp_path: Path) -> None:
         before, runs = {}, {}
         for workers in (0, 2):
             before[workers] = with_earlier_results(tmp_path / str(workers), "check")
-            argv = [*CHECK, "--limit", "4000", "--workers", workers, "--out", tmp_path / str(workers)]
+            argv = [*CHECK, "--limit", "4000", "--batch-size", "2", "--workers", workers, "--out", tmp_path / str(workers)]
             runs[workers] = stack.enter_context(running(*argv))
         for workers, process in runs.items():
             said = until(process, rb"check: +[1-9]\d*%")
