@@ -81,16 +81,16 @@ def similarity(clip: Clip, pixels: torch.Tensor, texts: torch.Tensor) -> list[fl
     return (F.normalize(embedding.to(texts), dim=-1) @ texts.T)[0].tolist()
 
 
-def resized(image: Image.Image) -> Image.Image:
-    """With a long side of LONG_SIDE."""
-    factor = LONG_SIDE / max(image.size)
+def resized(image: Image.Image, side: int = LONG_SIDE) -> Image.Image:
+    """With a long side of so many pixels."""
+    factor = side / max(image.size)
     size = tuple(max(1, round(side * factor)) for side in image.size)
     return image.resize(size, Image.Resampling.BICUBIC if factor < 3 else Image.Resampling.NEAREST)
 
 
-def overlay(image: Image.Image, heat: torch.Tensor, box: tuple[float, ...], clip: bool = False) -> Image.Image:
+def overlay(image: Image.Image, heat: torch.Tensor, box: tuple[float, ...], clip: bool = False, side: int = LONG_SIDE) -> Image.Image:
     """The image with the map [1, rows, cols] laid on `box` of it; what lies outside is dimmed."""
-    canvas = resized(image)
+    canvas = resized(image, side)
     factors = [canvas.width / image.width, canvas.height / image.height] * 2
     left, top, right, bottom = (round(edge * factor) for edge, factor in zip(box, factors, strict=True))
     inside = scale(heat.cpu(), (max(1, bottom - top), max(1, right - left)), clip)[0].float().numpy()

@@ -28,7 +28,7 @@ from .heatmap import overlay
 from .passes import one_pass
 
 BLOB, RANDOM = "centred blob", "random"  # what a method must beat
-EXAMPLES = 3  # images on the page
+EXAMPLES, SIDE = 3, 256  # images on the page, pixels of their long side
 
 
 def run(args: Namespace) -> tuple[dict, list]:
@@ -97,7 +97,7 @@ def examples(
         tiles = [(image, "image"), (mask, "mask")]
         for method in methods:
             heat = maps_of(method, clip, args, pixels, torch.tensor([i]), classes, shown)
-            tiles.append((overlay(image, heat, box, clipped(method)), method))
+            tiles.append((overlay(image, heat, box, clipped(method), SIDE), method))
         found[f"{data.name(i)}: {names[int(shown[0])]}"] = tiles
     return found
 

@@ -315,7 +315,7 @@ os._exit(code)
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     task = "waterbirds"
-    argv = ["--task", task, "--limit", "800", "--batch-size", "16", "--workers", "0", "--save-every", "0.01"]
+    argv = ["--task", task, "--limit", "400", "--batch-size", "16", "--workers", "0", "--save-every", "0.01"]
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
 
