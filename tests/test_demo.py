@@ -149,7 +149,7 @@ def test_training_learns_and_writes_a_checkpoint_that_loads(tmp_path, capsys, mo
     score = train.score
     monkeypatch.setattr(train, "score", lambda model, tokenizer, count: score(model, tokenizer, count=256))
     out = tmp_path / "model.safetensors"
-    train.main(["--steps", "40", "--pictures", "600", "--batch-size", "64", "--out", str(out)])
+    train.main(["--steps", "20", "--pictures", "300", "--batch-size", "32", "--out", str(out)])
     model, _, _ = demo.load(weights=out)
     fresh, _, _ = demo.load(weights=None)
     assert not torch.equal(model.visual.proj, fresh.visual.proj)

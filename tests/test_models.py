@@ -231,9 +231,8 @@ def test_another_image_size_is_another_grid_of_the_same_weights(tmp_path, pixels
     assert f"images of {pixels} pixels" in json.loads((tmp_path / "waterbirds" / "results.json").read_text())["settings"]["model"]
 
 
-@pytest.mark.parametrize("tower", ["ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32"])
-def test_another_image_size_through_timm_and_with_a_pooler(tower):
-    clip = load_clip(tower, "none", "cpu", image_size=96)
+def test_another_image_size_through_timm_and_with_a_pooler():
+    clip = load_clip("ViT-B-16-SigLIP", "none", "cpu", image_size=96)
     assert decompose(clip.model, torch.randn(1, 3, 96, 96)).error() < 1e-5
 
 
