@@ -1174,7 +1174,14 @@ def start(*argv: object, stdout: object = subprocess.PIPE) -> subprocess.Popen:
     """evaluate.py in a process group of its own, as a shell starts it."""
     command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, argv)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, env=environment, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=stdout, stderr=subprocess.PIPE, env=environment, start_new_session=True, preexec_fn=heed_interrupts
+    )
+
+
+def heed_interrupts() -> None:
+    """A shell lets what it runs in the background ignore Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
