@@ -601,23 +601,7 @@ def options(**more):
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    """Pictures are drawn once for all runs."""
-    kept, render = {}, DemoBirds.render
-
-    def once(self, index):
-        key = (self.seed, int(self.rows[index]))
-        if key not in kept:
-            kept[key] = render(self, index)
-        return kept[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DemoBirds, "render", once)
-        yield
-
-
-@pytest.fixture(scope="module")
-def ran(drawn):
+def ran():
     """Results, sections of the page, and what was printed."""
     import contextlib
     import io
@@ -628,7 +612,7 @@ def ran(drawn):
 
 
 @pytest.fixture(scope="module")
-def truth(drawn):
+def truth():
     """The same images, all terms of all neurons of the last layer."""
     clip = load_clip(device="cpu")
     sets = {split: DemoBirds(split, clip.preprocess, 96, seed=0) for split in ("train", "test")}
@@ -786,7 +770,7 @@ def short(**more):
     return task.run(options(limit=24, neurons=2, **more))[0]
 
 
-def test_another_layer_and_more_neurons_than_it_has(drawn, capsys, monkeypatch):
+def test_another_layer_and_more_neurons_than_it_has(capsys, monkeypatch):
     monkeypatch.setattr(task, "page", lambda results, images: [])  # 1,536 pictures
     results, _ = task.run(options(limit=24, layer=-3, neurons=300))
     assert (results["layer"], len(results["neurons"]), results["random"]) == (1, 256, [])
@@ -796,18 +780,18 @@ def test_another_layer_and_more_neurons_than_it_has(drawn, capsys, monkeypatch):
     assert spread == sorted(spread, reverse=True)
 
 
-def test_the_seed_draws_other_images_and_neurons(drawn, capsys):
+def test_the_seed_draws_other_images_and_neurons(capsys):
     first, again, other = short(), short(), short(seed=1)
     assert first == again != other
     assert other["settings"]["seed"] == "1"
 
 
-def test_means_of_the_test_split_are_said_to_be(drawn, capsys):
+def test_means_of_the_test_split_are_said_to_be(capsys):
     means = short(reference="test")["settings"]["means"]
     assert means == "demo world, test split, 24 images; on the images that are scored"
 
 
-def test_fewer_images_than_are_kept(drawn, capsys):
+def test_fewer_images_than_are_kept(capsys):
     assert [len(row["images"]) for row in task.run(options(limit=4, neurons=2))[0]["neurons"]] == [4, 4]
 
 
@@ -819,7 +803,7 @@ def test_fewer_images_than_are_kept(drawn, capsys):
     ],
     ids=["layer", "limit"],
 )
-def test_what_cannot_be_done_is_an_input_error(drawn, more, reason):
+def test_what_cannot_be_done_is_an_input_error(more, reason):
     with pytest.raises(InputError, match=reason):
         task.run(options(**more))
 
@@ -837,7 +821,7 @@ def test_embeddings_that_are_not_numbers_are_refused(truth, monkeypatch):
         task.watch(truth.clip, options(), truth.train, 3)
 
 
-def test_a_model_in_half_precision_is_run(drawn, capsys):
+def test_a_model_in_half_precision_is_run(capsys):
     assert short(precision="bf16")["settings"]["model"].endswith("bfloat16 on cpu")
 
 
@@ -874,7 +858,7 @@ def test_a_folder_without_labels_is_refused(folder):
         task.run(options(data=folder / "plain"))
 
 
-def test_the_command_line_runs_it(drawn, tmp_path, capsys):
+def test_the_command_line_runs_it(tmp_path, capsys):
     quick = ["--limit", "24", "--neurons", "2", "--workers", "0", "--out", str(tmp_path)]
     assert main(["--task", "neurons", "--layer", "0", *quick]) == 0
     assert json.loads((tmp_path / "neurons" / "results.json").read_text())["layer"] == 0
