@@ -826,7 +826,7 @@ def test_a_model_in_half_precision_is_run(capsys):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, drawn):
+def folder(tmp_path_factory):
     """Waterbirds' layout with pictures of the demo, and beside it the same pictures without labels."""
     root, data = tmp_path_factory.mktemp("birds"), DemoBirds("test", lambda image: image, 24)
     (root / "plain").mkdir()
