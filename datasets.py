@@ -265,19 +265,19 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def batches(
-    data: Dataset, batch_size: int, workers: int, title: str, device: torch.device, done: int = 0, quiet: bool = False
+    data: Dataset, batch_size: int, workers: int, title: str, device: torch.device, done: int = 0
 ) -> Iterator[tuple[Any, Tensor]]:
     """(images on the device, indices) under a progress bar, every image once, in order.
 
     Images are a tensor, or a list of tensors where the data set gives more of each (its mask, say). done: images before these, for the
-    bar; quiet: no bar.
+    bar.
 
     Raises:
         InputError: naming the first image that cannot be read; or workers that do not start, or die.
     """
     loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda")
     bar = {"total": done + len(data), "initial": done, "desc": title, "unit": " images", "unit_scale": True, "leave": False}
-    with tqdm(**bar, disable=quiet) as progress:
+    with tqdm(**bar) as progress:
         for images, indices in _workers_alive(loader):
             if isinstance(images, str):
                 raise InputError(images)

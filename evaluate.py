@@ -28,6 +28,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap", "ablation", "completeness", "debias", "retrieval", "neurons")
@@ -63,7 +64,7 @@ def of_models(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("results"), help="folder for results [%(default)s]")
     add("--resume", action="store_true", help="go on where an earlier run of the same command was killed")
     add("--save-every", type=seconds, default=60.0, metavar="SECONDS", help="save what --resume needs this often [%(default)s]")
-    parser.set_defaults(started=time.monotonic())
+    parser.set_defaults(started=time.monotonic(), cleared=False, alone=False)  # the run's own notes: see tasks/passes.py
 
 
 def of_heads(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     Under torchrun every process runs this; the first one alone prints and writes.
     """
     args = parse_args(argv)
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"
     code, message, speaks = 130, "interrupted; no results were written", True
     with contextlib.suppress(KeyboardInterrupt):  # said below, where it is gone, and with it the progress bars that it held open
         code, message, speaks = refused_or_run(args)
@@ -173,7 +176,9 @@ def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool]:
     from tasks import models, passes
 
     if args.list_models:
-        models.print_list()
+        with printable():
+            models.print_list()
+            sys.stdout.flush()
         return 0, "", True
     first = True
     try:
@@ -181,7 +186,7 @@ def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool]:
         first = passes.world()[0] == 0
         run(args, first)
     except (InputError, DecompositionError, BaselineError) as error:
-        return 2, str(error), first or not getattr(error, "everywhere", True)
+        return 2, str(error), first or args.alone
     except (MemoryError, RuntimeError) as error:
         text = next(iter(str(error).splitlines()), "")
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text
@@ -209,17 +214,19 @@ def run(args: argparse.Namespace, first: bool) -> None:
             said.write(f"\n{time.time() - start:.0f} s; {paths}\n")
     finally:
         if first:
-            say(said.getvalue())
+            with printable():
+                print(said.getvalue(), end="", flush=True)
 
 
-def say(text: str) -> None:
-    """Print it. Signs that the terminal cannot show come as their codes; a reader that left is no error."""
+@contextlib.contextmanager
+def printable() -> Iterator[None]:
+    """What is printed inside: signs that the terminal cannot show come as their codes; a reader that left is no error."""
     from datasets import InputError
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(text, end="", flush=True)
+        yield
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
         if not isinstance(error, BrokenPipeError):
@@ -239,14 +246,14 @@ def writable(folder: Path) -> Path:
 
 
 def write(folder: Path, results: dict, sections: list[str]) -> None:
-    """results.json and the page, both or neither: what was there before stays until both are complete."""
+    """results.json and the page: what was there before stays until both are complete, then both are replaced."""
     import report
     from datasets import InputError
 
     title = f"{results['task']}: {results['settings']['model'].split(',')[0]}"
     final = [folder / "results.json", folder / "report.html"]
     partial = [path.with_name(f".{path.name}.{os.getpid()}") for path in final]
-    path = final[0]
+    path = final[0]  # the one at work, for the message
     try:
         text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
         partial[0].write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -164,9 +164,8 @@ def _pick(F: Tensor, R: Tensor, basis: Tensor, length: Tensor, size: int, varian
     D, R = R @ F.T, R.clone()  # [m, k]; the score of text j is |D_j|^2
     for _ in range(size):
         score = torch.linalg.vector_norm(D, dim=1).square()
-        score[score <= NEGLIGIBLE * variance * length] = (
-            0  # spanned by earlier picks, or not written by the head: what is left is rounding
-        )
+        # Spanned by earlier picks, or not written by the head: what is left of such a text is rounding.
+        score[score <= NEGLIGIBLE * variance * length] = 0
         j = int(score.argmax())
         if not score[j]:
             raise ValueError(

@@ -457,6 +457,7 @@ def native_tower(visual: nn.Module) -> Tower:
 
 
 def coca_pooling(name: str, pooler: nn.Module, before: list, targets: slice, then: Direct | Pooled, call: int = 0) -> Pooled:
+    """open_clip's AttentionalPooler: latents attend to the normed tokens; `then` reads what they gather."""
     attn = pooler.attn
     weight = attn.in_proj_weight.chunk(3)[2] if attn.in_proj_weight is not None else attn.v_proj_weight
     bias = None if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)[2]
@@ -514,6 +515,7 @@ def norm(module: nn.Module, name: str) -> nn.LayerNorm | None:
 
 
 def linear(module: nn.Module | dict, name: str) -> nn.Linear:
+    """The Linear of that name; anything else there is refused."""
     found = module.get(name) if isinstance(module, dict) else getattr(module, name, None)
     if not isinstance(found, nn.Linear):
         raise DecompositionError(f"has {type(found).__name__} as {name}; expected Linear")
@@ -526,6 +528,7 @@ def promote(x: Tensor) -> Tensor:
 
 
 def centre(x: Tensor) -> Tensor:
+    """x less its mean over the last axis, as LayerNorm begins."""
     return x - x.mean(dim=-1, keepdim=True)
 
 

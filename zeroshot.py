@@ -204,7 +204,7 @@ def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batc
     """
     path = None
     if clip.cache is not None and len(texts) >= CACHED:
-        key = digest(weights_hash(clip.model).encode(), str(clip.dtype).encode(), "\n".join(texts).encode(errors="backslashreplace"))
+        key = digest("\n".join([clip.name, str(clip.dtype), weights_hash(clip.model), *texts]).encode(errors="backslashreplace"))
         path = clip.cache / f"{key}.safetensors"
         with suppress(OSError, SafetensorError, KeyError):  # none yet, or a broken one
             return load_file(path)["texts"].to(clip.device)
@@ -234,9 +234,9 @@ _hashes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Of all parameters and buffers, once for a model."""
+    """Of all parameters and buffers, and of what the layers are (GELU or QuickGELU has no weights), once for a model."""
     if model not in _hashes:
-        parts = []
+        parts = [str(model)]
         for name, tensor in model.state_dict().items():
             bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             parts.append(f"{name} {tensor.dtype} {list(tensor.shape)} {digest(bits.numpy())}")
@@ -244,12 +244,9 @@ def weights_hash(model: nn.Module) -> str:
     return _hashes[model]
 
 
-def digest(*parts: bytes) -> str:
+def digest(data: bytes) -> str:
     """32 hexadecimal digits that tell whether anything differs."""
-    found = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:

@@ -79,7 +79,7 @@ def measure(task: str, job: str, size: int) -> dict:
         with torch.no_grad():
             for split in ("train", "test"):
                 start = time.perf_counter()
-                for images, indices in batches(DemoBirds(split, clip.preprocess), 64, 0, split, clip.device, quiet=True):
+                for images, indices in batches(DemoBirds(split, clip.preprocess), 64, 0, split, clip.device):
                     clip.model.encode_image(images)
                     counts.append(len(indices))
                 seconds.append(time.perf_counter() - start)

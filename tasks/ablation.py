@@ -27,7 +27,8 @@ from .common import (
     table,
     zero_shot_problem,
 )
-from .passes import Sums, one_pass
+from .parts import Sums
+from .passes import one_pass
 
 PAPER = "The paper, ImageNet, all MLPs ablated: ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3."
 

@@ -15,7 +15,8 @@ from zeroshot import load_clip
 
 from . import models, pages
 from .common import open_split, print_settings, settings, table
-from .passes import Largest, one_pass
+from .parts import Largest
+from .passes import one_pass
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 IMAGES = 64

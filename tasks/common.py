@@ -20,7 +20,8 @@ from decompose import Decomposition, decompose, head_maps
 from textspan import Moments
 from zeroshot import Clip
 
-from .passes import Sums, one_pass, world
+from .parts import Sums
+from .passes import one_pass, world
 
 Head = tuple[int, int]  # (layer, head), both from 0
 LAST_LAYERS = 4  # the paper reads the heads of the last four layers

@@ -18,7 +18,8 @@ from zeroshot import Clip, classifier, default_bank, embed_texts, load_bank, loa
 
 from . import pages
 from .common import LAST_LAYERS, Reference, open_split, percent, print_settings, settings, summarise, table, zero_shot_problem
-from .passes import Sums, one_pass
+from .parts import Sums
+from .passes import one_pass
 from .textspan import name_head
 
 SIZES = (0, 1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40, 50, 60)

@@ -29,7 +29,8 @@ from textspan import Moments
 from zeroshot import Bank, Clip, classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
 from .common import name, open_split, percent, print_settings, settings, table, zero_shot_problem
-from .passes import Rows, Sums, one_pass
+from .parts import Rows, Sums
+from .passes import one_pass
 from .removal import random_heads
 
 KEPT = 6  # images of each neuron, for the page

@@ -1,7 +1,6 @@
 """One pass over a data set: shared by several processes, saved on the way, and continued after a kill.
 
-What a task learns from images is kept in parts. A part has `merge`, which adds what another of its kind has seen, and its state is
-its attributes, or those that it names in `running`. So any pass can be split and saved, and none knows how:
+What a task learns from images is kept in parts (parts.py), and no task knows how its pass is split or saved:
 
     right = Sums()
     for images, indices in one_pass(clip, data, args, "test", right):
@@ -17,7 +16,6 @@ that is over. Batches are the same after --resume as without a kill, and sums ar
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import shutil
@@ -37,58 +35,7 @@ from torch.utils.data import Dataset, Subset
 from datasets import InputError, batches
 from zeroshot import Clip, digest, weights_hash
 
-# Parts that serve many tasks.
-
-
-class Sums:
-    """Numbers or tensors by name, added up in float64."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Any] = {}
-
-    def add(self, name: str, x: Tensor | float) -> None:
-        """x, or a tensor of it, once more."""
-        x = x.detach().to("cpu", torch.float64) if isinstance(x, Tensor) else x
-        self.sums[name] = self.sums[name] + x if name in self.sums else x
-
-    def merge(self, other: Sums) -> None:
-        for name, x in other.sums.items():
-            self.add(name, x)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.sums[name]
-
-
-class Rows:
-    """Tensors [b, ...] of every image, in the images' order; for what must be kept of each."""
-
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-
-    def add(self, x: Tensor) -> None:
-        self.rows.append(x.detach().cpu())
-
-    def merge(self, other: Rows) -> None:
-        self.rows = [*self.rows, *other.rows]
-
-    def tensor(self) -> Tensor:
-        """[n, ...]"""
-        return torch.cat(self.rows)
-
-
-class Largest:
-    """The largest number by name; a NaN is larger than any."""
-
-    def __init__(self) -> None:
-        self.largest: dict[str, float] = {}
-
-    def add(self, name: str, x: float) -> None:
-        self.largest[name] = x if x != x else max(self.largest.get(name, x), x)
-
-    def merge(self, other: Largest) -> None:
-        for name, x in other.largest.items():
-            self.add(name, x)
-
+from .parts import restore, state, twin
 
 # The pass.
 
@@ -102,23 +49,24 @@ def one_pass(clip: Clip, data: Dataset, args: Namespace, title: str, *parts: Any
         InputError: an image that cannot be read; a state that another run left, or that cannot be saved.
     """
     rank, size = world()
-    first, last = len(data) * rank // size, len(data) * (rank + 1) // size
-    book = Book(args, clip, data, title)
-    if book.whole(parts):
+    mine, book = share(len(data), rank, size), Book(args, clip, data, title)
+    if book.over(parts):
         return
     done = book.restore(parts)
-    rest = Subset(data, range(first + done, last))
     workers = min(4, max(1, (os.cpu_count() or 1) // size)) if args.workers is None else args.workers
-    try:
-        for images, indices in batches(rest, args.batch_size, workers, title, clip.device, done, quiet=rank > 0):
-            yield _cast(images, clip.dtype), indices
-            done += len(indices)
-            book.save(parts, done)
-    except InputError as error:
-        error.everywhere = size == 1  # the other processes have other images
-        raise
+    args.alone = True  # other processes have other images: what goes wrong here they may not know
+    for images, indices in batches(Subset(data, mine[done:]), args.batch_size, workers, title, clip.device, done):
+        yield _cast(images, clip.dtype), indices
+        done += len(indices)
+        book.save(parts, done)
+    args.alone = False
     merge(parts)
     book.close(parts)
+
+
+def share(count: int, rank: int, size: int) -> range:
+    """The indices of process `rank` of `size`: all shares together are 0 to count - 1, in order."""
+    return range(count * rank // size, count * (rank + 1) // size)
 
 
 def _cast(images: Any, dtype: torch.dtype) -> Any:
@@ -155,7 +103,7 @@ def merge(parts: tuple) -> None:
             if source == 0:
                 restore(part, seen)
             else:
-                other = _twin(part)
+                other = twin(part)
                 restore(other, seen)
                 part.merge(other)
 
@@ -171,55 +119,6 @@ def broadcast(x: Any, source: int = 0) -> Any:
     return box[0]
 
 
-# States of parts: what torch.load reads without unpickling.
-
-
-def state(part: Any) -> dict:
-    """A copy of all that changes in a part, on the CPU."""
-    return {name: _packed(getattr(part, name)) for name in _running(part)}
-
-
-def restore(part: Any, seen: dict) -> None:
-    """What `state` gave, back into a part."""
-    for name, value in seen.items():
-        setattr(part, name, _unpacked(getattr(part, name), value))
-
-
-def _running(part: Any) -> tuple[str, ...]:
-    return tuple(getattr(part, "running", vars(part)))
-
-
-def _packed(x: Any) -> Any:
-    if hasattr(x, "merge"):
-        return state(x)
-    if isinstance(x, Tensor):
-        return x.detach().to("cpu", copy=True)
-    if isinstance(x, dict):
-        return {key: _packed(value) for key, value in x.items()}
-    return [_packed(value) for value in x] if isinstance(x, list) else x
-
-
-def _unpacked(held: Any, value: Any) -> Any:
-    if hasattr(held, "merge"):
-        restore(held, value)
-        return held
-    if isinstance(value, dict):
-        return {key: _unpacked(held.get(key), one) for key, one in value.items()}
-    return value
-
-
-def _twin(part: Any) -> Any:
-    """A part of its own, to restore another state into; what does not change is shared."""
-    other = copy.copy(part)
-    for name in _running(part):
-        held = getattr(part, name)
-        if hasattr(held, "merge"):
-            setattr(other, name, _twin(held))
-        elif isinstance(held, dict):
-            setattr(other, name, {key: _twin(one) if hasattr(one, "merge") else one for key, one in held.items()})
-    return other
-
-
 # Files.
 
 
@@ -232,21 +131,20 @@ class Book:
         self.folder, slug = state_folder(args), re.sub(r"\W+", "-", title).strip("-")
         self.path, self.end = self.folder / f"{slug}.{world()[0]}.pt", self.folder / f"{slug}.pt"
 
-    def whole(self, parts: tuple) -> bool:
+    def over(self, parts: tuple) -> bool:
         """Is this pass over, in the run that is resumed? Then the parts are as it left them."""
-        if not self.args.resume:
-            return False
-        found = broadcast(self._read(self.end) if world()[0] == 0 else None)
-        for part, seen in zip(parts, found["parts"] if found else [], strict=False):
-            restore(part, seen)
-        return found is not None
+        return self.args.resume and self._fill(parts, broadcast(self._read(self.end) if world()[0] == 0 else None)) is not None
 
     def restore(self, parts: tuple) -> int:
-        """How many of its images this process has seen, in the run that is resumed."""
-        found = self._read(self.path) if self.args.resume else None
-        for part, seen in zip(parts, found["parts"] if found else [], strict=False):
+        """How many of its images this process has seen, in the run that is resumed; the parts are as they were then."""
+        found = self._fill(parts, self._read(self.path)) if self.args.resume else None
+        return 0 if found is None else found["done"]
+
+    @staticmethod
+    def _fill(parts: tuple, found: dict | None) -> dict | None:
+        for part, seen in zip(parts, [] if found is None else found["parts"], strict=found is not None):
             restore(part, seen)
-        return found["done"] if found else 0
+        return found
 
     def save(self, parts: tuple, done: int) -> None:
         """Where --save-every seconds have passed."""
@@ -273,11 +171,10 @@ class Book:
 
     def _clear(self) -> None:
         """What an earlier run left is gone when one that does not resume it has something to keep."""
-        rank = world()[0]
-        if not self.args.resume and not getattr(self.args, "cleared", False):
+        if not self.args.resume and not self.args.cleared:
             for path in self.folder.glob("*.pt"):
                 owner = path.suffixes[0][1:] if len(path.suffixes) > 1 else "0"
-                if owner == str(rank):
+                if owner == str(world()[0]):
                     path.unlink(missing_ok=True)
         self.args.cleared = True
 
@@ -320,12 +217,12 @@ def forget(args: Namespace) -> None:
     shutil.rmtree(state_folder(args), ignore_errors=True)
 
 
-NO_MATTER = ("resume", "workers", "out", "save_every", "started", "cleared", "task", "model", "pretrained", "list_models")
+NO_MATTER = ("resume", "workers", "out", "save_every", "started", "cleared", "alone", "list_models")
 FILES = ("text_bank", "words", "classes", "image", "data")  # options that may name a file: what it holds counts, too
 
 
 def fingerprint(args: Namespace, clip: Clip, data: Dataset, title: str) -> dict[str, Any]:
-    """What must be the same for two runs to be one: weights, images (by name), options, files, and this program."""
+    """What must be the same for two runs to be one: weights, images (by name) and labels, options, files, and this program."""
     options = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in NO_MATTER}
     return {
         "pass": title,
@@ -340,12 +237,17 @@ def fingerprint(args: Namespace, clip: Clip, data: Dataset, title: str) -> dict[
 
 
 def _names(data: Dataset) -> list:
-    """What tells a data set's images."""
+    """What tells a data set's images, and what it says of them."""
     if isinstance(data, Subset):
         return [list(data.indices), *_names(data.dataset)]
-    inner = getattr(data, "birds", None)
-    return [len(data), getattr(data, "description", ""), getattr(data, "rows", None), [*map(str, getattr(data, "files", ()))],
-            *([] if inner is None else _names(inner))]  # fmt: skip
+    inner, labels = getattr(data, "birds", None), [getattr(data, name, None) for name in ("y", "place", "labels")]
+    return [
+        len(data),
+        getattr(data, "rows", None),
+        [*map(str, getattr(data, "files", ()))],
+        [None if values is None else values.tolist() for values in labels],
+        *([] if inner is None else _names(inner)),
+    ]
 
 
 def _file_hash(value: Any) -> str | None:
@@ -361,4 +263,4 @@ def _file_hash(value: Any) -> str | None:
 
 def _program() -> str:
     here = Path(__file__).parent
-    return digest(*(path.read_bytes() for path in sorted([*here.parent.glob("*.py"), *here.glob("*.py")])))
+    return digest(b"".join(path.read_bytes() for path in sorted([*here.parent.glob("*.py"), *here.glob("*.py")])))

@@ -34,7 +34,8 @@ from .common import (
     summarise,
     table,
 )
-from .passes import Rows, one_pass
+from .parts import Rows
+from .passes import one_pass
 from .textspan import ROLE_IMAGES
 
 TILE, ACROSS, GAP = 150, 6, 8  # of the contact sheet

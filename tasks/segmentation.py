@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def run(args: Namespace) -> tuple[dict, list]:
     classes = classifier(clip, names, templates(clip), title="classes")
     found = Found({method: Segmentation(clip=clipped(method)) for method in methods}, data)
     for (images, masks, foreground), indices in one_pass(clip, data, args, "segmentation", found):
-        found.see(foreground, indices)
+        found.see(foreground.tolist(), indices.tolist())
         shown = labels[indices].to(clip.device) if labels is not None else predict(clip, images, classes)
         for method in [method for method in methods if method not in found.refused]:
             try:
@@ -112,9 +113,9 @@ class Found:
         self.foregrounds: dict[int, int] = {}  # value: the first image that has it
         self.refused: dict[str, str] = {}  # methods that do not support this model
 
-    def see(self, values: Tensor, indices: Tensor) -> None:
+    def see(self, values: Iterable[int], indices: Iterable[int]) -> None:
         """Notes which value means foreground, and refuses a second one."""
-        for value, index in zip(values.tolist(), indices.tolist(), strict=True):
+        for value, index in zip(values, indices, strict=True):
             if value:
                 self.foregrounds.setdefault(value, index)
         if len(self.foregrounds) > 1:
@@ -128,8 +129,7 @@ class Found:
         for method, total in other.totals.items():
             self.totals[method].merge(total)
         self.refused = self.refused | other.refused
-        for value, index in other.foregrounds.items():
-            self.see(torch.tensor([value]), torch.tensor([index]))
+        self.see(other.foregrounds.keys(), other.foregrounds.values())
 
 
 def open_masks(args: Namespace, clip: Clip) -> Masked:

@@ -18,7 +18,8 @@ from zeroshot import Bank, Clip, default_bank, embed_texts, load_bank, load_clip
 
 from . import pages
 from .common import LAST_LAYERS, Head, Kept, name, open_split, print_settings, settings, summarise
-from .passes import Rows, one_pass
+from .parts import Rows
+from .passes import one_pass
 
 PICTURES = 6  # per head on the page
 SHOWN = 4  # texts per head on screen; all are in results.json

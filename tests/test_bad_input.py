@@ -1044,6 +1044,22 @@ def test_a_reader_that_leaves_early_is_no_error(printed: dict) -> None:
     assert strict_json(out / "check" / "results.json")["task"] == "check"  # the work is not lost
 
 
+def test_a_reader_of_the_list_of_models_that_leaves_early_is_no_error(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """evaluate.py --list-models | head -1"""
+
+    def left() -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr(tasks.models, "print_list", left)
+    with (tmp_path / "stdout").open("w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        ran = call(["--list-models"], capsys)
+        monkeypatch.undo()
+    assert (ran.code, shown(ran.stderr)) == (0, [])
+
+
 def test_a_terminal_without_a_plus_minus(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """PYTHONIOENCODING=ascii: a sign that cannot be shown is no reason to lose a run."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))

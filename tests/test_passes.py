@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 import demo
 from cue import CueVotes
-from datasets import DemoBirds, InputError
+from datasets import DemoBirds, InputError, Waterbirds
 from evaluate import main, parse_args
 from metrics import Segmentation
-from tasks import passes
+from tasks import parts, passes
 from tasks.common import Kept, Reference
 from tasks.debias import Outcomes
-from tasks.passes import Largest, Rows, Sums
+from tasks.parts import Largest, Rows, Sums
 from tasks.waterbirds import Groups
 from textspan import Moments
 from zeroshot import load_clip, weights_hash
@@ -97,7 +97,7 @@ def flat(state):
 
 
 def same(one, other, exactly=False):
-    one, other = flat(passes.state(one)), flat(passes.state(other))
+    one, other = flat(parts.state(one)), flat(parts.state(other))
     assert len(one) == len(other) > 0
     tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-9, "atol": 1e-9}
     for a, b in zip(one, other, strict=True):
@@ -123,15 +123,15 @@ def test_a_part_restored_from_a_file_is_the_part_and_goes_on_alike(tmp_path, kin
     make, fill = PARTS[kind]
     part, other = make(), make()
     fill(part, torch.arange(25))
-    torch.save(passes.state(part), tmp_path / "state.pt")
-    seen = passes.state(part)
+    torch.save(parts.state(part), tmp_path / "state.pt")
+    seen = parts.state(part)
     fill(part, torch.arange(25, 40))
-    passes.restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
+    parts.restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
     with pytest.raises(AssertionError):  # the control: a state that lacks 15 images is told apart
         same(part, other, exactly=True)
     fill(other, torch.arange(25, 40))
     same(part, other, exactly=True)
-    passes.restore(other, seen)  # a state is a copy: what the part did later is not in it
+    parts.restore(other, seen)  # a state is a copy: what the part did later is not in it
     with pytest.raises(AssertionError):
         same(part, other, exactly=True)
 
@@ -141,11 +141,11 @@ def test_a_twin_does_not_change_the_part_it_is_of(kind):
     make, fill = PARTS[kind]
     part = make()
     fill(part, torch.arange(25))
-    before = copy.deepcopy(passes.state(part))
-    twin = passes._twin(part)
-    passes.restore(twin, passes.state(make()))
+    before = copy.deepcopy(parts.state(part))
+    twin = parts.twin(part)
+    parts.restore(twin, parts.state(make()))
     fill(twin, torch.arange(25, 40))
-    for a, b in zip(flat(before), flat(passes.state(part)), strict=True):
+    for a, b in zip(flat(before), flat(parts.state(part)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -233,10 +233,23 @@ sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
 """
 
 
-def several(tmp_path, processes, jobs):
+DIES = """
+import os
+from tasks import passes
+write, written = passes.Book._write, []
+def dying(book, path, parts, done):
+    write(book, path, parts, done)
+    written.append(path)
+    if len(written) == 4 and os.environ["RANK"] == "1":
+        os._exit(1)
+passes.Book._write = dying
+"""
+
+
+def several(tmp_path, processes, jobs, before=""):
     """The jobs, one after the other, in so many processes together."""
     script = tmp_path / "several.py"
-    script.write_text(SEVERAL)
+    script.write_text(before + SEVERAL)
     command = [
         sys.executable,
         "-m",
@@ -258,6 +271,17 @@ def test_two_processes_give_the_results_of_one(tmp_path, alone):
     for task in JOBS:
         close(results(alone, task), results(tmp_path / "out", task), 1e-6 if task != "check" else 1e-3)
     assert done.stdout.count("a page to look at") == len(JOBS)  # one process speaks
+
+
+def test_processes_that_were_stopped_go_on_together(tmp_path, alone):
+    """The second process has 3 batches of each pass, and dies after the first of the reference."""
+    jobs = [["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--resume", "--out", str(tmp_path / "out")]]
+    died = several(tmp_path, 2, jobs, DIES)
+    assert died.returncode != 0
+    assert {"centre.pt", "reference-train.1.pt"} <= {path.name for path in (tmp_path / "out" / "waterbirds" / ".state").iterdir()}
+    done = several(tmp_path, 2, jobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    close(results(alone, "waterbirds"), results(tmp_path / "out", "waterbirds"), 1e-6)
 
 
 def test_what_one_process_alone_finds_wrong_is_said_once(tmp_path, waterbirds):
@@ -390,6 +414,20 @@ def test_the_state_of_another_run_is_refused_and_left(tmp_path, monkeypatch, cap
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_other_labels_or_another_model_are_another_run(waterbirds):
+    """The model's name says what has no weights: how images are prepared."""
+    from test_evaluate import write_metadata
+
+    clip, found = load_clip(device="cpu"), []
+    for change, more in ((False, []), (False, []), (True, []), (False, ["--model", "another"])):
+        rows = [row | {"place": 1 - row["place"]} if change and not i else row for i, row in enumerate(waterbirds.rows)]
+        write_metadata(waterbirds.root, rows)
+        args = parse_args(["--task", "waterbirds", "--data", str(waterbirds.root), *more])
+        found.append(passes.fingerprint(args, clip, Waterbirds(waterbirds.root, "train", clip.preprocess), "test"))
+    differ = [{key for key in found[0] if found[0][key] != other[key]} for other in found[1:]]
+    assert differ == [set(), {"images"}, {"--model"}]
+
+
 def test_other_weights_are_another_run(tmp_path):
     one, other = load_clip(device="cpu"), load_clip(device="cpu")
     with torch.no_grad():
@@ -482,14 +520,14 @@ def test_an_unreadable_state_is_not_unpickled(tmp_path, monkeypatch, capsys):
     assert "cannot read the state" in capsys.readouterr().err
 
 
-def test_images_are_shared_out_whole(monkeypatch):
-    """None twice, none left out, whatever the numbers."""
-    for images in (0, 1, 5, 12, 100):
-        for size in (1, 2, 3, 7):
-            cuts = [images * rank // size for rank in range(size + 1)]
-            assert cuts[0] == 0
-            assert cuts[-1] == images
-            assert max(b - a for a, b in pairwise(cuts)) <= -(-images // size)
+@given(st.integers(0, 10**6), st.integers(1, 64))
+def test_images_are_shared_out_whole(count, size):
+    """None twice, none left out, and no process has more than one more than another."""
+    shares = [passes.share(count, rank, size) for rank in range(size)]
+    assert shares[0].start == 0
+    assert shares[-1].stop == count
+    assert all(one.stop == other.start for one, other in pairwise(shares))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_an_error_elsewhere_ends_a_process_that_waits(monkeypatch):

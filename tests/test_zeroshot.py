@@ -128,12 +128,13 @@ def test_other_texts_weights_and_precisions_are_other_files(cached):
     before = embed_texts(cached.clip, cached.texts)
     embed_texts(cached.clip, [*cached.texts[:-1], "a bird"])
     embed_texts(replace(cached.clip, dtype=torch.bfloat16), cached.texts)
+    embed_texts(replace(cached.clip, name="another tokenizer"), cached.texts)
     model = copy.deepcopy(cached.clip.model)
     del model.encode_text  # the counting one is bound to the first model
     with torch.no_grad():
         model.text_projection += 0.1
     after = embed_texts(replace(cached.clip, model=model), cached.texts)
-    assert len(list(cached.clip.cache.iterdir())) == 4
+    assert len(list(cached.clip.cache.iterdir())) == 5
     assert not torch.allclose(before, after, atol=1e-3)
 
 
@@ -165,6 +166,7 @@ def test_the_hash_sees_any_bit_name_and_shape(clip):
         hash_of(lambda model: model.visual.proj.view(-1)[-1:].add_(1e-6)),
         hash_of(lambda model: setattr(model.visual, "proj", torch.nn.Parameter(model.visual.proj.T.contiguous().T.reshape(64, -1)))),
         hash_of(lambda model: model.register_buffer("more", torch.zeros(1))),
+        hash_of(lambda model: setattr(model.transformer.resblocks[0].mlp, "gelu", open_clip.transformer.QuickGELU())),
     ]
     assert hashes[0] == weights_hash(clip.model)
     assert len(set(hashes)) == len(hashes)
