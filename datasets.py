@@ -6,7 +6,11 @@ cue that goes along with it), both [n]. Images are read by DataLoader workers; o
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -275,7 +279,8 @@ def batches(
     Raises:
         InputError: naming the first image that cannot be read; or workers that do not start, or die.
     """
-    loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda")
+    options = {"num_workers": workers, "worker_init_fn": _as_worker, "pin_memory": device.type == "cuda"}
+    loader = DataLoader(data, batch_size, collate_fn=_collate, **options)
     bar = {"total": done + len(data), "initial": done, "desc": title, "unit": " images", "unit_scale": True, "leave": False}
     with tqdm(**bar) as progress:
         for images, indices in _workers_alive(loader):
@@ -290,13 +295,37 @@ def batches(
 def _workers_alive(loader: DataLoader) -> Iterator:
     """Its batches; or what happened to the processes that read them."""
     try:
-        yield from loader
+        with _interrupt_waits():
+            loaded = iter(loader)
+        yield from loaded
     except OSError as error:
         raise InputError(f"cannot start {loader.num_workers} processes that read images ({error}); try fewer --workers") from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) or "exited" not in str(error):
             raise
         raise InputError("a worker process that reads images was killed, perhaps for its memory; try fewer --workers") from error
+
+
+@contextlib.contextmanager
+def _interrupt_waits() -> Iterator[None]:
+    """Ctrl-C counts once the workers have started: it would be lost where Python forks, and nothing raised there is heeded."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _as_worker(_: int) -> None:
+    """A terminal sends Ctrl-C to the workers, too; they end with the process that reads them, and have nothing to say of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # of the thread that hands tensors over, when nobody takes them any more
 
 
 def _collate(items: Sequence[tuple[Any, int]]) -> tuple[Any, Tensor]:

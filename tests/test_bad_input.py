@@ -1240,6 +1240,31 @@ def test_ctrl_c_in_mid_run(tmp_path: Path) -> None:
             assert contents(tmp_path / str(workers)) == before[workers]
 
 
+def swallowed() -> None:
+    """Ctrl-C, where Python calls what it must at a fork: what is raised there is only printed."""
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    start_workers, before = datasets.DataLoader.__iter__, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(datasets.DataLoader, "__iter__", lambda self: [swallowed(), start_workers(self)][1])
+    batches = datasets.batches(torch.utils.data.TensorDataset(torch.zeros(4), torch.arange(4)), 2, 0, "", torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_worker_does_not_speak_of_ctrl_c() -> None:
+    """Nor does its thread that hands tensors over."""
+    code = (
+        "import datasets, signal, threading; datasets._as_worker(0); signal.raise_signal(signal.SIGINT);"
+        "threading.Thread(target=lambda: __import__('sys').excepthook(*[None] * 3)).start(); print('on')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("on\n", "", 0)
+
+
 # Two runs into one folder.
 
 
