@@ -46,8 +46,6 @@ import tasks.common
 import tasks.models
 from datasets import DemoBirds
 
-torch.set_num_threads(1)  # tiny models: threads cost more than they bring
-
 ROOT = Path(__file__).parent.parent
 MODEL = "tiny-bad-input"  # open_clip's list of configurations is one for all tests: a name that no other file uses
 QUICK = ("--workers", "0", "--limit", "8", "--draws", "2")

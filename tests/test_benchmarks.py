@@ -5,13 +5,10 @@ import json
 import sys
 
 import pytest
-import torch
 
 import demo
 from benchmarks import cue_study, decompose, scale
 from datasets import DemoBirds
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

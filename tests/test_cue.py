@@ -12,8 +12,6 @@ from torch.nn.functional import normalize
 from cue import CueVotes, subspace
 from textspan import Moments
 
-torch.set_num_threads(1)
-
 SEEDS = st.integers(0, 2**31)
 few = settings(max_examples=25, deadline=None)
 

@@ -39,8 +39,6 @@ from tasks.textspan import agreement
 from textspan import Moments, reconstruct, textspan
 from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
-torch.set_num_threads(1)
-
 LIMIT = 96
 QUICK = ["--limit", str(LIMIT), "--batch-size", "48", "--workers", "0"]
 # Class scores are of float32, which rounds at 6e-8, and sums of some hundred terms of norm near 1; a wrong term shows at 1e-2.

@@ -9,14 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from datasets import DemoBirds, ImageFolder, InputError
 from evaluate import main
 from tasks.common import zero_shot_problem
-
-torch.set_num_threads(1)
 
 
 def run(tmp_path: Path, *argv: str) -> tuple[int, dict]:

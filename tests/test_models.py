@@ -17,8 +17,6 @@ from tasks import check, models
 from towers import open_tower
 from zeroshot import load_clip
 
-torch.set_num_threads(1)
-
 EXACT = 1e-10
 ONE_OF_EACH = {  # family, read-out
     "ViT-B-32": ("open_clip VisionTransformer", "class token"),

@@ -53,8 +53,6 @@ from tasks.neurons import Activity, ablate, choose_layer, in_words, likeness
 from tasks.removal import random_heads
 from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
-torch.set_num_threads(1)
-
 n, d = 64, 24  # of the models of `build`: mlp_ratio 2 times width 32; embedding
 # Every option in the middle, and two models at either end.
 CASES = {(name, 1): OPTIONS[name] for name in OPTIONS} | {

@@ -27,8 +27,6 @@ from tasks.waterbirds import Groups
 from textspan import Moments
 from zeroshot import load_clip, weights_hash
 
-torch.set_num_threads(1)
-
 ROOT = Path(__file__).parent.parent
 FAST = ["--limit", "131", "--batch-size", "32", "--workers", "0"]
 
@@ -203,16 +201,6 @@ JOBS = {
 }
 
 
-TRUTH = 300  # images of the validation split, which textspan compares with
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fewer_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DemoBirds.sizes, "val", TRUTH)
-        yield
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Every task, in one process."""
@@ -224,11 +212,10 @@ def alone(tmp_path_factory):
 
 SEVERAL = """
 import json, sys
-import torch
-from datasets import DemoBirds
+import pytest
+from conftest import small_demo
 from evaluate import main
-torch.set_num_threads(1)
-DemoBirds.sizes["val"] = 300
+small_demo(pytest.MonkeyPatch())
 sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
 """
 
@@ -259,7 +246,7 @@ def several(tmp_path, processes, jobs, before=""):
         str(script),
         json.dumps(jobs),
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
 
 
@@ -347,7 +334,7 @@ print(json.dumps(codes))
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path):
-    argv = ["--task", "waterbirds", "--limit", "400", "--batch-size", "16", "--workers", "0", "--save-every", "0.1"]
+    argv = ["--task", "waterbirds", "--limit", "200", "--batch-size", "8", "--workers", "0", "--save-every", "0.1"]
     command = [sys.executable, "-c", KILLED, str(tmp_path / "through"), str(tmp_path / "killed"), *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from textspan import Moments, TextSpan, reconstruct, textspan
 
-torch.set_num_threads(1)
-
 SEEDS = st.integers(0, 2**31)
 few = settings(max_examples=25, deadline=None)
 
