@@ -1254,3 +1254,10 @@ def test_a_refused_model_is_left_as_found():
     before = found(model)
     refused("none", model)
     assert found(model) == before
+
+
+def test_all_that_is_public_is_there_for_a_star():
+    names: dict[str, object] = {}
+    exec("from decompose import *", names)
+    assert {"Decomposition", "DecompositionError", "Neurons", "check", "decompose", "head_maps", "heatmap", "neurons"} < set(names)
+    assert "_run" not in names

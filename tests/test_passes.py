@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Subset
 
 import demo
 from cue import CueVotes
@@ -271,14 +272,17 @@ def test_processes_that_were_stopped_go_on_together(tmp_path, alone):
     close(results(alone, "waterbirds"), results(tmp_path / "out", "waterbirds"), 1e-6)
 
 
-def test_what_one_process_alone_finds_wrong_is_said_once(tmp_path, waterbirds):
+def test_what_is_wrong_is_said_once(tmp_path, waterbirds):
+    """After a pass all processes find the same; in the second job one process alone finds it."""
     broken = sorted(row["img_filename"] for row in waterbirds.rows if row["split"] == 2)[-1]
     (waterbirds.root / broken).write_bytes(b"no image")
     jobs = [
-        ["--task", "waterbirds", "--data", str(waterbirds.root), "--heads", "3.4", "--workers", "0", "--out", str(tmp_path / "out")]
+        ["--task", "textspan", "--limit", "1", "--workers", "0", "--out", str(tmp_path / "out")],
+        ["--task", "waterbirds", "--data", str(waterbirds.root), "--heads", "3.4", "--workers", "0", "--out", str(tmp_path / "out")],
     ]
     done = several(tmp_path, 2, jobs)
     assert done.returncode != 0
+    assert done.stderr.count("same embedding") == 1
     assert done.stderr.count(f"{broken} is not an image") == 1
     assert not (tmp_path / "out" / "waterbirds" / "results.json").exists()
 
@@ -373,10 +377,10 @@ def test_what_is_saved_is_not_done_again(tmp_path, monkeypatch, alone, capsys):
         "centre.pt",
         "reference-train.0.pt",
     ]
-    seen, decompose = [], passes.batches
-    monkeypatch.setattr(passes, "batches", lambda data, *more, **options: seen.append(len(data)) or decompose(data, *more, **options))
+    seen, batches = [], passes.batches
+    monkeypatch.setattr(passes, "batches", lambda data, *more: seen.append((len(data), more[-1])) or batches(data, *more))
     assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--resume", "--out", str(tmp_path)]) == 0
-    assert seen == [131 - 2 * 32, 131]
+    assert seen == [(131 - 2 * 32, 2 * 32), (131, 0)]  # to do, done
     assert results(tmp_path, "waterbirds") == results(alone, "waterbirds")
 
 
@@ -413,6 +417,56 @@ def test_other_labels_or_another_model_are_another_run(waterbirds):
         found.append(passes.fingerprint(args, clip, Waterbirds(waterbirds.root, "train", clip.preprocess), "test"))
     differ = [{key for key in found[0] if found[0][key] != other[key]} for other in found[1:]]
     assert differ == [set(), {"images"}, {"--model"}]
+
+
+class Pictures(list):
+    """A data set as the fingerprint sees it."""
+
+    def __init__(self, count=3, **attributes):
+        super().__init__(range(count))
+        vars(self).update(attributes)
+
+
+PICTURES = [
+    Pictures(),
+    Pictures(4),
+    Pictures(rows=[1, 2, 3]),
+    Pictures(rows=[1, 2, 4]),
+    Pictures(files=[Path("a"), Path("b")]),
+    Pictures(files=[Path("a"), Path("c")]),
+    Pictures(y=torch.tensor([0, 1])),
+    Pictures(place=torch.tensor([0, 1])),
+    Pictures(birds=Pictures(rows=[1])),
+    Pictures(birds=Pictures(rows=[2])),
+    Subset(Pictures(), [0, 1]),
+    Subset(Pictures(), [0, 2]),
+    Subset(Pictures(4), [0, 1]),
+]
+
+
+def test_what_tells_one_run_from_another(tmp_path, monkeypatch):
+    clip = load_clip(device="cpu")
+
+    def mark(data=PICTURES[0], title="test", options=()):
+        return passes.fingerprint(parse_args(["--task", "check", *options]), clip, data, title)
+
+    def differ(*given, **other):
+        return {key for key, value in mark(*given, **other).items() if value != first[key]}
+
+    first = mark()
+    assert differ(Pictures()) == set()
+    assert [differ(data) for data in PICTURES[1:]] == [{"images"}] * (len(PICTURES) - 1)
+    assert len({str(mark(data)["images"]) for data in PICTURES}) == len(PICTURES)
+    assert differ(title="train") == {"pass"}
+    assert differ(options=["--batch-size", "3"]) == {"--batch-size"}
+    assert differ(options=["--workers", "3", "--out", "elsewhere", "--resume", "--save-every", "1"]) == set()
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    assert differ() == {"torch"}
+    monkeypatch.undo()
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "core.py").touch()
+    monkeypatch.setattr(passes, "__file__", str(tmp_path / "tasks" / "passes.py"))
+    assert differ() == {"program"}
 
 
 def test_other_weights_are_another_run(tmp_path):
@@ -471,7 +525,8 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypat
     folder = stopped(tmp_path, monkeypatch)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def full(*_):
+    def full(_, partial):
+        partial.write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", full)
@@ -480,6 +535,42 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypat
     assert "cannot save the state" in line
     assert "--resume" in line
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def book(tmp_path, monkeypatch, rank=0, size=2, *more):
+    monkeypatch.setattr(passes, "world", lambda: (rank, size))
+    args = parse_args(["--task", "check", "--out", str(tmp_path), *more])
+    clip = load_clip(device="cpu")
+    return passes.Book(args, clip, DemoBirds("val", clip.preprocess), "a pass")
+
+
+@pytest.mark.parametrize(("rank", "left"), [(0, {"x.1.pt", "x.2.pt"}), (1, {"x.pt", "x.0.pt", "x.2.pt"})])
+def test_a_process_clears_what_is_its_own(tmp_path, monkeypatch, rank, left):
+    """The first also what is of all."""
+    found = book(tmp_path, monkeypatch, rank)
+    found.folder.mkdir(parents=True)
+    for name in ("x.pt", "x.0.pt", "x.1.pt", "x.2.pt"):
+        (found.folder / name).touch()
+    found._write(found.path, (Sums(),), 0)
+    assert {path.name for path in found.folder.iterdir()} == left | {f"a-pass.{rank}.pt"}
+
+
+def test_a_state_is_of_so_many_processes(tmp_path, monkeypatch):
+    found = book(tmp_path, monkeypatch)
+    found._write(found.path, (Sums(),), 3)
+    assert book(tmp_path, monkeypatch, 0, 2, "--resume").restore((Sums(),)) == 3
+    with pytest.raises(InputError, match="processes differs: 2 then, 3 now"):
+        book(tmp_path, monkeypatch, 0, 3, "--resume").restore((Sums(),))
+
+
+def test_a_state_is_saved_when_its_time_has_come(tmp_path, monkeypatch):
+    clock, saved = [0.0], []
+    monkeypatch.setattr(passes.time, "monotonic", lambda: clock[0])
+    found = book(tmp_path, monkeypatch, 0, 1, "--save-every", "10")
+    monkeypatch.setattr(found, "_write", lambda *_: saved.append(clock[0]))
+    for clock[0] in range(0, 40, 4):
+        found.save((), 0)
+    assert saved == [12, 24, 36]
 
 
 def test_a_short_run_leaves_no_state(tmp_path, monkeypatch):
