@@ -35,7 +35,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -79,8 +79,8 @@ class Decomposition:
 def decompose(model: nn.Module, images: Tensor, *, convention: str = "term") -> Decomposition:
     """Split model.encode_image(images) into terms that sum to it (sections 3.2 and 3.3 of the paper).
 
-    The stock model runs in eval mode (patch dropout off) and without gradients, and is left as it was found: once, or twice where the
-    weights of the tokens depend on the last layer.
+    The stock model runs in eval mode (patch dropout off) and without gradients, and is left as it was found: once; where the weights of
+    the tokens depend on the last layer, its blocks a second time.
 
     Args:
         model: an open_clip model whose image tower is a ViT, native or of timm: see towers.py.
@@ -340,20 +340,25 @@ class _Seen:
 OnRow = Callable[[int, _Row], None]
 
 
+class _BlocksDone(Exception):
+    """Ends a forward pass behind its last block."""
+
+
 def _run(model: nn.Module, tower: Tower, images: Tensor, on_row: OnRow | None = None, mlp: Exit | None = None) -> _Seen:
-    """Watch a forward pass; before it another one, where that has to tell the tokens' weights."""
-    weights = frozen = None
+    """Watch a forward pass; where the weights depend on the last layer, a second one: it ends there, as the first has told."""
+    weights = frozen = embedding = None
     if not tower.readout.one_pass:
         with _watch(model, tower) as first:
-            _embedding(model, images)
+            embedding = _embedding(model, images)
         with _full_precision(images):
             try:
                 frozen = tower.readout.freeze(first.last, first.calls, first.pool)
             except DecompositionError as error:
                 raise refusal(model, str(error)) from None
         weights = frozen.weights
-    with _watch(model, tower, weights, on_row, mlp) as seen:
-        seen.embedding = _embedding(model, images)
+    with _watch(model, tower, weights, on_row, mlp) as seen, suppress(_BlocksDone):
+        embedding = _embedding(model, images)
+    seen.embedding = embedding
     with _full_precision(images):
         seen.frozen = tower.readout.freeze(seen.last, seen.calls) if frozen is None else frozen
         seen.scale = seen.frozen.weights[:, :1, :1] / seen.weights[:, :1, :1]
@@ -367,7 +372,7 @@ def _watch(
     """While open, a forward pass calls on_row(layer, row) at every block and leaves the rest in what is yielded.
 
     Args:
-        weights: [b, r, T] of the tokens read out; None: their mean.
+        weights: [b, r, T] of the tokens read out, with which the pass ends behind the last block; None: their mean.
         mlp: whose features are kept.
 
     The hooks only read. They and the mode (eval while open) are put back on the way out, also after an error.
@@ -412,6 +417,8 @@ def _watch(
 
     def at_end(module: nn.Module, args: tuple, output: Tensor) -> None:
         seen.last = of_targets(output).clone()  # a view would keep all tokens, and show what is written on them later
+        if weights is not None:
+            raise _BlocksDone
 
     def at_pool(module: nn.Module, args: tuple, output: Tensor) -> None:
         seen.pool = output

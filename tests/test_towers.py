@@ -924,7 +924,7 @@ def test_the_model_is_left_as_found_when_the_second_pass_raises(family):
         if len(passes) == 2:
             raise RuntimeError("out of memory")
 
-    model.visual.register_forward_hook(fail)
+    blocks(model)[1].register_forward_hook(fail)
     before = found(model)
     with pytest.raises(RuntimeError, match="out of memory"):
         decompose(model, pictures(model))
@@ -944,10 +944,13 @@ def test_the_model_is_left_as_found_when_it_is_refused_in_the_middle():
     ("family", "passes"), [("EVA02", 1), ("mean, norm last", 1), ("mean, norm first", 2), ("SigLIP", 2), ("queries, mean", 2)]
 )
 def test_a_second_pass_runs_only_where_the_weights_depend_on_the_last_layer(family, passes):
-    model, modes = copy.deepcopy(model_of(family)).train(), []
-    model.visual.register_forward_hook(lambda m, args, output: modes.append((m.training, torch.is_grad_enabled())))
+    """And it ends behind the last block."""
+    model, modes, whole = copy.deepcopy(model_of(family)).train(), [], []
+    blocks(model)[-1].register_forward_hook(lambda m, args, output: modes.append((m.training, torch.is_grad_enabled())))
+    model.visual.register_forward_hook(lambda *_: whole.append(1))
     decompose(model, pictures(model))
     assert modes == [(False, False)] * passes
+    assert whole == [1]
 
 
 @some_families
