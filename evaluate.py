@@ -25,6 +25,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -159,15 +160,15 @@ def main(argv: list[str] | None = None) -> int:
         code, message, speaks = refused_or_run(args)
     if message and "--resume" not in message and args.task and (state := args.out / args.task / ".state").exists():
         message += f" (--resume goes on from what {state} holds)"
-    if message and speaks:
+    if message and not speaks:
+        time.sleep(3)  # torchrun ends all processes with the first that ends: let the one that knows come first
+    if message and speaks is not False:
         print("evaluate.py: " + " ".join(message.splitlines()), file=sys.stderr)
-    elif message:
-        time.sleep(3)  # torchrun ends all processes with the first that ends: let the one that speaks come first
     return code
 
 
-def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool]:
-    """(exit code, what was wrong, does this process say it?)"""
+def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool | None]:
+    """(exit code, what was wrong, does this process say it? None: if no other has)"""
     import torch  # takes seconds: --help and typing errors need not wait
 
     from baselines import BaselineError
@@ -185,6 +186,8 @@ def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool]:
         args.device = passes.join(args.device)
         first = passes.world()[0] == 0
         run(args, first)
+    except passes.ElsewhereError as error:
+        return 2, str(error), None if first else False
     except (InputError, DecompositionError, BaselineError) as error:
         return 2, str(error), first or args.alone
     except (MemoryError, RuntimeError) as error:
@@ -271,5 +274,13 @@ def write(folder: Path, results: dict, sections: list[str]) -> None:
             path.unlink(missing_ok=True)
 
 
+def interrupt(*_: object) -> None:
+    """Ctrl-C, the first time: another one while all is taken down would only make noise."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell lets what it runs in the background ignore it
+        signal.signal(signal.SIGINT, interrupt)
     sys.exit(main())

@@ -23,6 +23,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from datasets import InputError, batches
-from zeroshot import Clip, digest, weights_hash
+from zeroshot import Clip, default_bank, digest, weights_hash
 
 from .parts import restore, state, twin
 
@@ -92,6 +93,10 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+class ElsewhereError(InputError):
+    """Something went wrong in another process."""
+
+
 def merge(parts: tuple) -> None:
     """Every process's parts, merged in the order of the processes, in all of them."""
     rank, size = world()
@@ -115,8 +120,15 @@ def broadcast(x: Any, source: int = 0) -> Any:
         if world()[1] > 1:
             dist.broadcast_object_list(box, src=source)
     except RuntimeError as error:
-        raise InputError("another process stopped before the end of the pass; what it said tells why") from error
+        raise ElsewhereError("another process stopped before the end of the pass; what it said tells why") from error
     return box[0]
+
+
+def agree(wrong: str | None) -> None:
+    """What one process found wrong is wrong for all, and they say the same."""
+    for source in range(world()[1]):
+        if said := broadcast(wrong, source):
+            raise InputError(said)
 
 
 # Files.
@@ -137,7 +149,14 @@ class Book:
 
     def restore(self, parts: tuple) -> int:
         """How many of its images this process has seen, in the run that is resumed; the parts are as they were then."""
-        found = self._fill(parts, self._read(self.path)) if self.args.resume else None
+        if not self.args.resume:
+            return 0
+        found = wrong = None
+        try:
+            found = self._fill(parts, self._read(self.path))
+        except InputError as error:
+            wrong = str(error)
+        agree(wrong)
         return 0 if found is None else found["done"]
 
     @staticmethod
@@ -165,8 +184,9 @@ class Book:
             torch.save({"run": self.run(), "done": done, "parts": [state(part) for part in parts]}, partial)
             os.replace(partial, path)
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-            partial.unlink(missing_ok=True)
-            told = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
+            with suppress(OSError):
+                partial.unlink()
+            told = getattr(error, "strerror", None) or "its disk may be full"
             raise InputError(f"cannot save the state in {self.folder}: {told}; make room and go on with --resume") from error
 
     def _clear(self) -> None:
@@ -222,13 +242,14 @@ FILES = ("text_bank", "words", "classes", "image", "data")  # options that may n
 
 
 def fingerprint(args: Namespace, clip: Clip, data: Dataset, title: str) -> dict[str, Any]:
-    """What must be the same for two runs to be one: weights, images (by name) and labels, options, files, and this program."""
+    """What must be the same for two runs to be one: weights, images (names and sizes), labels, options, files, and this program."""
     options = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in NO_MATTER}
     return {
         "pass": title,
         "processes": world()[1],
         **options,
         **{f"file of --{name}": _file_hash(getattr(args, name, None)) for name in FILES},
+        "default bank": _file_hash(default_bank(clip)),
         "weights": weights_hash(clip.model),
         "images": digest(repr(_names(data)).encode()),
         "program": _program(),
@@ -245,9 +266,21 @@ def _names(data: Dataset) -> list:
         len(data),
         getattr(data, "rows", None),
         [*map(str, getattr(data, "files", ()))],
+        _sizes(data),
         [None if values is None else values.tolist() for values in labels],
         *([] if inner is None else _names(inner)),
     ]
+
+
+def _sizes(data: Any) -> list[int | None]:
+    """In bytes, of images and masks: one that was replaced under its name has another, as a rule. A copy elsewhere has the same."""
+    masks = getattr(data, "masks", [])
+    folder, found = Path(getattr(data, "root", ".")) / ("images" if masks else ""), []
+    for path in [*(folder / file for file in getattr(data, "files", ())), *masks]:
+        found.append(None)
+        with suppress(OSError):
+            found[-1] = path.stat().st_size
+    return found
 
 
 def _file_hash(value: Any) -> str | None:
@@ -263,4 +296,5 @@ def _file_hash(value: Any) -> str | None:
 
 def _program() -> str:
     here = Path(__file__).parent
-    return digest(b"".join(path.read_bytes() for path in sorted([*here.parent.glob("*.py"), *here.glob("*.py")])))
+    files = [path for folder in (here.parent, here, here.parent / "demo") for path in sorted(folder.glob("*.py"))]
+    return digest(b"".join(path.read_bytes() for path in files))

@@ -1230,7 +1230,9 @@ def test_ctrl_c_in_mid_run(tmp_path: Path) -> None:
             runs[workers] = stack.enter_context(running(*argv))
         for workers, process in runs.items():
             said = until(process, rb"check: +[1-9]\d*%")
-            os.killpg(process.pid, signal.SIGINT)
+            for _ in range(3):  # an impatient finger
+                os.killpg(process.pid, signal.SIGINT)
+                time.sleep(0.05)
             out, rest = process.communicate(timeout=60)
             assert process.returncode == 130
             one_clear_line((said + rest).decode(), "interrupted", NOTHING_NEW)

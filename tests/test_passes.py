@@ -23,6 +23,7 @@ from metrics import Segmentation
 from tasks import parts, passes
 from tasks.common import Kept, Reference
 from tasks.debias import Outcomes
+from tasks.neurons import Activity
 from tasks.parts import Largest, Rows, Sums
 from tasks.waterbirds import Groups
 from textspan import Moments
@@ -72,6 +73,11 @@ class Terms:
         self.values, self.embedding = X[rows], X[rows].flatten(1)
 
 
+class Firing:
+    def __init__(self, rows):
+        self.activations, self.embedding, self.error = X[rows, 0, :, 0], X[rows, 1, 0], lambda: float(X[rows, 0, 0, 0].max())
+
+
 PARTS = {
     "Sums": (Sums, sums),
     "Rows": (Rows, lambda part, rows: part.add(X[rows])),
@@ -81,6 +87,7 @@ PARTS = {
     "Segmentation": (lambda: Segmentation(clip=True), segmentation),
     "Reference": (lambda: Reference(Moments(4, (2, 3)), None, None, None, Moments(4), None, 0.0, ""), reference),
     "Kept": (lambda: Kept(40, 9, 0, slice(1, 2)), lambda part, rows: part.update(Terms(rows), rows)),
+    "Activity": (lambda: Activity(0, torch.eye(3, 4), kept=9), lambda part, rows: part.update(Firing(rows), rows)),
     "Groups": (lambda: Groups(Birds), lambda part, rows: part.update(SCORES[:, rows], rows)),
     "Outcomes": (lambda: Outcomes(3, LABELS, GROUP), lambda part, rows: part.update(SCORES[:, rows], TEXT[rows], rows)),
 }
@@ -261,12 +268,22 @@ def test_two_processes_give_the_results_of_one(tmp_path, alone):
     assert done.stdout.count("a page to look at") == len(JOBS)  # one process speaks
 
 
+def test_one_process_shows_how_far_it_is(tmp_path):
+    """This is not the first; tqdm asks when it is imported."""
+    command = [sys.executable, "evaluate.py", "--task", "check", "--limit", "2", "--workers", "0", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RANK": "1"}, cwd=ROOT, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_processes_that_were_stopped_go_on_together(tmp_path, alone):
     """The second process has 3 batches of each pass, and dies after the first of the reference."""
     jobs = [["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--resume", "--out", str(tmp_path / "out")]]
     died = several(tmp_path, 2, jobs, DIES)
     assert died.returncode != 0
     assert {"centre.pt", "reference-train.1.pt"} <= {path.name for path in (tmp_path / "out" / "waterbirds" / ".state").iterdir()}
+    other = several(tmp_path, 2, [[*jobs[0], "--heads", "3.4"]])
+    assert other.returncode != 0
+    assert other.stderr.count("--heads differs: 'auto' then, '3.4' now") == 1
     done = several(tmp_path, 2, jobs)
     assert done.returncode == 0, done.stderr[-3000:]
     close(results(alone, "waterbirds"), results(tmp_path / "out", "waterbirds"), 1e-6)
@@ -284,6 +301,7 @@ def test_what_is_wrong_is_said_once(tmp_path, waterbirds):
     assert done.returncode != 0
     assert done.stderr.count("same embedding") == 1
     assert done.stderr.count(f"{broken} is not an image") == 1
+    assert "another process" not in done.stderr
     assert not (tmp_path / "out" / "waterbirds" / "results.json").exists()
 
 
@@ -467,6 +485,24 @@ def test_what_tells_one_run_from_another(tmp_path, monkeypatch):
     (tmp_path / "core.py").touch()
     monkeypatch.setattr(passes, "__file__", str(tmp_path / "tasks" / "passes.py"))
     assert differ() == {"program"}
+    monkeypatch.undo()
+    other = tmp_path / "bank.txt"
+    other.write_text("a bird\n")
+    monkeypatch.setattr(passes, "default_bank", lambda clip: other)
+    assert differ() == {"default bank"}
+
+
+def test_a_picture_that_was_replaced_is_another_run(tmp_path):
+    (tmp_path / "images").mkdir()
+    files = [tmp_path / "a.png", tmp_path / "images" / "a.png", tmp_path / "a mask.png"]
+    plain, masked = Pictures(root=tmp_path, files=["a.png"]), Pictures(root=tmp_path, files=["a.png"], masks=[files[2]])
+    seen = []
+    for change in (None, *files):
+        for file in files:
+            file.write_bytes(b"other" if file == change else b"one")
+        seen.append((str(passes._names(plain)), str(passes._names(masked))))
+    before, *after = seen
+    assert [(plain != before[0], masked != before[1]) for plain, masked in after] == [(True, False), (False, True), (False, True)]
 
 
 def test_other_weights_are_another_run(tmp_path):
@@ -539,6 +575,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypat
 
 def book(tmp_path, monkeypatch, rank=0, size=2, *more):
     monkeypatch.setattr(passes, "world", lambda: (rank, size))
+    monkeypatch.setattr(passes, "broadcast", lambda x, source=0: x)
     args = parse_args(["--task", "check", "--out", str(tmp_path), *more])
     clip = load_clip(device="cpu")
     return passes.Book(args, clip, DemoBirds("val", clip.preprocess), "a pass")
@@ -571,6 +608,13 @@ def test_a_state_is_saved_when_its_time_has_come(tmp_path, monkeypatch):
     for clock[0] in range(0, 40, 4):
         found.save((), 0)
     assert saved == [12, 24, 36]
+
+
+def test_a_file_where_the_state_should_be(tmp_path, capsys):
+    (tmp_path / "check").mkdir()
+    (tmp_path / "check" / ".state").touch()
+    assert main(["--task", "check", "--limit", "4", "--save-every", "0", "--workers", "0", "--out", str(tmp_path)]) == 2
+    assert "cannot save the state" in capsys.readouterr().err
 
 
 def test_a_short_run_leaves_no_state(tmp_path, monkeypatch):
@@ -608,11 +652,21 @@ def test_images_are_shared_out_whole(count, size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_what_one_process_finds_wrong_all_say(monkeypatch):
+    told = {0: None, 1: "its state is broken", 2: None}
+    monkeypatch.setattr(passes, "world", lambda: (0, 3))
+    monkeypatch.setattr(passes, "broadcast", lambda mine, source: told[source])
+    with pytest.raises(InputError, match="its state is broken"):
+        passes.agree(None)
+    told[1] = None
+    passes.agree(None)
+
+
 def test_an_error_elsewhere_ends_a_process_that_waits(monkeypatch):
     def dead(*_, **__):
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(passes, "world", lambda: (0, 2))
     monkeypatch.setattr(passes.dist, "broadcast_object_list", dead)
-    with pytest.raises(InputError, match="another process stopped"):
+    with pytest.raises(passes.ElsewhereError, match="another process stopped"):
         passes.broadcast(None)
