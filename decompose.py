@@ -22,7 +22,7 @@ that are frozen, too (T: the tokens that are read out, A_t their attention):
 
 Queries, keys and values are those of the forward pass itself, and no other attention than that of the tokens read out is ever made;
 which is why this costs next to nothing beside the pass. The authors' code instead stores [b, layer, token, head, d]. Where the weights
-depend on the last layer (attention pooling, a norm before a mean), a first pass finds them and a second reads along.
+depend on the last layer (attention pooling, a norm before a mean), a first pass finds them and the blocks run again to be read.
 
 Axes (one letter each, here and in the shapes below; code -> paper):
     b  images                  (K)        L  layers    H  heads    N  tokens, class token first    e  width of one head
