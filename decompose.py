@@ -345,7 +345,7 @@ class _BlocksDone(Exception):
 
 
 def _run(model: nn.Module, tower: Tower, images: Tensor, on_row: OnRow | None = None, mlp: Exit | None = None) -> _Seen:
-    """Watch a forward pass; where the weights depend on the last layer, a second one: it ends there, as the first has told."""
+    """Watch a forward pass; where the weights depend on the last layer, another one tells them first, and this one ends there."""
     weights = frozen = embedding = None
     if not tower.readout.one_pass:
         with _watch(model, tower) as first:
@@ -375,7 +375,8 @@ def _watch(
         weights: [b, r, T] of the tokens read out, with which the pass ends behind the last block; None: their mean.
         mlp: whose features are kept.
 
-    The hooks only read. They and the mode (eval while open) are put back on the way out, also after an error.
+    The hooks only read, but for the one that ends the pass. They and the mode (eval while open) are put back on the way out, also
+    after an error.
     """
     seen, blocks, written, thread = _Seen(), tower.blocks, {}, threading.get_ident()
 

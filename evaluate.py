@@ -160,15 +160,15 @@ def main(argv: list[str] | None = None) -> int:
         code, message, speaks = refused_or_run(args)
     if message and "--resume" not in message and args.task and (state := args.out / args.task / ".state").exists():
         message += f" (--resume goes on from what {state} holds)"
-    if message and not speaks:
-        time.sleep(3)  # torchrun ends all processes with the first that ends: let the one that knows come first
-    if message and speaks is not False:
+    if message and speaks:
         print("evaluate.py: " + " ".join(message.splitlines()), file=sys.stderr)
+    elif message:
+        time.sleep(3)  # torchrun ends all processes with the first that ends: let the one that speaks come first
     return code
 
 
-def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool | None]:
-    """(exit code, what was wrong, does this process say it? None: if no other has)"""
+def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool]:
+    """(exit code, what was wrong, does this process say it?)"""
     import torch  # takes seconds: --help and typing errors need not wait
 
     from baselines import BaselineError
@@ -187,7 +187,8 @@ def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool | None]:
         first = passes.world()[0] == 0
         run(args, first)
     except passes.ElsewhereError as error:
-        return 2, str(error), None if first else False
+        time.sleep(3)  # the other one knows more, and torchrun ends this one when it has spoken
+        return 2, str(error), first
     except (InputError, DecompositionError, BaselineError) as error:
         return 2, str(error), first or args.alone
     except (MemoryError, RuntimeError) as error:

@@ -159,22 +159,21 @@ class MaskFolder(Masked):
 
     def __init__(self, root: str | Path, transform: Callable, limit: int | None = None, seed: int = 0, **options) -> None:
         super().__init__(transform, **options)
-        self.root = root = Path(root)
-        for folder in (root / "images", root / "masks"):
+        root = Path(root)
+        self.root = root / "images"
+        for folder in (self.root, root / "masks"):
             if not folder.is_dir():
                 raise InputError(f"no folder {folder}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/")
         files = [
-            path.relative_to(root / "images")
-            for path in sorted((root / "images").rglob("*"))
-            if path.suffix.lower() in IMAGES and path.is_file()
+            path.relative_to(self.root) for path in sorted(self.root.rglob("*")) if path.suffix.lower() in IMAGES and path.is_file()
         ]
         if not files:
-            raise InputError(f"no images in {root / 'images'} ({', '.join(sorted(IMAGES))})")
+            raise InputError(f"no images in {self.root} ({', '.join(sorted(IMAGES))})")
         found = (path for path in sorted((root / "masks").rglob("*")) if path.suffix.lower() in IMAGES and path.is_file())
         masks = {path.relative_to(root / "masks").with_suffix(""): path for path in found}
         missing = next((file for file in files if file.with_suffix("") not in masks), None)
         if missing is not None:
-            raise InputError(f"no mask for {root / 'images' / missing}: expected {root / 'masks' / missing.with_suffix('.png')}")
+            raise InputError(f"no mask for {self.root / missing}: expected {root / 'masks' / missing.with_suffix('.png')}")
         self.files = [files[i] for i in subset(len(files), limit, seed)]
         self.masks = [masks[file.with_suffix("")] for file in self.files]
         if all(len(file.parts) > 1 for file in files):
@@ -183,7 +182,7 @@ class MaskFolder(Masked):
         self.description = f"{root}, {len(self.files):,} of {len(files):,} images"
 
     def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        image = read(self.root / "images" / self.files[index], lambda image: image)
+        image = read(self.root / self.files[index], lambda image: image)
         if isinstance(image, str):
             raise InputError(image)
         values = read(self.masks[index], np.array, keep_mode=True)
@@ -196,7 +195,7 @@ class MaskFolder(Masked):
         return image, values.astype(int)
 
     def name(self, index: int) -> str:
-        return str(self.root / "images" / self.files[index])
+        return str(self.root / self.files[index])
 
     def __len__(self) -> int:
         return len(self.files)

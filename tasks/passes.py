@@ -274,9 +274,8 @@ def _names(data: Dataset) -> list:
 
 def _sizes(data: Any) -> list[int | None]:
     """In bytes, of images and masks: one that was replaced under its name has another, as a rule. A copy elsewhere has the same."""
-    masks = getattr(data, "masks", [])
-    folder, found = Path(getattr(data, "root", ".")) / ("images" if masks else ""), []
-    for path in [*(folder / file for file in getattr(data, "files", ())), *masks]:
+    root, found = Path(getattr(data, "root", ".")), []
+    for path in [*(root / file for file in getattr(data, "files", ())), *getattr(data, "masks", ())]:
         found.append(None)
         with suppress(OSError):
             found[-1] = path.stat().st_size

@@ -66,15 +66,6 @@ both_rules = pytest.mark.parametrize("conserving", [False, True], ids=["publishe
 seeds = st.integers(0, 10**6)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors here have some hundred entries: a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @torch.no_grad()
 def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, frozen=False, seed=0, **options):
     """A CLIP of three blocks, four heads, 2 x 3 patches, with no parameter at its trivial value, in eval mode."""
