@@ -1247,12 +1247,16 @@ def swallowed() -> None:
 
 
 def test_ctrl_c_while_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    start_workers, before = datasets.DataLoader.__iter__, signal.getsignal(signal.SIGINT)
+    start_workers, inherited = datasets.DataLoader.__iter__, signal.getsignal(signal.SIGINT)
+    heed_interrupts()
     monkeypatch.setattr(datasets.DataLoader, "__iter__", lambda self: [swallowed(), start_workers(self)][1])
     batches = datasets.batches(torch.utils.data.TensorDataset(torch.zeros(4), torch.arange(4)), 2, 0, "", torch.device("cpu"))
-    with pytest.raises(KeyboardInterrupt):
-        next(batches)
-    assert signal.getsignal(signal.SIGINT) is before
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_a_worker_does_not_speak_of_ctrl_c() -> None:
