@@ -56,7 +56,9 @@ def raw_attention(model: nn.Module, images: Tensor, texts: Tensor, *, score: str
 
 
 @torch.no_grad()
-def rollout(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot", start_layer: int = 1) -> Tensor:
+def rollout(
+    model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot", start_layer: int = 1
+) -> Tensor:
     """Attention followed through the layers: row 0 of B_L ... B_start, B = (mean over heads of A + I) / 2. No text enters.
 
     Abnar and Zuidema, "Quantifying Attention Flow in Transformers", https://arxiv.org/abs/2005.00928; TE
@@ -94,7 +96,9 @@ def gradcam(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "do
 
 
 @torch.no_grad()
-def chefer2021_mm(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "logit", start_layer: int = 0) -> Tensor:
+def chefer2021_mm(
+    model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "logit", start_layer: int = 0
+) -> Tensor:
     """Row 0 of (I + C_L) ... (I + C_start), C = mean over heads of relu(ds/dA * A).
 
     Chefer, Gur and Wolf, "Generic Attention-model Explainability", https://arxiv.org/abs/2103.15679, equations 5 and 6; MM's ViT
@@ -109,7 +113,9 @@ def chefer2021_mm(model: nn.Module, images: Tensor, texts: Tensor, *, score: str
 
 
 @torch.no_grad()
-def legrad(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "cosine", layers: int = 2) -> Tensor:
+def legrad(
+    model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "cosine", layers: int = 2
+) -> Tensor:
     """Sum over the last layers l of mean over heads and rows of relu(ds_l/dA_l); s_l scores the mean token after block l.
 
     Bousselham et al., "LeGrad", https://arxiv.org/abs/2404.03214; LG wrapper.py:144-186. All tokens are averaged before ln_post and
@@ -183,7 +189,9 @@ def partial_lrp(model: nn.Module, images: Tensor, texts: Tensor, *, score: str =
 
 
 @torch.no_grad()
-def chefer2021(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot", start_layer: int = 1) -> Tensor:
+def chefer2021(
+    model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot", start_layer: int = 1
+) -> Tensor:
     """Row 0 of (I + C_L) ... (I + C_start), C = mean over heads of relu(ds/dA * R_A); R_A by the conserving rules.
 
     Chefer, Gur and Wolf, "Transformer Interpretability Beyond Attention Visualization", https://arxiv.org/abs/2012.09838, section
@@ -263,7 +271,9 @@ def _through_block(block: _Block, x: Tensor, R: Tensor, conserving: bool) -> tup
     R_O = block.split(_linear(_merge(O), block.W_o, R_a, conserving))
     R_A, R_v = _matmul(A, v, R_O)
     R_q, R_k = _matmul(q, k.mT, R_A)
-    R_A, R_q, R_x = (F.pad(part, (0, 0, 0, missing)) for part in (R_A, R_q, R_x))  # no relevance reached the other tokens
+    R_A, R_q, R_x = (
+        F.pad(part, (0, 0, 0, missing)) for part in (R_A, R_q, R_x)
+    )  # no relevance reached the other tokens
     R_qkv = torch.cat([_merge(R_q), _merge(R_k.mT), _merge(R_v)], dim=-1)
     return R_A, R_x + _linear(y, block.W_in, R_qkv, conserving)
 
@@ -311,7 +321,9 @@ def _add(a: Tensor, b: Tensor, R: Tensor, conserving: bool) -> tuple[Tensor, Ten
         return R_a, R_b
     total, sum_a, sum_b = (x.flatten(1).sum(dim=1).view(-1, *[1] * (x.ndim - 1)) for x in (R, R_a, R_b))
     size = sum_a.abs() + sum_b.abs()
-    return tuple(part * _divide(_divide(s.abs(), size) * total, s) for part, s in ((R_a, sum_a), (R_b, sum_b)))
+    return tuple(
+        part * _divide(_divide(s.abs(), size) * total, s) for part, s in ((R_a, sum_a), (R_b, sum_b))
+    )
 
 
 def _matmul(a: Tensor, b: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,7 +362,9 @@ class _Run:
     def gradients(self, *activations: Tensor, of: Tensor | None = None) -> list[Tensor]:
         """Of the score of the embedding (or of another one) with respect to activations of the run; images do not mix."""
         embedding = self.embedding if of is None else of
-        found = torch.autograd.grad(embedding, activations, self.direction(embedding).to(embedding.dtype), retain_graph=True)
+        found = torch.autograd.grad(
+            embedding, activations, self.direction(embedding).to(embedding.dtype), retain_graph=True
+        )
         return [_promote(gradient) for gradient in found]
 
     @property
@@ -374,7 +388,15 @@ class _Run:
         return row[:, 1:].unflatten(1, self.size)
 
 
-def _run(model: nn.Module, images: Tensor, texts: Tensor, score: str, first: int, keep: tuple[str, ...], graph: bool = False) -> _Run:
+def _run(
+    model: nn.Module,
+    images: Tensor,
+    texts: Tensor,
+    score: str,
+    first: int,
+    keep: tuple[str, ...],
+    graph: bool = False,
+) -> _Run:
     """Run the stock model, which is left as it was found.
 
     Args:
@@ -388,7 +410,9 @@ def _run(model: nn.Module, images: Tensor, texts: Tensor, score: str, first: int
         raise ValueError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
     width = visual.ln_post.normalized_shape[0] if visual.proj is None else visual.proj.shape[1]
     if texts.shape != (len(images), width):
-        raise ValueError(f"texts must be [{len(images)}, {width}], one for each image; got {list(texts.shape)}")
+        raise ValueError(
+            f"texts must be [{len(images)}, {width}], one for each image; got {list(texts.shape)}"
+        )
     seen, ends = [_Seen() for _ in blocks], {}
 
     def leave(i: int, name: str) -> Callable:
@@ -423,19 +447,30 @@ def _run(model: nn.Module, images: Tensor, texts: Tensor, score: str, first: int
         hooks.append(lambda block=block, i=i: block.register_forward_pre_hook(enter(i)))
         modules = {"y": block.ln_1, "a": block.attn, "out": block}
         for name in modules.keys() & set(keep):
-            hooks.append(lambda module=modules[name], i=i, name=name: module.register_forward_hook(leave(i, name)))
+            hooks.append(
+                lambda module=modules[name], i=i, name=name: module.register_forward_hook(leave(i, name))
+            )
     with _watched(model, hooks), torch.no_grad():  # which also ends what `enter` switches on
         embedding = model.encode_image(images)
     embedding = embedding[0] if isinstance(embedding, tuple) else embedding
     size = tuple(pixels // patch for pixels, patch in zip(images.shape[-2:], visual.patch_size, strict=True))
-    direction = _direction(score, F.normalize(_promote(texts.detach()).to(ends["tokens"]), dim=-1), getattr(model, "logit_scale", None))
-    return _Run(visual, first, blocks[first:], seen[first:], embedding, ends["tokens"], ends["last"], direction, size)
+    direction = _direction(
+        score,
+        F.normalize(_promote(texts.detach()).to(ends["tokens"]), dim=-1),
+        getattr(model, "logit_scale", None),
+    )
+    return _Run(
+        visual, first, blocks[first:], seen[first:], embedding, ends["tokens"], ends["last"], direction, size
+    )
 
 
 @contextmanager
 def _watched(model: nn.Module, hooks: list[Callable]) -> Iterator[None]:
     """Eval mode, no checkpointing, and the hooks, while open; all put back also after an error."""
-    training, transformer = [module for module in model.modules() if module.training], model.visual.transformer
+    training, transformer = (
+        [module for module in model.modules() if module.training],
+        model.visual.transformer,
+    )
     checkpointing, handles = getattr(transformer, "grad_checkpointing", None), []
     try:
         handles.extend(register() for register in hooks)
@@ -493,7 +528,9 @@ def _promote(x: Tensor) -> Tensor:
 def _start(model: nn.Module, start_layer: int) -> int:
     depth = len(_blocks(model))
     if not 0 <= start_layer < depth:
-        raise ValueError(f"start_layer must be between 0 and {depth - 1} for a model of {depth} layers, got {start_layer}")
+        raise ValueError(
+            f"start_layer must be between 0 and {depth - 1} for a model of {depth} layers, got {start_layer}"
+        )
     return start_layer
 
 
@@ -502,15 +539,28 @@ def _blocks(model: nn.Module) -> list[_Block]:
     visual = getattr(model, "visual", None)
     tower = f"{type(model).__name__} with image tower {type(visual).__name__}"
     if hasattr(visual, "trunk"):
-        raise BaselineError(f"no baseline supports {tower}: its trunk {type(visual.trunk).__name__} comes from timm")
+        raise BaselineError(
+            f"no baseline supports {tower}: its trunk {type(visual.trunk).__name__} comes from timm"
+        )
     if not hasattr(getattr(visual, "transformer", None), "resblocks") or not hasattr(visual, "ln_post"):
         raise BaselineError(f"no baseline supports {tower}: it is no ViT (transformer.resblocks and ln_post)")
     if getattr(visual, "attn_pool", None) is not None or getattr(visual, "pool_type", "tok") != "tok":
-        raise BaselineError(f"no baseline supports {tower}: it does not read out the class token, from which these maps start")
+        raise BaselineError(
+            f"no baseline supports {tower}: it does not read out the class token, from which these maps start"
+        )
     for block in visual.transformer.resblocks:
-        plain = isinstance(getattr(block, "attn", None), nn.MultiheadAttention) and block.attn.in_proj_weight is not None
-        if not plain or not block.attn.batch_first or [name for name, _ in block.mlp.named_children()] != ["c_fc", "gelu", "c_proj"]:
-            raise BaselineError(f"no baseline supports {tower}: its block {type(block).__name__} is not open_clip's standard one")
+        plain = (
+            isinstance(getattr(block, "attn", None), nn.MultiheadAttention)
+            and block.attn.in_proj_weight is not None
+        )
+        if (
+            not plain
+            or not block.attn.batch_first
+            or [name for name, _ in block.mlp.named_children()] != ["c_fc", "gelu", "c_proj"]
+        ):
+            raise BaselineError(
+                f"no baseline supports {tower}: its block {type(block).__name__} is not open_clip's standard one"
+            )
     return [_Block(block) for block in visual.transformer.resblocks]
 
 
@@ -536,7 +586,9 @@ class _Block:
         """Queries, keys and values [b, H, N, e] of the attention's input; or neighbours among them."""
         first, width = "qkv".index(names), self.attn.embed_dim
         rows, bias = slice(first * width, (first + len(names)) * width), self.attn.in_proj_bias
-        projected = F.linear(_promote(y.detach()), self.W_in[rows], None if bias is None else _promote(bias.detach()[rows]))
+        projected = F.linear(
+            _promote(y.detach()), self.W_in[rows], None if bias is None else _promote(bias.detach()[rows])
+        )
         return [self.split(part) for part in projected.split(width, dim=-1)]
 
     def attend(self, x: Tensor) -> tuple[Tensor, ...]:

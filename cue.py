@@ -68,7 +68,9 @@ class CueVotes:
         total = (gram * moments.scatter).sum(dim=(-2, -1))
         share = corrected(between, total, moments.count, int(seen.sum()))
         mean = torch.einsum("LHe,LHef,LHf->LH", moments.mean, gram, moments.mean)
-        return torch.where(total > 1e-12 * moments.count * mean, share, 0.0)  # a head that always writes the same has no share
+        return torch.where(
+            total > 1e-12 * moments.count * mean, share, 0.0
+        )  # a head that always writes the same has no share
 
 
 def corrected(between: Tensor, total: Tensor, images: int, groups: int) -> Tensor:

@@ -44,11 +44,15 @@ class Waterbirds(Dataset):
     places = ("land", "water")
     splits = ("train", "val", "test")
 
-    def __init__(self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
+    ) -> None:
         self.root, self.transform = Path(root), transform
         rows = [row for row in self._metadata() if row["split"] == self.splits.index(split)]
         if not rows:
-            raise InputError(f"{self.root / 'metadata.csv'} has no row with split {self.splits.index(split)} ({split})")
+            raise InputError(
+                f"{self.root / 'metadata.csv'} has no row with split {self.splits.index(split)} ({split})"
+            )
         rows = [rows[i] for i in subset(len(rows), limit, seed)]
         self.files = [row["img_filename"] for row in rows]
         self.y, self.place = (torch.tensor([row[name] for row in rows]) for name in ("y", "place"))
@@ -57,21 +61,31 @@ class Waterbirds(Dataset):
     def _metadata(self) -> Iterator[dict]:
         path = self.root / "metadata.csv"
         if not path.is_file():
-            raise InputError(f"no {path}: --data must be the folder of waterbird_complete95_forest2water2, with metadata.csv in it")
+            raise InputError(
+                f"no {path}: --data must be the folder of waterbird_complete95_forest2water2, with metadata.csv in it"
+            )
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; expected UTF-8 text") from error
+            raise InputError(
+                f"cannot read {path}: {getattr(error, 'strerror', None) or error}; expected UTF-8 text"
+            ) from error
         reader = csv.DictReader(lines)
         missing = {"img_filename", "y", "split", "place"} - set(reader.fieldnames or ())
         if missing:
-            raise InputError(f"{path} has no column {sorted(missing)[0]!r}; found {', '.join(reader.fieldnames or ['nothing'])}")
+            raise InputError(
+                f"{path} has no column {sorted(missing)[0]!r}; found {', '.join(reader.fieldnames or ['nothing'])}"
+            )
         for line, row in enumerate(self._rows(reader, path), start=2):
             if not row["img_filename"] or "\0" in row["img_filename"]:
-                raise InputError(f"{path}, line {line}: img_filename must name a file, found {row['img_filename']!r}")
+                raise InputError(
+                    f"{path}, line {line}: img_filename must name a file, found {row['img_filename']!r}"
+                )
             for name, allowed in (("y", "01"), ("place", "01"), ("split", "012")):
                 if row[name] not in list(allowed):
-                    raise InputError(f"{path}, line {line}: {name} must be one of {', '.join(allowed)}, found {row[name]!r}")
+                    raise InputError(
+                        f"{path}, line {line}: {name} must be one of {', '.join(allowed)}, found {row[name]!r}"
+                    )
                 row[name] = int(row[name])
             yield row
 
@@ -80,7 +94,9 @@ class Waterbirds(Dataset):
         try:
             yield from reader
         except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}: {error}; expected {', '.join(reader.fieldnames or ())}") from error
+            raise InputError(
+                f"{path}, line {reader.line_num}: {error}; expected {', '.join(reader.fieldnames or ())}"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.files)
@@ -115,7 +131,9 @@ class ImageFolder(Dataset):
 
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
-    def __init__(self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
+    ) -> None:
         self.root, self.transform = self._split(Path(root), split), transform
         files = [
             path.relative_to(self.root)
@@ -138,13 +156,17 @@ class ImageFolder(Dataset):
     @staticmethod
     def _split(root: Path, split: str) -> Path:
         if not root.is_dir():
-            raise InputError(f"no folder {root}: --data must be a folder of images, or of folders of images, one for each class")
+            raise InputError(
+                f"no folder {root}: --data must be a folder of images, or of folders of images, one for each class"
+            )
         there = [name for name in ("train", "val", "test") if (root / name).is_dir()]
         if not there:
             return root
         wanted = "val" if split == "test" and "test" not in there else split
         if wanted not in there:
-            raise InputError(f"no folder {root / wanted}: found {', '.join(there)} there; choose with --reference")
+            raise InputError(
+                f"no folder {root / wanted}: found {', '.join(there)} there; choose with --reference"
+            )
         return root / wanted
 
     def _names(self, folders: list[str]) -> tuple[str, ...]:
@@ -153,7 +175,9 @@ class ImageFolder(Dataset):
             names = tuple(name.replace("_", " ") for name in folders)
             twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
             if twice is not None:
-                raise InputError(f"two folders in {self.root} name the class {twice!r}; each class needs one folder")
+                raise InputError(
+                    f"two folders in {self.root} name the class {twice!r}; each class needs one folder"
+                )
             return names
         from open_clip import IMAGENET_CLASSNAMES
 
@@ -201,7 +225,10 @@ class DemoBirds(Dataset):
         self.transform, self.seed, self._render = transform, self.seeds[split], scenes.render
         facts = scenes.sample(self.sizes[split], self.seed, alignment=ALIGNMENT if split == "train" else 0.5)
         self.rows = subset(self.sizes[split], limit, seed)
-        self.all_facts, self.facts = facts, {name: torch.from_numpy(values[self.rows]) for name, values in facts.items()}
+        self.all_facts, self.facts = (
+            facts,
+            {name: torch.from_numpy(values[self.rows]) for name, values in facts.items()},
+        )
         self.kinds = scenes.FACTORS["kind"]
         self.y, self.place = (self.facts[name] // scenes.FIRST_WATER for name in ("kind", "place"))
         self.description = f"demo world, {split} split, {len(self.rows):,} images"
@@ -261,7 +288,11 @@ def read(path: Path, transform: Callable, root: Path | None = None, keep_mode: b
 def eight_bits(image: Image.Image) -> Image.Image:
     """RGB. 16-bit grey is scaled down (Pillow would clip it), transparency laid on white (Pillow would show what is under it)."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = image.convert("F").point(lambda value: value / 257 if image.mode.startswith("I") else value).convert("L")
+        image = (
+            image.convert("F")
+            .point(lambda value: value / 257 if image.mode.startswith("I") else value)
+            .convert("L")
+        )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -281,7 +312,14 @@ def batches(
     """
     options = {"num_workers": workers, "worker_init_fn": _as_worker, "pin_memory": device.type == "cuda"}
     loader = DataLoader(data, batch_size, collate_fn=_collate, **options)
-    bar = {"total": done + len(data), "initial": done, "desc": title, "unit": " images", "unit_scale": True, "leave": False}
+    bar = {
+        "total": done + len(data),
+        "initial": done,
+        "desc": title,
+        "unit": " images",
+        "unit_scale": True,
+        "leave": False,
+    }
     with tqdm(**bar) as progress:
         for images, indices in _workers_alive(loader):
             if isinstance(images, str):
@@ -299,11 +337,15 @@ def _workers_alive(loader: DataLoader) -> Iterator:
             loaded = iter(loader)
         yield from loaded
     except OSError as error:
-        raise InputError(f"cannot start {loader.num_workers} processes that read images ({error}); try fewer --workers") from error
+        raise InputError(
+            f"cannot start {loader.num_workers} processes that read images ({error}); try fewer --workers"
+        ) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) or "exited" not in str(error):
             raise
-        raise InputError("a worker process that reads images was killed, perhaps for its memory; try fewer --workers") from error
+        raise InputError(
+            "a worker process that reads images was killed, perhaps for its memory; try fewer --workers"
+        ) from error
 
 
 @contextlib.contextmanager

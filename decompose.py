@@ -41,9 +41,30 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from towers import Block, Call, DecompositionError, Exit, Frozen, Tower, attention_calls, open_tower, promote, refusal
+from towers import (
+    Block,
+    Call,
+    DecompositionError,
+    Exit,
+    Frozen,
+    Tower,
+    attention_calls,
+    open_tower,
+    promote,
+    refusal,
+)
 
-__all__ = ["Decomposition", "DecompositionError", "Neurons", "check", "decompose", "head_maps", "heatmap", "neurons", "token_scores"]
+__all__ = [
+    "Decomposition",
+    "DecompositionError",
+    "Neurons",
+    "check",
+    "decompose",
+    "head_maps",
+    "heatmap",
+    "neurons",
+    "token_scores",
+]
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,9 @@ class Decomposition:
     mlps: Tensor  # [b, L, d]
     constant: Tensor  # [b, d] out-projection biases and the norms' beta; zero for convention="paper"
     values: Tensor  # [b, L, H, e] attention-weighted values, divided by the frozen standard deviations
-    own: Tensor | None  # [b, L, H, e] the part of `values` from the class token's attention to itself; None where no such token is read
+    own: (
+        Tensor | None
+    )  # [b, L, H, e] the part of `values` from the class token's attention to itself; None where no such token is read
     pool: Tensor | None = None  # [b, d] what attention pooling's own MLP adds, in the models that have one
 
     def total(self) -> Tensor:
@@ -99,21 +122,34 @@ def decompose(model: nn.Module, images: Tensor, *, convention: str = "term") -> 
         raise ValueError(f'convention must be "term" or "paper", got {convention!r}')
     tower, rows = open_tower(model), []
     if convention == "paper" and not tower.readout.as_in_the_paper:
-        raise refusal(model, 'convention="paper" is defined for a class token that is read out behind one norm; use "term"')
+        raise refusal(
+            model,
+            'convention="paper" is defined for a class token that is read out behind one norm; use "term"',
+        )
     seen = _run(model, tower, images, lambda _, row: rows.append((row.value(), row.own(), row.bias)))
 
     with _full_precision(images):
         G = tower.readout.rows() if convention == "term" else tower.readout.rows(centring=False)
-        stem, mlps = G.read(seen.stem * seen.scale), G.read(torch.stack(seen.mlps, dim=2) * seen.scale[..., None])
+        stem, mlps = (
+            G.read(seen.stem * seen.scale),
+            G.read(torch.stack(seen.mlps, dim=2) * seen.scale[..., None]),
+        )
         values, owns, biases = zip(*rows, strict=True)
         values = [value * seen.scale[..., None] for value in values]  # L x [b, r, H, e]
-        heads = [G.read(torch.einsum("brHe,HeD->brHD", *pair)) for pair in zip(values, _writes(tower), strict=True)]
-        heads, biases = torch.stack(heads, dim=1), G.read(torch.stack(biases, dim=2) * seen.scale[..., None])  # [b, L, d]
+        heads = [
+            G.read(torch.einsum("brHe,HeD->brHD", *pair)) for pair in zip(values, _writes(tower), strict=True)
+        ]
+        heads, biases = (
+            torch.stack(heads, dim=1),
+            G.read(torch.stack(biases, dim=2) * seen.scale[..., None]),
+        )  # [b, L, d]
         constant = seen.frozen.constant
         if convention == "term":
             constant = constant + biases.sum(dim=1)
         else:
-            mean = seen.last.mean(dim=-1) * seen.scale[:, 0] * G.down[0].sum(dim=0)  # [b, d] LayerNorm's mean, read out
+            mean = (
+                seen.last.mean(dim=-1) * seen.scale[:, 0] * G.down[0].sum(dim=0)
+            )  # [b, d] LayerNorm's mean, read out
             share = (constant - mean) / (2 * len(tower.blocks) + 1)
             stem, mlps, constant = stem + share, mlps + share[:, None], torch.zeros_like(stem)
             heads = heads + ((biases + share[:, None]) / heads.shape[2])[:, :, None]
@@ -139,7 +175,9 @@ def head_maps(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def token_scores(model: nn.Module, images: Tensor, texts: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+def token_scores(
+    model: nn.Module, images: Tensor, texts: Tensor, layers: Sequence[int] | None = None
+) -> Tensor:
     """Dot product of every text with every (layer, head, source token) term: who says it, and about which patch (section 3.3).
 
     Args:
@@ -198,7 +236,9 @@ class Neurons:
     term: Tensor  # [b, d] the MLP's term as a whole, from what it wrote
     activations: Tensor  # [b, n] or [b, r, n], past the nonlinearity, divided by the frozen norms on the way to the embedding
     maps: Tensor  # [n, d] or [r, n, p]: the same for all images
-    constant: Tensor  # [b, d] what belongs to no neuron: the out-projection's bias, and beta of the norms around it
+    constant: (
+        Tensor  # [b, d] what belongs to no neuron: the out-projection's bias, and beta of the norms around it
+    )
     up: Tensor | None = None  # [r, p, d] the maps' second factor, where there is one
 
     def terms(self) -> Tensor:
@@ -248,7 +288,11 @@ def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
         G = tower.readout.rows()
         term = G.read(seen.mlps[layer] * seen.scale)
         weights, bias = way_out.weigh(seen.weights, seen.hidden, seen.hidden_written)
-        constant, activations, maps = G.read(bias * seen.scale), weights @ seen.hidden * seen.scale, way_out.maps() @ G.down
+        constant, activations, maps = (
+            G.read(bias * seen.scale),
+            weights @ seen.hidden * seen.scale,
+            way_out.maps() @ G.down,
+        )
         if G.up is None:
             activations, maps = activations[:, 0], maps[0]
         return Neurons(seen.embedding, term, activations, maps, constant, G.up)
@@ -298,7 +342,11 @@ class _Row:
         """[b, H, e] the summand of `value` that has the class token for its source, where that is what is read out."""
         if self.attention is None:
             return None
-        return self.weights[:, 0, :, None] * self.attention[:, :, 0, :1] * self.scaled(promote(self.call.v[:, :, 0]))
+        return (
+            self.weights[:, 0, :, None]
+            * self.attention[:, :, 0, :1]
+            * self.scaled(promote(self.call.v[:, :, 0]))
+        )
 
     def scaled(self, x: Tensor) -> Tensor:
         """x [b, H, ..., e], times the heads' own scale where the block has one."""
@@ -312,7 +360,11 @@ class _Row:
         mixed = 0  # [b, H, r, N] the tokens' attention, weighted; some tokens at a time: never [N, N] of all of them
         for part in range(0, self.mixed.shape[2], CHUNK):
             tokens = slice(self.targets.start or 0, None).indices(self.call.q.shape[2])[0] + part
-            A = self.attention if self.attention is not None else self.call.weights(slice(tokens, tokens + CHUNK))
+            A = (
+                self.attention
+                if self.attention is not None
+                else self.call.weights(slice(tokens, tokens + CHUNK))
+            )
             mixed = mixed + self.weights[:, None, :, part : part + CHUNK] @ A
         return sum(mixed[:, :, r, :, None] * (v @ said[r]) for r in range(len(said)))
 
@@ -344,7 +396,9 @@ class _BlocksDone(Exception):
     """Ends a forward pass behind its last block."""
 
 
-def _run(model: nn.Module, tower: Tower, images: Tensor, on_row: OnRow | None = None, mlp: Exit | None = None) -> _Seen:
+def _run(
+    model: nn.Module, tower: Tower, images: Tensor, on_row: OnRow | None = None, mlp: Exit | None = None
+) -> _Seen:
     """Watch a forward pass; where the weights depend on the last layer, another one tells them first, and this one ends there."""
     weights = frozen = embedding = None
     if not tower.readout.one_pass:
@@ -367,7 +421,11 @@ def _run(model: nn.Module, tower: Tower, images: Tensor, on_row: OnRow | None = 
 
 @contextmanager
 def _watch(
-    model: nn.Module, tower: Tower, weights: Tensor | None = None, on_row: OnRow | None = None, mlp: Exit | None = None
+    model: nn.Module,
+    tower: Tower,
+    weights: Tensor | None = None,
+    on_row: OnRow | None = None,
+    mlp: Exit | None = None,
 ) -> Iterator[_Seen]:
     """While open, a forward pass calls on_row(layer, row) at every block and leaves the rest in what is yielded.
 
@@ -400,14 +458,19 @@ def _watch(
     def at_mlp(index: int) -> Callable:  # by then the block's attention has written
         def hook(module: nn.Module, args: tuple) -> None:
             if len(calls) != 1:
-                found = f"block {index} called F.scaled_dot_product_attention {len(calls)} times, expected once"
+                found = (
+                    f"block {index} called F.scaled_dot_product_attention {len(calls)} times, expected once"
+                )
                 raise refusal(model, found + (" (is TIMM_FUSED_ATTN=0 set?)" if not calls else ""))
             call, block = calls.pop(), blocks[index]
             if call.k.shape[2] != call.q.shape[2]:
                 raise refusal(model, f"block {index} attends to tokens that are not in the image")
             if on_row is not None:
                 with _full_precision(call.v):
-                    on_row(index, _row(block, call, tower.readout.targets, seen.weights, written.pop(index, None)))
+                    on_row(
+                        index,
+                        _row(block, call, tower.readout.targets, seen.weights, written.pop(index, None)),
+                    )
 
         return hook
 
@@ -417,7 +480,9 @@ def _watch(
             seen.mlps.append(seen.weights @ x)
 
     def at_end(module: nn.Module, args: tuple, output: Tensor) -> None:
-        seen.last = of_targets(output).clone()  # a view would keep all tokens, and show what is written on them later
+        seen.last = of_targets(
+            output
+        ).clone()  # a view would keep all tokens, and show what is written on them later
         if weights is not None:
             raise _BlocksDone
 
@@ -449,23 +514,41 @@ def _watch(
                 handle.remove()
             for module in training:
                 module.training = True
-    seen.calls, seen.hidden, seen.hidden_written = calls, written.get("hidden"), written.get("hidden, written")
+    seen.calls, seen.hidden, seen.hidden_written = (
+        calls,
+        written.get("hidden"),
+        written.get("hidden, written"),
+    )
 
 
 def _row(block: Block, call: Call, targets: slice, weights: Tensor, written: Tensor | None) -> _Row:
     """written: [b, T, D] what the norm after the attention was given, where there is one."""
     A = call.weights(targets) if targets == slice(0, 1) else None
-    row = _Row(block, call, targets, weights, A, promote(call.out[:, :, targets]) if A is None else A @ promote(call.v), weights)
+    row = _Row(
+        block,
+        call,
+        targets,
+        weights,
+        A,
+        promote(call.out[:, :, targets]) if A is None else A @ promote(call.v),
+        weights,
+    )
     row.mixed = row.scaled(row.mixed)
     row.weights, row.bias = block.attention.weigh(weights, row.mixed.transpose(1, 2), written)
     return row
 
 
 def _embedding(model: nn.Module, images: Tensor) -> Tensor:
-    raw = {"normalize": False} if "normalize" in inspect.signature(model.encode_image).parameters else {}  # CoCa's default is True
+    raw = (
+        {"normalize": False} if "normalize" in inspect.signature(model.encode_image).parameters else {}
+    )  # CoCa's default is True
     output = model.encode_image(images, **raw)
-    output = output[0] if isinstance(output, tuple) else output  # towers with output_tokens=True also return their patches
-    return output[:, 0] if output.ndim == 3 else output  # CoCa's parallel and cascade poolings return one query of one
+    output = (
+        output[0] if isinstance(output, tuple) else output
+    )  # towers with output_tokens=True also return their patches
+    return (
+        output[:, 0] if output.ndim == 3 else output
+    )  # CoCa's parallel and cascade poolings return one query of one
 
 
 def _writes(tower: Tower) -> Iterator[Tensor]:
@@ -474,7 +557,11 @@ def _writes(tower: Tower) -> Iterator[Tensor]:
 
 
 def _scan(
-    model: nn.Module, images: Tensor, texts: Tensor, on_scores: Callable[[int, Tensor], None], wanted: set[int] | None = None
+    model: nn.Module,
+    images: Tensor,
+    texts: Tensor,
+    on_scores: Callable[[int, Tensor], None],
+    wanted: set[int] | None = None,
 ) -> tuple[Tensor, Tower]:
     """Call on_scores(layer, [b, H, N, t]) for every wanted layer, scores still to be multiplied by the scale [b, 1, 1] returned."""
     tower = open_tower(model)
@@ -507,7 +594,9 @@ def _culprit(model: nn.Module, images: Tensor, tolerance: float) -> str:
         for block in tower.blocks:
             keep = lambda module, args, output: written.append(mean(output))  # noqa: E731
             handles.append(block.attention_written.register_forward_hook(keep))
-            handles.append(block.module.register_forward_pre_hook(lambda module, args: stream.append(mean(args[0]))))
+            handles.append(
+                block.module.register_forward_pre_hook(lambda module, args: stream.append(mean(args[0])))
+            )
         with _watch(model, tower, on_row=sum_heads) as seen:
             _embedding(model, images)
     finally:
@@ -516,16 +605,27 @@ def _culprit(model: nn.Module, images: Tensor, tolerance: float) -> str:
     stream.append(seen.last.mean(dim=1, keepdim=True))
     if not stream[0].isfinite().all():
         return "the embedding of patches and positions is the first to write something that is not a number"
-    for i in range(len(tower.blocks)):  # the heads are looked at, too: a fused kernel of attention may pass over such a number
+    for i in range(
+        len(tower.blocks)
+    ):  # the heads are looked at, too: a fused kernel of attention may pass over such a number
         if not (stream[i + 1].isfinite().all() and heads[i].isfinite().all()):
             return f"block {i} is the first to write something that is not a number"
     gaps = []
     for i in range(len(tower.blocks)):
         added = stream[i + 1] - stream[i]
         gaps.append((heads[i] - written[i], written[i], i, "its heads differ from what its attention wrote"))
-        gaps.append((added - written[i] - seen.mlps[i], added, i, "its attention and MLP differ from what it added to the stream"))
+        gaps.append(
+            (
+                added - written[i] - seen.mlps[i],
+                added,
+                i,
+                "its attention and MLP differ from what it added to the stream",
+            )
+        )
     floor = 1e-12 * stream[0].norm()  # of an attention that writes nothing
-    gap, block, where = max((float(gap.norm() / whole.norm().clamp_min(floor)), block, where) for gap, whole, block, where in gaps)
+    gap, block, where = max(
+        (float(gap.norm() / whole.norm().clamp_min(floor)), block, where) for gap, whole, block, where in gaps
+    )
     if gap < tolerance:
         return "every block adds up, so the difference arises in the read-out after them"
     return f"largest gap in block {block}: {where} by {gap:.1e} of its norm"

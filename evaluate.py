@@ -32,7 +32,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap", "ablation", "completeness", "debias", "retrieval", "neurons")
+TASKS = (
+    "check",
+    "textspan",
+    "waterbirds",
+    "segmentation",
+    "heatmap",
+    "ablation",
+    "completeness",
+    "debias",
+    "retrieval",
+    "neurons",
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +51,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    what.add_argument("--list-models", action="store_true", help="what of open_clip can be decomposed, with its pretrained tags")
+    what.add_argument(
+        "--list-models",
+        action="store_true",
+        help="what of open_clip can be decomposed, with its pretrained tags",
+    )
     for add_options in (of_models, of_heads, of_cues, of_maps):
         add_options(parser)
     return parser.parse_args(argv)
@@ -51,29 +66,64 @@ def of_models(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model, images, results").add_argument
     add("--model", help="open_clip's name of an architecture; without it the demo model")
     add("--pretrained", help="open_clip's tag, or a checkpoint file; none: random weights")
-    add("--image-size", type=positive, metavar="PIXELS", help="another than the model's own; positions are resized, as open_clip does")
+    add(
+        "--image-size",
+        type=positive,
+        metavar="PIXELS",
+        help="another than the model's own; positions are resized, as open_clip does",
+    )
     data = "Waterbirds' folder, or any of images (CLASS/NAME.jpg gives labels); segmentation: gtsegs_ijcv.mat, or images/ and masks/"
     add("--data", help=f"{data} [the demo world]")
     splits = ("train", "val", "test")
-    add("--reference", choices=splits, default="train", help="images that means come from [%(default)s]; test: as the authors")
+    add(
+        "--reference",
+        choices=splits,
+        default="train",
+        help="images that means come from [%(default)s]; test: as the authors",
+    )
     add("--limit", type=positive, help="use this many images of each split, drawn with the seed")
     add("--seed", type=natural, default=0, help="of everything that is drawn at random [%(default)s]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model; sums are always fp32 [%(default)s]")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the model; sums are always fp32 [%(default)s]",
+    )
     add("--batch-size", type=positive, default=64, help="[%(default)s]")
     add("--workers", type=natural, help="processes that read images [4 at most]")
     add("--out", type=Path, default=Path("results"), help="folder for results [%(default)s]")
     add("--resume", action="store_true", help="go on where an earlier run of the same command was killed")
-    add("--save-every", type=seconds, default=60.0, metavar="SECONDS", help="save what --resume needs this often [%(default)s]")
-    parser.set_defaults(started=time.monotonic(), cleared=False, alone=False)  # the run's own notes: see tasks/passes.py
+    add(
+        "--save-every",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="save what --resume needs this often [%(default)s]",
+    )
+    parser.set_defaults(
+        started=time.monotonic(), cleared=False, alone=False
+    )  # the run's own notes: see tasks/passes.py
 
 
 def of_heads(parser: argparse.ArgumentParser) -> None:
     """What the tasks take that name terms or look things up by them."""
     add = parser.add_argument_group("textspan, completeness, retrieval, neurons").add_argument
-    add("--text-bank", metavar="FILE", help="descriptions, one per line under `# category` lines [text_bank.txt; the demo has its own]")
-    add("--texts", type=positive, help="textspan: texts per head [20, or half of a narrower head's width]; completeness: at most")
-    add("--words", metavar="FILE", help="completeness: a second pool of texts, one per line (the commonest English words, say)")
+    add(
+        "--text-bank",
+        metavar="FILE",
+        help="descriptions, one per line under `# category` lines [text_bank.txt; the demo has its own]",
+    )
+    add(
+        "--texts",
+        type=positive,
+        help="textspan: texts per head [20, or half of a narrower head's width]; completeness: at most",
+    )
+    add(
+        "--words",
+        metavar="FILE",
+        help="completeness: a second pool of texts, one per line (the commonest English words, say)",
+    )
     add("--head", metavar="L.H", help="retrieval: by what this head writes")
     add("--role", metavar="CATEGORY", help="retrieval: by what all heads of this role write")
     add("--top", type=positive, default=12, help="retrieval: images to show [%(default)s]")
@@ -84,12 +134,27 @@ def of_heads(parser: argparse.ArgumentParser) -> None:
 def of_cues(parser: argparse.ArgumentParser) -> None:
     """What the tasks take that remove a cue."""
     add = parser.add_argument_group("waterbirds, debias").add_argument
-    add("--heads", default="auto", help="paper, auto (found with --cue), or a list like 3.7,2.1 (layer.head) [%(default)s]")
-    add("--cue", nargs="+", default=["places"], metavar="TEXT", help="a category of the bank, or texts, to take out [places]")
+    add(
+        "--heads",
+        default="auto",
+        help="paper, auto (found with --cue), or a list like 3.7,2.1 (layer.head) [%(default)s]",
+    )
+    add(
+        "--cue",
+        nargs="+",
+        default=["places"],
+        metavar="TEXT",
+        help="a category of the bank, or texts, to take out [places]",
+    )
     ways = ("heads", "directions", "embedding")
     add("--remove", nargs="+", choices=ways, default=ways, help="rows of the table [all]")
     add("--draws", type=positive, default=100, help="random draws of heads [%(default)s]")
-    add("--classes", nargs="+", metavar="NAME", help="debias, segmentation: what to tell apart, or (segmentation) a file [the data's]")
+    add(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="debias, segmentation: what to tell apart, or (segmentation) a file [the data's]",
+    )
 
 
 def of_maps(parser: argparse.ArgumentParser) -> None:
@@ -104,13 +169,20 @@ def of_maps(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS",
         help="explain the predicted class, the true one, or the one named [%(default)s]",
     )
-    contrast = "who explains the class minus the mean over classes; paper: the decomposition alone [%(default)s]"
+    contrast = (
+        "who explains the class minus the mean over classes; paper: the decomposition alone [%(default)s]"
+    )
     add("--contrast", choices=("all", "paper", "none"), default="all", help=contrast)
     protocol = "masks cropped like images, or squashed as the authors do [%(default)s]"
     add("--protocol", choices=("aligned", "authors"), default="aligned", help=protocol)
     add("--void", type=natural, metavar="VALUE", help="value of mask pixels to leave out")
     add("--image", metavar="FILE", help="heatmap, retrieval: the image")
-    add("--text", action="append", metavar="TEXT", help="heatmap, retrieval: what to look for; heatmap takes several")
+    add(
+        "--text",
+        action="append",
+        metavar="TEXT",
+        help="heatmap, retrieval: what to look for; heatmap takes several",
+    )
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -156,14 +228,23 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"
     code, message, speaks = 130, "interrupted; no results were written", True
-    with contextlib.suppress(KeyboardInterrupt):  # said below, where it is gone, and with it the progress bars that it held open
+    with contextlib.suppress(
+        KeyboardInterrupt
+    ):  # said below, where it is gone, and with it the progress bars that it held open
         code, message, speaks = refused_or_run(args)
-    if message and "--resume" not in message and args.task and (state := args.out / args.task / ".state").exists():
+    if (
+        message
+        and "--resume" not in message
+        and args.task
+        and (state := args.out / args.task / ".state").exists()
+    ):
         message += f" (--resume goes on from what {state} holds)"
     if message and speaks:
         print("evaluate.py: " + " ".join(message.splitlines()), file=sys.stderr)
     elif message:
-        time.sleep(3)  # torchrun ends all processes with the first that ends: let the one that speaks come first
+        time.sleep(
+            3
+        )  # torchrun ends all processes with the first that ends: let the one that speaks come first
     return code
 
 
@@ -196,7 +277,11 @@ def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool]:
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text
         if not known:
             raise
-        return 2, "out of memory" + (f" ({text[:100]})" if text else "") + "; try a smaller --batch-size", True
+        return (
+            2,
+            "out of memory" + (f" ({text[:100]})" if text else "") + "; try a smaller --batch-size",
+            True,
+        )
     return 0, "", True
 
 
@@ -234,7 +319,9 @@ def printable() -> Iterator[None]:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
         if not isinstance(error, BrokenPipeError):
-            raise InputError(f"cannot print: {error.strerror or error}; what was to be said is in --out, too") from error
+            raise InputError(
+                f"cannot print: {error.strerror or error}; what was to be said is in --out, too"
+            ) from error
 
 
 def writable(folder: Path) -> Path:
@@ -269,7 +356,9 @@ def write(folder: Path, results: dict, sections: list[str]) -> None:
         for before, path in zip(partial, final, strict=True):
             os.replace(before, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; what stood there before still does") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; what stood there before still does"
+        ) from error
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
@@ -282,6 +371,8 @@ def interrupt(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell lets what it runs in the background ignore it
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # a shell lets what it runs in the background ignore it
         signal.signal(signal.SIGINT, interrupt)
     sys.exit(main())

@@ -63,10 +63,16 @@ class Masked(Dataset):
             pixels = self.transform(image)
             squash = self.protocol == "authors"
             mask = Image.fromarray(mask)
-            mask = mask.resize(pixels.shape[:0:-1], Image.Resampling.NEAREST) if squash else self._mask_geometry(mask)
+            mask = (
+                mask.resize(pixels.shape[:0:-1], Image.Resampling.NEAREST)
+                if squash
+                else self._mask_geometry(mask)
+            )
             mask = torch.from_numpy(np.array(mask))
             if mask.shape != pixels.shape[1:] or bool((mask == VOID).all()):
-                raise InputError(f"nothing of the mask of {self.name(index)} is left after the model's resizing and cropping")
+                raise InputError(
+                    f"nothing of the mask of {self.name(index)} is left after the model's resizing and cropping"
+                )
         except InputError as error:
             return str(error), index
         return (pixels, torch.where(mask == VOID, -1, mask.to(torch.int8)), foreground), index
@@ -95,18 +101,24 @@ class ImageNetSegmentation(Masked):
         InputError: no h5py, no such file, or one that is something else.
     """
 
-    def __init__(self, path: str | Path, transform: Callable, limit: int | None = None, seed: int = 0, **options) -> None:
+    def __init__(
+        self, path: str | Path, transform: Callable, limit: int | None = None, seed: int = 0, **options
+    ) -> None:
         super().__init__(transform, **options)
         self.path, self._file = Path(path), None
         if not self.path.is_file():
-            raise InputError(f"no {path}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/")
+            raise InputError(
+                f"no {path}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/"
+            )
         try:
             import h5py  # noqa: F401
         except ImportError:
             raise InputError(f"reading {path} needs h5py: pip install h5py") from None
         count = len(self._references("img"))
         if count != len(self._references("gt")) or not count:
-            raise InputError(f"{path} holds {count} images and {len(self._references('gt'))} masks; expected as many of both")
+            raise InputError(
+                f"{path} holds {count} images and {len(self._references('gt'))} masks; expected as many of both"
+            )
         self.rows = subset(count, limit, seed)
         self.description = f"ImageNet-Segmentation in {path}, {len(self.rows):,} of {count:,} images"
         self._file = None  # every process opens its own
@@ -119,9 +131,13 @@ class ImageNetSegmentation(Masked):
                 self._file = h5py.File(self.path, "r")
             references = np.asarray(self._file[f"value/{name}"][()])
         except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise InputError(f"{self.path} is not gtsegs_ijcv.mat, an HDF5 file with value/img and value/gt: {error}") from error
+            raise InputError(
+                f"{self.path} is not gtsegs_ijcv.mat, an HDF5 file with value/img and value/gt: {error}"
+            ) from error
         if references.dtype.kind != "O":
-            raise InputError(f"{self.path}: value/{name} holds {references.dtype}, expected references to arrays")
+            raise InputError(
+                f"{self.path}: value/{name} holds {references.dtype}, expected references to arrays"
+            )
         return references.ravel()
 
     def _array(self, name: str, row: int) -> np.ndarray:
@@ -134,7 +150,9 @@ class ImageNetSegmentation(Masked):
         self._references("img")  # opens the file in this process
         pixels, mask = self._array("img", self.rows[index]), self._array("gt", self.rows[index])
         if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
-            raise InputError(f"{self.name(index)} is an array {pixels.shape} of {pixels.dtype}, expected [rows, columns, 3] of uint8")
+            raise InputError(
+                f"{self.name(index)} is an array {pixels.shape} of {pixels.dtype}, expected [rows, columns, 3] of uint8"
+            )
         if mask.ndim != 2 or mask.dtype.kind not in "bui":
             raise InputError(
                 f"the mask of {self.name(index)} is an array {mask.shape} of {mask.dtype}, expected integers [rows, columns]"
@@ -157,27 +175,41 @@ class MaskFolder(Masked):
         InputError: no such folders, no images, or an image without a mask.
     """
 
-    def __init__(self, root: str | Path, transform: Callable, limit: int | None = None, seed: int = 0, **options) -> None:
+    def __init__(
+        self, root: str | Path, transform: Callable, limit: int | None = None, seed: int = 0, **options
+    ) -> None:
         super().__init__(transform, **options)
         root = Path(root)
         self.root = root / "images"
         for folder in (self.root, root / "masks"):
             if not folder.is_dir():
-                raise InputError(f"no folder {folder}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/")
+                raise InputError(
+                    f"no folder {folder}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/"
+                )
         files = [
-            path.relative_to(self.root) for path in sorted(self.root.rglob("*")) if path.suffix.lower() in IMAGES and path.is_file()
+            path.relative_to(self.root)
+            for path in sorted(self.root.rglob("*"))
+            if path.suffix.lower() in IMAGES and path.is_file()
         ]
         if not files:
             raise InputError(f"no images in {self.root} ({', '.join(sorted(IMAGES))})")
-        found = (path for path in sorted((root / "masks").rglob("*")) if path.suffix.lower() in IMAGES and path.is_file())
+        found = (
+            path
+            for path in sorted((root / "masks").rglob("*"))
+            if path.suffix.lower() in IMAGES and path.is_file()
+        )
         masks = {path.relative_to(root / "masks").with_suffix(""): path for path in found}
         missing = next((file for file in files if file.with_suffix("") not in masks), None)
         if missing is not None:
-            raise InputError(f"no mask for {self.root / missing}: expected {root / 'masks' / missing.with_suffix('.png')}")
+            raise InputError(
+                f"no mask for {self.root / missing}: expected {root / 'masks' / missing.with_suffix('.png')}"
+            )
         self.files = [files[i] for i in subset(len(files), limit, seed)]
         self.masks = [masks[file.with_suffix("")] for file in self.files]
         if all(len(file.parts) > 1 for file in files):
-            self.names = sorted({file.parts[0] for file in files})  # of all: --limit must not change what there is to tell apart
+            self.names = sorted(
+                {file.parts[0] for file in files}
+            )  # of all: --limit must not change what there is to tell apart
             self.labels = torch.tensor([self.names.index(file.parts[0]) for file in self.files])
         self.description = f"{root}, {len(self.files):,} of {len(files):,} images"
 
@@ -191,7 +223,9 @@ class MaskFolder(Masked):
         if values.ndim == 3 and values.shape[2] == 3 and (values == values[..., :1]).all():
             values = values[..., 0]
         if values.ndim != 2 or values.dtype.kind not in "bui":
-            raise InputError(f"{self.masks[index]} has colours or transparency; expected a mask of one channel")
+            raise InputError(
+                f"{self.masks[index]} has colours or transparency; expected a mask of one channel"
+            )
         return image, values.astype(int)
 
     def name(self, index: int) -> str:
@@ -204,10 +238,16 @@ class MaskFolder(Masked):
 class DemoMasks(Masked):
     """The demo's balanced test split; the mask is the bird, and what an image shows is its kind."""
 
-    def __init__(self, transform: Callable, limit: int | None = None, seed: int = 0, split: str = "test", **options) -> None:
+    def __init__(
+        self, transform: Callable, limit: int | None = None, seed: int = 0, split: str = "test", **options
+    ) -> None:
         super().__init__(transform, **options)
         self.birds = DemoBirds(split, transform, limit, seed)
-        self.names, self.labels, self.description = list(self.birds.kinds), self.birds.facts["kind"], self.birds.description
+        self.names, self.labels, self.description = (
+            list(self.birds.kinds),
+            self.birds.facts["kind"],
+            self.birds.description,
+        )
 
     def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
         picture, mask = self.birds.render(index)
@@ -237,7 +277,9 @@ def mask_geometry(transform: Callable) -> Callable[[Image.Image], Image.Image]:
             step.fill = VOID
             steps.append(step)
         elif type(step).__name__ not in ("MaybeConvertMode", "ToTensor", "MaybeToTensor", "Normalize"):
-            raise InputError(f"cannot tell what the image transform's step {type(step).__name__} does to positions")
+            raise InputError(
+                f"cannot tell what the image transform's step {type(step).__name__} does to positions"
+            )
 
     def apply(mask: Image.Image) -> Image.Image:
         for step in steps:
@@ -247,7 +289,9 @@ def mask_geometry(transform: Callable) -> Callable[[Image.Image], Image.Image]:
     return apply
 
 
-def seen(transform: Callable, size: tuple[int, int], model: tuple[int, int]) -> tuple[float, float, float, float]:
+def seen(
+    transform: Callable, size: tuple[int, int], model: tuple[int, int]
+) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of what the model sees, in the image's pixels; beyond the image where the transform pads.
 
     Args:

@@ -28,7 +28,10 @@ class Segmentation:
         self.clip = clip
         self.images = 0
         self.labelled = 0  # pixels
-        self.shared, self.either = [0, 0], [0, 0]  # pixels of background and foreground: intersection and union with the truth
+        self.shared, self.either = (
+            [0, 0],
+            [0, 0],
+        )  # pixels of background and foreground: intersection and union with the truth
         self.precision = self.precision_squared = 0.0  # sums over images of the average precision
 
     def update(self, maps: Tensor, masks: Tensor) -> Segmentation:
@@ -42,13 +45,17 @@ class Segmentation:
             ValueError: shapes that do not fit, a map that is not finite, another label, an image without a labelled pixel.
         """
         if maps.ndim != 3 or masks.ndim != 3 or len(maps) != len(masks):
-            raise ValueError(f"expected maps [b, rows, cols] and masks [b, height, width], got {list(maps.shape)}, {list(masks.shape)}")
+            raise ValueError(
+                f"expected maps [b, rows, cols] and masks [b, height, width], got {list(maps.shape)}, {list(masks.shape)}"
+            )
         if not len(maps):
             return self
         if not maps.isfinite().all():
             raise ValueError("a map holds a NaN or an infinity")
         if masks.is_floating_point() or masks.max() > 1:
-            raise ValueError(f"masks must hold 1, 0 or a negative number, got {masks.dtype} up to {masks.max()}")
+            raise ValueError(
+                f"masks must hold 1, 0 or a negative number, got {masks.dtype} up to {masks.max()}"
+            )
         truth = masks.flatten(1)  # [b, p]
         counted = truth >= 0
         if not counted.any(dim=1).all():
@@ -75,7 +82,14 @@ class Segmentation:
         for name in ("images", "labelled", "precision", "precision_squared"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("shared", "either"):
-            setattr(self, name, [ours + theirs for ours, theirs in zip(getattr(self, name), getattr(other, name), strict=True)])
+            setattr(
+                self,
+                name,
+                [
+                    ours + theirs
+                    for ours, theirs in zip(getattr(self, name), getattr(other, name), strict=True)
+                ],
+            )
         return self
 
     @property

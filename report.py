@@ -32,7 +32,12 @@ DARK = "#56b4e9 #ff8a4d #1fd6a0 #f5a3d0 #8f8fff #f2f2f2 #c98a5e #cbbcff #f0e442 
 TONES, MISSING = 12, "\u2013"
 DASHES = ("none", "8 3", "2 2.5", "9 3 2 3", "4 3", "14 4", "1 3", "9 3 2 3 2 3")
 MARKERS = (  # disc, square, triangle, diamond, triangle upside down, plus, hourglass, flat bar
-    *("M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0Z", "M-3.3-3.3h6.6v6.6h-6.6Z", "M0-4.5 4.4 3.3h-8.8Z", "M0-5 4.2 0 0 5-4.2 0Z"),
+    *(
+        "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0Z",
+        "M-3.3-3.3h6.6v6.6h-6.6Z",
+        "M0-4.5 4.4 3.3h-8.8Z",
+        "M0-5 4.2 0 0 5-4.2 0Z",
+    ),
     *(
         "M0 4.5 4.4-3.3h-8.8Z",
         "M-1.4-4.6h2.8v3.2h3.2v2.8h-3.2v3.2h-2.8v-3.2h-3.2v-2.8h3.2Z",
@@ -40,7 +45,10 @@ MARKERS = (  # disc, square, triangle, diamond, triangle upside down, plus, hour
         "M-5-2h10v4h-10Z",
     ),
 )
-WIDTH, LETTER = 400, 7.2  # units of a drawing: its width, and a wide letter's; on a phone a unit is a little less than a pixel
+WIDTH, LETTER = (
+    400,
+    7.2,
+)  # units of a drawing: its width, and a wide letter's; on a phone a unit is a little less than a pixel
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -72,9 +80,13 @@ def page(title: str, settings: Mapping[str, object], sections: Sequence[str], le
     """
     parts = [tag("div", block(part), id=f"part-{i}") for i, part in enumerate(sections, start=1)]
     names = [re.search("<h2>(.*?)</h2>", part, re.DOTALL) for part in parts]
-    links = [tag("li", tag("a", Html(name[1]), href=f"#part-{i}")) for i, name in enumerate(names, start=1) if name]
+    links = [
+        tag("li", tag("a", Html(name[1]), href=f"#part-{i}")) for i, name in enumerate(names, start=1) if name
+    ]
     known = [tag("div", tag("dt", name), tag("dd", value)) for name, value in settings.items()]
-    light, dark = (";".join(f"--c{i}:{tone}" for i, tone in enumerate(tones.split())) for tones in (LIGHT, DARK))
+    light, dark = (
+        ";".join(f"--c{i}:{tone}" for i, tone in enumerate(tones.split())) for tones in (LIGHT, DARK)
+    )
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -88,13 +100,17 @@ def page(title: str, settings: Mapping[str, object], sections: Sequence[str], le
     document = tag("html", head, tag("body", tag("header", *top, nav), tag("main", *parts)), lang="en")
     twice = [name for name, count in Counter(re.findall(' id="([^"]*)"', document)).items() if count > 1]
     if twice:
-        raise ValueError(f"ids on a page must differ, got {twice[0]!r} twice; give each head_grid an anchor of its own")
+        raise ValueError(
+            f"ids on a page must differ, got {twice[0]!r} twice; give each head_grid an anchor of its own"
+        )
     return Html(f"<!doctype html>\n{document}\n")
 
 
 def section(heading: str, *parts: str, note: str = "") -> Html:
     """A heading with what belongs to it; the note comes last, in small print."""
-    return tag("section", tag("h2", heading), *map(block, parts), tag("p", note, class_="note") if note else "")
+    return tag(
+        "section", tag("h2", heading), *map(block, parts), tag("p", note, class_="note") if note else ""
+    )
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: str = "") -> Html:
@@ -102,8 +118,12 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: s
     lines = []
     for row in rows:
         if len(row) != len(header):
-            raise ValueError(f"a row must have {len(header)} cells like the header, got {len(row)}: {list(row)!r}")
-        lines.append(tag("tr", *(tag("td", cell) if i else tag("th", cell, scope="row") for i, cell in enumerate(row))))
+            raise ValueError(
+                f"a row must have {len(header)} cells like the header, got {len(row)}: {list(row)!r}"
+            )
+        lines.append(
+            tag("tr", *(tag("td", cell) if i else tag("th", cell, scope="row") for i, cell in enumerate(row)))
+        )
     top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in header)))
     body = tag("tbody", *(lines or [tag("tr", tag("td", "nothing to show", colspan=len(header)))]))
     inside = tag("table", tag("caption", caption) if caption else "", top, body)
@@ -120,10 +140,21 @@ def pictures(items: Sequence[tuple[Image.Image, str]], *, size: int = 128, cap: 
     """
     figures = []
     for i, (image, caption) in enumerate(items[:cap], start=1):
-        words = tag("figcaption", caption, aria_hidden="true") if caption else ""  # read out once, with the picture
+        words = (
+            tag("figcaption", caption, aria_hidden="true") if caption else ""
+        )  # read out once, with the picture
         figures.append(tag("figure", picture(image, caption or f"picture {i}", size), words))
-    more = f"{len(items) - len(figures):,} more not shown" if len(items) > len(figures) else "" if items else "nothing to show"
-    return Html(tag("div", *figures, class_="pictures", style=f"--size:{size}px") + tag("p", more, class_="note") * bool(more))
+    more = (
+        f"{len(items) - len(figures):,} more not shown"
+        if len(items) > len(figures)
+        else ""
+        if items
+        else "nothing to show"
+    )
+    return Html(
+        tag("div", *figures, class_="pictures", style=f"--size:{size}px")
+        + tag("p", more, class_="note") * bool(more)
+    )
 
 
 def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -> Html:
@@ -136,12 +167,23 @@ def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -
     """
     there = {(head.layer, head.head): head for head in heads}
     if len(there) < len(heads) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", anchor):
-        raise ValueError(f"heads must differ ({len(there)} of {len(heads)} do) and anchor must be a plain word, got {anchor!r}")
+        raise ValueError(
+            f"heads must differ ({len(there)} of {len(heads)} do) and anchor must be a plain word, got {anchor!r}"
+        )
     roles = Counter(head.role for head in heads if head.role)
-    looks = {role: (tone(i), mark) for i, (role, mark) in enumerate(letters([role for role, _ in roles.most_common()]).items())}
+    looks = {
+        role: (tone(i), mark)
+        for i, (role, mark) in enumerate(letters([role for role, _ in roles.most_common()]).items())
+    }
     looks[""], roles[""] = ("--c:var(--soft)", MISSING), sum(not head.role for head in heads)
     legend = [
-        tag("li", tag("i", mark, class_="mark"), f" {role or 'no role'} ", tag("small", roles[role]), style=style)
+        tag(
+            "li",
+            tag("i", mark, class_="mark"),
+            f" {role or 'no role'} ",
+            tag("small", roles[role]),
+            style=style,
+        )
         for role, (style, mark) in looks.items()
         if roles[role]
     ]
@@ -149,8 +191,18 @@ def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -
     cells, across = [], max((head.head for head in heads), default=0) + 1
     for layer in sorted({head.layer for head in heads}):
         cells.append(tag("span", layer, class_="layer", title=f"layer {layer}"))
-        cells += [cell(there[layer, i], looks, anchor if more else "") if (layer, i) in there else tag("span") for i in range(across)]
-    grid = tag("div", *cells, class_="heads", role="group", aria_label="Heads in rows of layers", style=f"--across:{across}")
+        cells += [
+            cell(there[layer, i], looks, anchor if more else "") if (layer, i) in there else tag("span")
+            for i in range(across)
+        ]
+    grid = tag(
+        "div",
+        *cells,
+        class_="heads",
+        role="group",
+        aria_label="Heads in rows of layers",
+        style=f"--across:{across}",
+    )
     stable = any(head.stable is not None for head in heads)
     cards = [card(head, looks, anchor, images, stable) for _, head in sorted(there.items())] if more else []
     box = tag("div", grid, class_="wide", id=f"{anchor}-grid", tabindex=0)
@@ -158,28 +210,62 @@ def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -
 
 
 def cell(head: Head, looks: dict, anchor: str) -> Html:
-    (style, mark), name, role, share = looks[head.role], f"{head.layer}.{head.head}", head.role or "no role", percent(head.role_share)
-    words = [tag("b", name), " ", tag("i", mark, class_="mark"), " ", tag("span", role), " ", tag("small", share), bar(head.role_share)]
+    (style, mark), name, role, share = (
+        looks[head.role],
+        f"{head.layer}.{head.head}",
+        head.role or "no role",
+        percent(head.role_share),
+    )
+    words = [
+        tag("b", name),
+        " ",
+        tag("i", mark, class_="mark"),
+        " ",
+        tag("span", role),
+        " ",
+        tag("small", share),
+        bar(head.role_share),
+    ]
     link = f"#{anchor}-{head.layer}-{head.head}" if anchor else None
-    return tag("a" if anchor else "div", *words, class_="cell", style=style, href=link, title=f"head {name}: {role}, {share}")
+    return tag(
+        "a" if anchor else "div",
+        *words,
+        class_="cell",
+        style=style,
+        href=link,
+        title=f"head {name}: {role}, {share}",
+    )
 
 
 def card(head: Head, looks: dict, anchor: str, images: int, stable: bool) -> Html:
     (style, mark), name = looks[head.role], f"{head.layer}.{head.head}"
     role = f"{head.role or 'no role'} {percent(head.role_share)}"
-    facts = {"spread": head.spread, "unexplained": head.remainder} | ({"stable": head.stable} if stable else {})
+    facts = {"spread": head.spread, "unexplained": head.remainder} | (
+        {"stable": head.stable} if stable else {}
+    )
     shares = sorted(head.categories.items(), key=lambda item: -item[1] if known(item[1]) else math.inf)
     return tag(
         "article",
         tag("h3", tag("i", mark, class_="mark"), f" Head {name} ", tag("small", role)),
-        tag("p", *(tag("span", f"{key} ", tag("b", percent(share))) for key, share in facts.items()), class_="facts"),
+        tag(
+            "p",
+            *(tag("span", f"{key} ", tag("b", percent(share))) for key, share in facts.items()),
+            class_="facts",
+        ),
         folded(
-            [tag("li", kind, " ", tag("b", percent(x)), bar(x), style=looks.get(kind, looks[""])[0]) for kind, x in shares], "kinds"
+            [
+                tag("li", kind, " ", tag("b", percent(x)), bar(x), style=looks.get(kind, looks[""])[0])
+                for kind, x in shares
+            ],
+            "kinds",
         ),
         folded([tag("li", text, " ", tag("b", percent(share))) for text, share in head.texts], "texts"),
         tag(
             "div",
-            *(picture(image, f"head {name} writes much: image {i}", 96) for i, image in enumerate(head.images[:images], 1)),
+            *(
+                picture(image, f"head {name} writes much: image {i}", 96)
+                for i, image in enumerate(head.images[:images], 1)
+            ),
             class_="strip",
         ),
         tag("a", "↑ grid", href=f"#{anchor}-grid", aria_label=f"from head {name} to the ↑ grid"),
@@ -189,7 +275,9 @@ def card(head: Head, looks: dict, anchor: str, images: int, stable: bool) -> Htm
 
 def folded(items: list[Html], name: str, first: int = 5) -> Html:
     """A list of which all but the first are to be opened."""
-    rest = tag("details", tag("summary", f"{len(items) - first} more"), tag("ul", *items[first:], class_=name))
+    rest = tag(
+        "details", tag("summary", f"{len(items) - first} more"), tag("ul", *items[first:], class_=name)
+    )
     return Html(tag("ul", *items[:first], class_=name) * bool(items) + rest * (len(items) > first))
 
 
@@ -213,7 +301,9 @@ def curves(
     """
     bands, lines = bands or {}, present(lines)
     if set(bands) - set(series):
-        raise ValueError(f"a band must have the name of a series, {', '.join(series)}; got {min(set(bands) - set(series))!r}")
+        raise ValueError(
+            f"a band must have the name of a series, {', '.join(series)}; got {min(set(bands) - set(series))!r}"
+        )
     dots = [point for points in series.values() for point in points if known(*point)]
     edges = [(x, y) for band in bands.values() for x, *ends in band for y in ends if known(x, *ends)]
     if not dots:
@@ -229,14 +319,21 @@ def curves(
             parts.append(tag("path", d=ring, class_="band"))
         parts.append(tag("path", d=trace(points, x, y), stroke_dasharray=dashes(i), class_="line"))
         at = [point for point in points if known(*point)]
-        parts += [marker(i, x(a), y(b), f"{name}: {x.tell(a, 2)}, {y.tell(b, 2)}") for a, b in at[:: math.ceil(len(at) / 14) or 1]]
+        parts += [
+            marker(i, x(a), y(b), f"{name}: {x.tell(a, 2)}, {y.tell(b, 2)}")
+            for a, b in at[:: math.ceil(len(at) / 14) or 1]
+        ]
         drawn.append(tag("g", *parts, style=tone(i)))
         sample = [tag("path", d="M0 6H40", stroke_dasharray=dashes(i), class_="line"), marker(i, 20, 6)]
-        legend.append(tag("li", tag("svg", *sample, viewBox="0 0 40 12", aria_hidden="true", style=tone(i)), name))
+        legend.append(
+            tag("li", tag("svg", *sample, viewBox="0 0 40 12", aria_hidden="true", style=tone(i)), name)
+        )
         rows += [[name, a, b, *(ranges.get(a, (None, None)) if bands else ())] for a, b in at]
     floor = 24
     for name, value in sorted(lines.items(), key=lambda item: -item[1]):
-        floor = y(value) - 4 if y(value) - 4 >= floor + 14 else max(floor + 14, y(value) + 13)  # below its line where one above is near
+        floor = (
+            y(value) - 4 if y(value) - 4 >= floor + 14 else max(floor + 14, y(value) + 13)
+        )  # below its line where one above is near
         drawn.append(tag("path", d=f"M{x.start} {y(value)}H{x.end}", class_="flag"))
         drawn.append(text(x.end, floor, f"{name} {y.tell(value, 1)}", "end", x.end - x.start))
     told = f"{y_label} against {x_label}: {', '.join(series)}. {len(dots)} points, {y_label} from {y.low:.4g} to {y.high:.4g}."
@@ -244,7 +341,13 @@ def curves(
     return chart(title, told, 258, drawn, data, tag("ul", *legend, class_="legend"))
 
 
-def intervals(groups: Mapping[str, Sequence[tuple]], title: str, x_label: str, *, lines: Mapping[str, float] | None = None) -> Html:
+def intervals(
+    groups: Mapping[str, Sequence[tuple]],
+    title: str,
+    x_label: str,
+    *,
+    lines: Mapping[str, float] | None = None,
+) -> Html:
     """Dots with whiskers, a line of text over each.
 
     Args:
@@ -255,7 +358,12 @@ def intervals(groups: Mapping[str, Sequence[tuple]], title: str, x_label: str, *
     values, lines = [value for row in rows for value in row[2:] if known(value)], present(lines)
     if not values:
         return chart(title, "", 0, [])
-    x, drawn, down, last = Axis([*values, *lines.values()], 12, WIDTH - 12, about=6), [], 8 + 16 * len(lines), ""
+    x, drawn, down, last = (
+        Axis([*values, *lines.values()], 12, WIDTH - 12, about=6),
+        [],
+        8 + 16 * len(lines),
+        "",
+    )
     looks = {name: i for i, name in enumerate(dict.fromkeys(row[1] for row in rows))}
     for group, name, value, low, high in rows:
         if group != last:
@@ -264,7 +372,11 @@ def intervals(groups: Mapping[str, Sequence[tuple]], title: str, x_label: str, *
         numbers = x.tell(value, 1) + (f" [{x.tell(low, 1)}, {x.tell(high, 1)}]" if known(low, high) else "")
         drawn.append(text(20, down + 12, name, room=WIDTH - 40 - LETTER * len(numbers)))
         drawn.append(text(WIDTH - 12, down + 12, numbers, "end"))
-        ends = tag("path", d=f"M{x(low)} {down + 18}v8m0-4H{x(high)}m0-4v8", class_="whisker") if known(low, high) else ""
+        ends = (
+            tag("path", d=f"M{x(low)} {down + 18}v8m0-4H{x(high)}m0-4v8", class_="whisker")
+            if known(low, high)
+            else ""
+        )
         dot = marker(looks[name], x(value), down + 22, f"{group} {name}: {numbers}") if known(value) else ""
         drawn.append(tag("g", ends, dot, style=tone(looks[name])))
         down += 32
@@ -274,7 +386,13 @@ def intervals(groups: Mapping[str, Sequence[tuple]], title: str, x_label: str, *
         if any(groups)
         else table(["", x_label, "low", "high"], [row[1:] for row in rows])
     )
-    return chart(title, f"{x_label}: a dot with its interval for each of {len(rows)} rows.", down + 46, back + drawn, data)
+    return chart(
+        title,
+        f"{x_label}: a dot with its interval for each of {len(rows)} rows.",
+        down + 46,
+        back + drawn,
+        data,
+    )
 
 
 def histogram(values: Iterable[float], marks: Mapping[str, float], title: str, x_label: str) -> Html:
@@ -284,7 +402,9 @@ def histogram(values: Iterable[float], marks: Mapping[str, float], title: str, x
     if not values:
         return chart(title, "", 0, [])
     edges = Axis(values, 0, 1, about=min(24, 5 + math.isqrt(len(values)))).ticks
-    held = Counter(min(max(bisect_right(edges, value), 1), len(edges) - 1) for value in values)  # an edge belongs to the bar after it
+    held = Counter(
+        min(max(bisect_right(edges, value), 1), len(edges) - 1) for value in values
+    )  # an edge belongs to the bar after it
     top = 26 + 16 * len(marks)
     y = Axis([0, max(4, *held.values())], top + 150, top, about=4)
     x = Axis([edges[0], edges[-1], *marks.values()], y.room + 8, WIDTH - 16, about=6)
@@ -295,7 +415,9 @@ def histogram(values: Iterable[float], marks: Mapping[str, float], title: str, x
         bars.append(tag("path", tag("title", f"{rows[-1][0]}: {held[i]}"), d=outline, class_="column"))
     drawn = grid(x, top, y.start, x_label, y, "count") + bars + flags(marks, x, y.start)
     told = f"{len(values)} of {len(given)} values of {x_label}, from {min(values):.4g} to {max(values):.4g}."
-    data = table([x_label, "count"], rows + [(f"{name}: {x.tell(value, 1)}", "") for name, value in marks.items()])
+    data = table(
+        [x_label, "count"], rows + [(f"{name}: {x.tell(value, 1)}", "") for name, value in marks.items()]
+    )
     return chart(title, told, y.start + 42, drawn, data)
 
 
@@ -312,7 +434,11 @@ def write(path: str | os.PathLike, document: str) -> None:
 
 def tag(name: str, /, *inside: object, **attributes: object) -> Html:
     """An element. Everything is escaped that is not Html; class_ stands for class, stroke_width for stroke-width."""
-    marks = "".join(f' {key.rstrip("_").replace("_", "-")}="{clean(value)}"' for key, value in attributes.items() if value is not None)
+    marks = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{clean(value)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
     words = "".join(item if isinstance(item, Html) else shown(item) for item in inside)
     return Html(f"<{name}{marks}>{words}" + f"</{name}>" * (name not in ("meta", "img")))
 
@@ -332,7 +458,13 @@ def shown(value: object) -> str:
     if value is None or (isinstance(value, Real) and not math.isfinite(value)):
         return MISSING
     if isinstance(value, Real):
-        return f"{value:,}" if isinstance(value, Integral) else f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+        return (
+            f"{value:,}"
+            if isinstance(value, Integral)
+            else f"{value:,.0f}"
+            if 1e4 <= abs(value) < 1e15
+            else f"{value:.4g}"
+        )
     return clean(value)
 
 
@@ -358,7 +490,11 @@ def letters(roles: Sequence[str]) -> dict[str, str]:
     marks: dict[str, str] = {}
     for role in roles:
         first, *rest = [letter for letter in role if letter.isalnum()] or ["?"]
-        options = ((first + other).capitalize() for other in [*rest, *range(1, len(roles) + 1)] for other in [str(other)])
+        options = (
+            (first + other).capitalize()
+            for other in [*rest, *range(1, len(roles) + 1)]
+            for other in [str(other)]
+        )
         marks[role] = next(option for option in options if option not in marks.values())
     return marks
 
@@ -387,7 +523,10 @@ class Axis:
         if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-60):  # as good as constant
             low, high = low - (abs(low) / 2 or 1), high + (abs(low) / 2 or 1)
         power = math.floor(math.log10((high - low) / about))
-        step = next(step for step in (1, 2, 5, 10) if step * 10.0**power >= (high - low) / about * (1 - 1e-9)) * 10.0**power
+        step = (
+            next(step for step in (1, 2, 5, 10) if step * 10.0**power >= (high - low) / about * (1 - 1e-9))
+            * 10.0**power
+        )
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         self.ticks = [round(i * step, -power) for i in range(first, last + 1)]
         self.decimals, self.start, self.end = max(0, -power), start, end
@@ -402,10 +541,14 @@ class Axis:
         if not known(value):
             return MISSING
         plain = self.decimals <= 6 and abs(value) < 1e7
-        return f"{value:,.{self.decimals + more}f}" if plain else f"{value:.{9 if self.decimals <= 6 else 5}g}"
+        return (
+            f"{value:,.{self.decimals + more}f}" if plain else f"{value:.{9 if self.decimals <= 6 else 5}g}"
+        )
 
 
-def grid(x: Axis, top: float, bottom: float, x_label: str, y: Axis | None = None, y_label: str = "") -> list[Html]:
+def grid(
+    x: Axis, top: float, bottom: float, x_label: str, y: Axis | None = None, y_label: str = ""
+) -> list[Html]:
     """Lines at the ticks, with numbers as far as there is room, and the names of the axes."""
     every = math.ceil(len(x.ticks) * (x.room + 6) / (x.end - x.start + x.room))
     drawn = [tag("path", d=f"M{x(tick)} {top}V{bottom}", class_="grid") for tick in x.ticks]
@@ -421,13 +564,19 @@ def flags(lines: Mapping[str, float], x: Axis, bottom: float) -> list[Html]:
     drawn, names = [], []
     for i, (name, value) in enumerate(lines.items()):
         left = x(value) > WIDTH / 2
-        drawn.append(tag("path", d=f"M{x(value)} {4 + 16 * i}V{bottom}", stroke_dasharray=dashes(i + 1), class_="flag"))
+        drawn.append(
+            tag("path", d=f"M{x(value)} {4 + 16 * i}V{bottom}", stroke_dasharray=dashes(i + 1), class_="flag")
+        )
         words = f"{name} {x.tell(value, 1)}"
-        names.append(text(x(value) + (-5 if left else 5), 14 + 16 * i, words, "end" if left else "start", WIDTH / 2))
+        names.append(
+            text(x(value) + (-5 if left else 5), 14 + 16 * i, words, "end" if left else "start", WIDTH / 2)
+        )
     return drawn + names
 
 
-def text(x: float, y: float, words: str, anchor: str = "start", room: float = WIDTH, class_: str | None = None) -> Html:
+def text(
+    x: float, y: float, words: str, anchor: str = "start", room: float = WIDTH, class_: str | None = None
+) -> Html:
     """Words, cut with an ellipsis to `room`. Widths are guesses, on the wide side."""
     widths = accumulate(2 * LETTER if east_asian_width(letter) in "WF" else LETTER for letter in words)
     fitting = sum(width <= room for width in widths)
@@ -445,7 +594,13 @@ def trace(points: Points, x: Axis, y: Axis) -> str:
 
 
 def marker(i: int, x: float, y: float, told: str = "") -> Html:
-    return tag("path", tag("title", told) if told else "", d=MARKERS[i % 8], transform=f"translate({x} {y})", class_="dot")
+    return tag(
+        "path",
+        tag("title", told) if told else "",
+        d=MARKERS[i % 8],
+        transform=f"translate({x} {y})",
+        class_="dot",
+    )
 
 
 def dashes(i: int) -> str:
@@ -459,8 +614,12 @@ def tone(i: int) -> str:
 def chart(title: str, told: str, height: float, drawn: list[Html], data: str = "", legend: str = "") -> Html:
     """The drawing under its title, and its numbers to be opened."""
     if not drawn:
-        return tag("figure", tag("figcaption", title), tag("p", "nothing to draw", class_="note"), class_="chart")
-    drawing = tag("svg", tag("title", title), tag("desc", told), *drawn, viewBox=f"0 0 {WIDTH} {height}", role="img")
+        return tag(
+            "figure", tag("figcaption", title), tag("p", "nothing to draw", class_="note"), class_="chart"
+        )
+    drawing = tag(
+        "svg", tag("title", title), tag("desc", told), *drawn, viewBox=f"0 0 {WIDTH} {height}", role="img"
+    )
     numbers = tag("details", tag("summary", "The numbers"), data)
     return tag("figure", tag("figcaption", title), legend, drawing, numbers, class_="chart")
 

@@ -70,7 +70,9 @@ def find_roles(
     generator = torch.Generator().manual_seed(seed)
     chance = torch.zeros_like(share)
     for _ in range(draws):
-        order = torch.randperm(len(categories), generator=generator)  # one shuffle is a random set for every category
+        order = torch.randperm(
+            len(categories), generator=generator
+        )  # one shuffle is a random set for every category
         for c, members in enumerate(order.split([len(members) for members in own])):
             chance[c] += explained(written, fit[:, members].argmax(dim=1)) / draws
     stable, heads = torch.zeros(share.shape[1:]), share.shape[1:].numel()
@@ -98,7 +100,9 @@ def explained(written: Tensor, label: Tensor) -> Tensor:
     seen = count > 0
     between = (sums[seen].square() / count[seen, None]).sum(dim=0).view(written.shape[1:]).sum(dim=-1)
     total = flat.square().sum(dim=0).view(written.shape[1:]).sum(dim=-1)
-    varies = total > NEGLIGIBLE * len(written) * mean.square().sum(dim=-1)  # else the head always writes the same, but for rounding
+    varies = total > NEGLIGIBLE * len(written) * mean.square().sum(
+        dim=-1
+    )  # else the head always writes the same, but for rounding
     return torch.where(varies, corrected(between, total, len(written), int(seen.sum())), 0.0)
 
 

@@ -37,7 +37,9 @@ class TextSpan:
 
     indices: list[int]  # rows of `texts`
     directions: Tensor  # [size, d] float64, orthogonal: what each text adds to the ones before it
-    explained: Tensor  # [size] float64, share of the head's total variance that each step removes; sums to at most 1
+    explained: (
+        Tensor  # [size] float64, share of the head's total variance that each step removes; sums to at most 1
+    )
 
 
 class Moments:
@@ -59,7 +61,9 @@ class Moments:
     def update(self, x: Tensor) -> Moments:
         """Add the rows of x [n, *batch, dim]."""
         if x.shape[1:] != self.mean.shape:
-            raise ValueError(f"expected rows {list(self.mean.shape)} in a tensor [n, ...], got {list(x.shape)}")
+            raise ValueError(
+                f"expected rows {list(self.mean.shape)} in a tensor [n, ...], got {list(x.shape)}"
+            )
         x = x.detach().to("cpu", torch.float64)
         if not x.isfinite().all():
             broken = (~x.isfinite()).flatten(1).any(dim=1)
@@ -112,7 +116,9 @@ class Moments:
         return other
 
 
-def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, rank: int | None = 80) -> TextSpan:
+def textspan(
+    contributions: Tensor | Moments, texts: Tensor, size: int = 20, rank: int | None = 80
+) -> TextSpan:
     """Greedily pick the texts along which a head's contributions vary most, each cleared of the ones before (Algorithm 1).
 
     Args:
@@ -131,14 +137,20 @@ def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, ran
         ValueError: shapes that do not fit, NaN, no variance, or more texts wanted than the bank or the projected texts' directions hold
             (those of the uncentred contributions; without a projection, those of the joint space).
     """
-    moments = contributions if isinstance(contributions, Moments) else Moments(contributions.shape[-1]).update(contributions)
+    moments = (
+        contributions
+        if isinstance(contributions, Moments)
+        else Moments(contributions.shape[-1]).update(contributions)
+    )
     if moments.mean.ndim != 1:
         raise ValueError(
             f"expected the contributions of one head, got moments of {list(moments.mean.shape)}; index them: moments[l, h]"
         )
     R = texts.detach().to("cpu", torch.float64)
     if R.ndim != 2 or R.shape[1] != len(moments.mean):
-        raise ValueError(f"texts must be [m, {len(moments.mean)}] like the contributions, got {list(R.shape)}")
+        raise ValueError(
+            f"texts must be [m, {len(moments.mean)}] like the contributions, got {list(R.shape)}"
+        )
     length = torch.linalg.vector_norm(R, dim=1).square()  # [m]
     if not length.isfinite().all():
         raise ValueError("the texts' embeddings hold a NaN or an infinity")
@@ -148,13 +160,17 @@ def textspan(contributions: Tensor | Moments, texts: Tensor, size: int = 20, ran
         raise ValueError(f"size must be between 1 and the number of texts, {len(R)}; got {size}")
     variance, F = moments.covariance.trace(), moments.factor()  # [k, d]
     if not len(F):
-        raise ValueError(f"the contributions have no variance over {moments.count} images: there is nothing to name")
+        raise ValueError(
+            f"the contributions have no variance over {moments.count} images: there is nothing to name"
+        )
 
     basis = torch.eye(R.shape[1], dtype=R.dtype)
     if rank is not None:
         # The uncentred contributions vary along F and the mean. From here on work in the projected space: [m, rank], not [m, d].
         _, strength, basis = torch.linalg.svd(torch.cat([F, moments.mean[None]]), full_matrices=False)
-        basis = basis[:rank][strength[:rank].square() > NEGLIGIBLE * strength[0].square()]  # [rank, d] orthonormal rows
+        basis = basis[:rank][
+            strength[:rank].square() > NEGLIGIBLE * strength[0].square()
+        ]  # [rank, d] orthonormal rows
         F, R = F @ basis.T, R @ basis.T
     return _pick(F, R, basis, length, size, variance)
 

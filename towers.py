@@ -64,18 +64,28 @@ def attention_calls() -> Iterator[list[Call]]:
     """While open, every attention of this thread is noted in the list that is yielded, which whoever reads it also empties."""
     calls: list[Call] = []
     with _door:
-        stock, thread, fast = F.scaled_dot_product_attention, threading.get_ident(), torch.backends.mha.get_fastpath_enabled()
+        stock, thread, fast = (
+            F.scaled_dot_product_attention,
+            threading.get_ident(),
+            torch.backends.mha.get_fastpath_enabled(),
+        )
 
         def noted(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
             out = stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
             if threading.get_ident() == thread:
                 if is_causal:
                     raise DecompositionError("an attention is causal, which no image tower of open_clip is")
-                calls.append(Call(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale, out))
+                calls.append(
+                    Call(
+                        query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale, out
+                    )
+                )
             return out
 
         F.scaled_dot_product_attention = noted
-        torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's own kernel goes through another door
+        torch.backends.mha.set_fastpath_enabled(
+            False
+        )  # nn.MultiheadAttention's own kernel goes through another door
         try:
             yield calls
         finally:
@@ -162,14 +172,21 @@ def native_block(block: nn.Module) -> Block:
     """open_clip's ResidualAttentionBlock and CustomResidualAttentionBlock."""
     missing = [name for name in ("ln_1", "attn", "ls_1", "ls_2", "mlp") if not hasattr(block, name)]
     if missing or hasattr(block, "ln_1_kv"):
-        raise DecompositionError(f"block {type(block).__name__} " + (f"has no {missing[0]}" if missing else "attends to another input"))
+        raise DecompositionError(
+            f"block {type(block).__name__} "
+            + (f"has no {missing[0]}" if missing else "attends to another input")
+        )
     attn, mlp = block.attn, block.mlp
     if getattr(attn, "in_proj_weight", None) is None or not hasattr(attn, "out_proj"):
         raise DecompositionError(f"attention {type(attn).__name__} has no in_proj_weight and out_proj")
     if getattr(attn, "logit_scale", None) is not None:
-        raise DecompositionError("its scaled cosine attention does not run in this release of open_clip, and is not supported")
+        raise DecompositionError(
+            "its scaled cosine attention does not run in this release of open_clip, and is not supported"
+        )
     if isinstance(attn, nn.MultiheadAttention) and (attn.bias_k is not None or attn.add_zero_attn):
-        raise DecompositionError("attention with add_bias_kv or add_zero_attn attends to tokens that are not in the image")
+        raise DecompositionError(
+            "attention with add_bias_kv or add_zero_attn attends to tokens that are not in the image"
+        )
 
     def mlp_exit() -> Exit:
         steps = dict(mlp.named_children()) if isinstance(mlp, nn.Sequential) else {}
@@ -177,15 +194,22 @@ def native_block(block: nn.Module) -> Block:
             del steps["ln"]
         if list(steps) not in (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"]):
             found = ", ".join(steps) or type(mlp).__name__
-            raise DecompositionError(f"is {found}; expected c_fc, gelu, c_proj, with or without a norm ln before c_proj")
+            raise DecompositionError(
+                f"is {found}; expected c_fc, gelu, c_proj, with or without a norm ln before c_proj"
+            )
         return Exit(linear(steps, "c_proj"), norm(steps, "ln"), gain=getattr(block.ls_2, "gamma", None))
 
-    way_out = Exit(attn.out_proj, norm(attn, "ln_inner"), norm(block, "ln_attn"), getattr(block.ls_1, "gamma", None))
+    way_out = Exit(
+        attn.out_proj, norm(attn, "ln_inner"), norm(block, "ln_attn"), getattr(block.ls_1, "gamma", None)
+    )
     scale = getattr(attn, "head_scale", None)
     return Block(block, attn.num_heads, way_out, block.ls_1, mlp, block.ls_2, mlp_exit, scale)
 
 
-PRE_NORM, POST_NORM = ("Block", "RelPosBlock", "EvaBlock"), ("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm")
+PRE_NORM, POST_NORM = (
+    ("Block", "RelPosBlock", "EvaBlock"),
+    ("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"),
+)
 
 
 def timm_block(block: nn.Module) -> Block:
@@ -200,14 +224,18 @@ def timm_block(block: nn.Module) -> Block:
     if not isinstance(getattr(attn, "proj", None), nn.Linear):
         raise DecompositionError(f"attention {type(attn).__name__} has no linear proj")
     if getattr(attn, "gate", None) is not None:
-        raise DecompositionError(f"attention {type(attn).__name__} is gated: what a head writes is no linear map of its values")
+        raise DecompositionError(
+            f"attention {type(attn).__name__} is gated: what a head writes is no linear map of its values"
+        )
 
     def gain(i: int) -> Tensor | None:
         scale = getattr(block, f"gamma_{i}", None)
         return getattr(getattr(block, f"ls{i}", None), "gamma", None) if scale is None else scale
 
     def mlp_exit() -> Exit:
-        names = [name for name in ("fc2", "w2") if hasattr(mlp, name)]  # GeGluMlp of ViTamin has w2, and its norm at the entrance
+        names = [
+            name for name in ("fc2", "w2") if hasattr(mlp, name)
+        ]  # GeGluMlp of ViTamin has w2, and its norm at the entrance
         if not names:
             raise DecompositionError(f"is {type(mlp).__name__}; expected fc2 or w2 as its last linear map")
         inner = norm(mlp, "norm") if names[0] == "fc2" else None
@@ -279,7 +307,9 @@ class Direct:
         P = torch.eye(len(self.like), dtype=promote(self.like).dtype, device=self.like.device)
         for i, (weight, _) in enumerate(self.maps):
             P = P @ promote(weight).T if i else promote(weight).T
-        return Rows(behind([norm for norm in (self.before, self.after) if norm is not None], P, centring)[None])
+        return Rows(
+            behind([norm for norm in (self.before, self.after) if norm is not None], P, centring)[None]
+        )
 
     def freeze(self, x: Tensor, calls: list[Call], mlp: Tensor | None = None) -> Frozen:
         """From the last residual of the targets x [b, T, D]."""
@@ -325,7 +355,9 @@ class Pooled:
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """W_V [heads, e, D] and W_O [D', heads, e]"""
-        return promote(self.value[0]).unflatten(0, (self.heads, -1)), promote(self.out.weight).unflatten(1, (self.heads, -1))
+        return promote(self.value[0]).unflatten(0, (self.heads, -1)), promote(self.out.weight).unflatten(
+            1, (self.heads, -1)
+        )
 
     def freeze(self, x: Tensor, calls: list[Call], mlp: Tensor | None = None) -> Frozen:
         """From the last residual of the targets x [b, T, D], the attentions after it, and what the pooling's MLP wrote [b, q, D']."""
@@ -334,11 +366,17 @@ class Pooled:
             s, (gamma, beta) = divisor(norm, x), affine(norm, x)
             sigma, bias, x = sigma * s, centre(bias) / s * gamma + beta, centre(x) / s * gamma + beta
         W_v, W_o = self.weights()
-        b_v = torch.zeros_like(W_v[..., 0]) if self.value[1] is None else promote(self.value[1]).unflatten(0, (self.heads, -1))
+        b_v = (
+            torch.zeros_like(W_v[..., 0])
+            if self.value[1] is None
+            else promote(self.value[1]).unflatten(0, (self.heads, -1))
+        )
         b_o = torch.zeros_like(W_o[:, 0, 0]) if self.out.bias is None else promote(self.out.bias)
 
         if len(calls) <= self.call:
-            raise DecompositionError(f"its pooling called F.scaled_dot_product_attention {len(calls)} times, expected {self.call + 1}")
+            raise DecompositionError(
+                f"its pooling called F.scaled_dot_product_attention {len(calls)} times, expected {self.call + 1}"
+            )
         attention, queries = calls[self.call], self.then.targets
         alpha = attention.weights(queries)  # [b, p, q, T]
         z = torch.einsum("bpqe,Dpe->bqD", promote(attention.out[:, :, queries]), W_o) + b_o
@@ -347,9 +385,13 @@ class Pooled:
 
         shift = torch.einsum("bpqt,btD,peD->bpqe", alpha, bias, W_v) + b_v[:, None]
         shift = torch.einsum("bpqe,Dpe->bqD", shift, W_o) + b_o
-        weights = torch.einsum("brq,bpqt->bprt", then.weights, alpha / sigma[:, None, None, :, 0]).flatten(1, 2)
+        weights = torch.einsum("brq,bpqt->bprt", then.weights, alpha / sigma[:, None, None, :, 0]).flatten(
+            1, 2
+        )
         read = self.then.rows().read
-        return Frozen(weights, read(then.weights @ shift) + then.constant, read(then.weights @ written) + then.mlp)
+        return Frozen(
+            weights, read(then.weights @ shift) + then.constant, read(then.weights @ written) + then.mlp
+        )
 
 
 def behind(norms: list[nn.LayerNorm], W: Tensor, centring: bool = True) -> Tensor:
@@ -422,12 +464,16 @@ def open_tower(model: nn.Module) -> Tower:
 def native_tower(visual: nn.Module) -> Tower:
     """open_clip's VisionTransformer: class token or mean, norm before or after; CoCa's attention pooling."""
     if not hasattr(getattr(visual, "transformer", None), "resblocks") or not hasattr(visual, "ln_post"):
-        raise DecompositionError("it has no residual stream of attention heads (transformer.resblocks and ln_post)")
+        raise DecompositionError(
+            "it has no residual stream of attention heads (transformer.resblocks and ln_post)"
+        )
     ln_post = norm(visual, "ln_post")
     if ln_post is None:
         raise DecompositionError("has Identity as ln_post; expected LayerNorm")
     if getattr(visual, "global_average_pool", False):
-        raise DecompositionError("it averages its tokens as older releases of open_clip did (global_average_pool)")
+        raise DecompositionError(
+            "it averages its tokens as older releases of open_clip did (global_average_pool)"
+        )
     pool = getattr(visual, "pool_type", "tok")
     pooler, second = getattr(visual, "attn_pool", None), getattr(visual, "attn_pool_contrastive", None)
     if pool not in ("tok", "avg") and second is None:
@@ -445,7 +491,9 @@ def native_tower(visual: nn.Module) -> Tower:
     else:
         then = Direct("", slice(0, 1), None, None, maps, like.new_empty(second.attn.embed_dim))
         if visual.attn_pool_type == "parallel":
-            readout = coca_pooling("attention pooling (parallel)", second, [ln_post], everything, then, call=1)
+            readout = coca_pooling(
+                "attention pooling (parallel)", second, [ln_post], everything, then, call=1
+            )
         else:
             readout = coca_pooling("", second, [], everything, then, call=1)
             readout = coca_pooling("attention pooling (cascade)", pooler, [ln_post], everything, readout)
@@ -456,7 +504,9 @@ def native_tower(visual: nn.Module) -> Tower:
     return Tower(visual, blocks, readout, 1, batch_first)
 
 
-def coca_pooling(name: str, pooler: nn.Module, before: list, targets: slice, then: Direct | Pooled, call: int = 0) -> Pooled:
+def coca_pooling(
+    name: str, pooler: nn.Module, before: list, targets: slice, then: Direct | Pooled, call: int = 0
+) -> Pooled:
     """open_clip's AttentionalPooler: latents attend to the normed tokens; `then` reads what they gather."""
     attn = pooler.attn
     weight = attn.in_proj_weight.chunk(3)[2] if attn.in_proj_weight is not None else attn.v_proj_weight
@@ -472,26 +522,48 @@ def timm_tower(visual: nn.Module) -> Tower:
         raise DecompositionError("it has no residual stream of attention heads (blocks)")
     missing = [name for name in ("patch_embed", "head", "num_prefix_tokens") if not hasattr(trunk, name)]
     if missing or hasattr(trunk, "head_dist"):
-        raise DecompositionError(f"it has no {missing[0]}" if missing else "it reads out two tokens (head_dist)")
+        raise DecompositionError(
+            f"it has no {missing[0]}" if missing else "it reads out two tokens (head_dist)"
+        )
     maps, width = [], getattr(trunk, "embed_dim", trunk.num_features)
     for layer in (trunk.head, *visual.head):
         if isinstance(layer, nn.Linear):
             maps.append((layer.weight, layer.bias))
         elif not isinstance(layer, nn.Identity | nn.Dropout):
-            raise DecompositionError(f"its projection has a {type(layer).__name__}; expected linear maps alone")
+            raise DecompositionError(
+                f"its projection has a {type(layer).__name__}; expected linear maps alone"
+            )
     like, prefix, pool = next(trunk.parameters()).new_empty(width), trunk.num_prefix_tokens, trunk.global_pool
     before, after = norm(trunk, "norm"), norm(trunk, "fc_norm")
     patches = slice(0 if getattr(trunk, "pool_include_prefix", False) else prefix, None)
     pooler = getattr(trunk, "attn_pool", None)
     if pooler is not None:
-        if type(pooler).__name__ != "AttentionPoolLatent" or pooler.pos_embed is not None or pooler.pool not in ("token", "avg"):
-            raise DecompositionError(f"its pooling is {type(pooler).__name__} of another kind; expected AttentionPoolLatent")
+        if (
+            type(pooler).__name__ != "AttentionPoolLatent"
+            or pooler.pos_embed is not None
+            or pooler.pool not in ("token", "avg")
+        ):
+            raise DecompositionError(
+                f"its pooling is {type(pooler).__name__} of another kind; expected AttentionPoolLatent"
+            )
         then = Direct("", slice(0, 1) if pooler.pool == "token" else slice(None), None, after, maps, like)
-        weight, bias = pooler.kv.weight.chunk(2)[1], None if pooler.kv.bias is None else pooler.kv.bias.chunk(2)[1]
+        weight, bias = (
+            pooler.kv.weight.chunk(2)[1],
+            None if pooler.kv.bias is None else pooler.kv.bias.chunk(2)[1],
+        )
         # EVA's pooling takes every token, ViT's leaves the prefix out.
         targets = patches if hasattr(trunk, "pool_include_prefix") else slice(None)
         first = [] if before is None else [before]
-        readout = Pooled("attention pooling", targets, first, pooler.num_heads, (weight, bias), pooler.proj, then, mlp=pooler.mlp)
+        readout = Pooled(
+            "attention pooling",
+            targets,
+            first,
+            pooler.num_heads,
+            (weight, bias),
+            pooler.proj,
+            then,
+            mlp=pooler.mlp,
+        )
     elif pool == "token":
         readout = Direct("class token", slice(0, 1), before, after, maps, like)
     elif pool == "avg":

@@ -70,7 +70,9 @@ def load_clip(
     place = find_device(device)
     size = {} if image_size is None else {"force_image_size": image_size}
     if model is None and pretrained is not None:
-        raise InputError(f"--pretrained needs --model: the architecture that these weights are for ({demo.NAME}: the demo's)")
+        raise InputError(
+            f"--pretrained needs --model: the architecture that these weights are for ({demo.NAME}: the demo's)"
+        )
     if model in (None, demo.NAME):
         weights = pretrained or f"demo/{demo.NAME}.safetensors"
         chosen = {} if pretrained is None else {"weights": None if pretrained == "none" else pretrained}
@@ -78,13 +80,17 @@ def load_clip(
             with _quiet():
                 loaded = demo.load(place, **chosen, precision=precision, **size)
         except Exception as error:  # as below
-            raise InputError(f"cannot load {demo.NAME} with weights {weights!r}{_for(size)}: {reason(error)}") from error
+            raise InputError(
+                f"cannot load {demo.NAME} with weights {weights!r}{_for(size)}: {reason(error)}"
+            ) from error
         clip = Clip(*loaded, demo.NAME, weights, place, PRECISIONS[precision], is_demo=True)
     else:
         clip = _from_open_clip(model, pretrained, place, precision, size)
     for name, parameter in clip.model.named_parameters():
         if not parameter.isfinite().all():
-            raise InputError(f"the weights of {clip.name} ({clip.weights}) hold a NaN or an infinity in {name}")
+            raise InputError(
+                f"the weights of {clip.name} ({clip.weights}) hold a NaN or an infinity in {name}"
+            )
     return replace(clip, cache=None if out is None or clip.is_demo else Path(out) / "texts")
 
 
@@ -92,15 +98,21 @@ def find_device(name: str) -> torch.device:
     """auto: a GPU where there is one."""
     try:
         with _quiet():
-            device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+            device = torch.device(
+                ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+            )
             torch.ones(1, device=device).item()
     except Exception as error:  # of a backend that is not in this build, of a driver, of a name
         told = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise InputError(f"--device {name or '(empty)'} cannot be used here: {told}; try auto or cpu") from error
+        raise InputError(
+            f"--device {name or '(empty)'} cannot be used here: {told}; try auto or cpu"
+        ) from error
     return device
 
 
-def _from_open_clip(model: str, pretrained: str | None, device: torch.device, precision: str, size: dict[str, int]) -> Clip:
+def _from_open_clip(
+    model: str, pretrained: str | None, device: torch.device, precision: str, size: dict[str, int]
+) -> Clip:
     known = open_clip.list_models()
     if ":" in model and pretrained is not None:
         raise InputError(f"--model {model} brings its own weights: leave out --pretrained {pretrained}")
@@ -121,11 +133,26 @@ def _from_open_clip(model: str, pretrained: str | None, device: torch.device, pr
     try:
         with _quiet():
             network, _, preprocess = open_clip.create_model_and_transforms(
-                model, weights, device=device, precision=precision, require_pretrained=pretrained != "none", **size
+                model,
+                weights,
+                device=device,
+                precision=precision,
+                require_pretrained=pretrained != "none",
+                **size,
             )
     except Exception as error:  # open_clip, torch, safetensors and the hub raise many kinds; all mean that these are not to be had
-        raise InputError(f"cannot load {model} with weights {pretrained!r}{_for(size)}: {reason(error)}") from error
-    return Clip(network.eval(), preprocess, Tokenizer(model), model, pretrained or model, device, PRECISIONS[precision])
+        raise InputError(
+            f"cannot load {model} with weights {pretrained!r}{_for(size)}: {reason(error)}"
+        ) from error
+    return Clip(
+        network.eval(),
+        preprocess,
+        Tokenizer(model),
+        model,
+        pretrained or model,
+        device,
+        PRECISIONS[precision],
+    )
 
 
 def _for(size: dict[str, int]) -> str:
@@ -155,15 +182,23 @@ def reason(error: Exception) -> str:
     if "Weights only load failed" in text or "weights_only" in text:
         return "the file holds more than tensors, and unpickling it could run any code in it; where you trust it, save its tensors anew"
     if "transformers" in text:
-        return "its text tower or tokenizer comes from a package that is not installed: pip install transformers"
+        return (
+            "its text tower or tokenizer comes from a package that is not installed: pip install transformers"
+        )
     if "Error(s) in loading state_dict" not in text:
         return " ".join(text.split())[:300] or type(error).__name__
     found = []
     for what, kind in (("Missing", "lacks"), ("Unexpected", "has besides")):
-        keys = re.findall(r'"([^"]+)"', (re.findall(rf"{what} key\(s\) in state_dict: (.*)", text) or [""])[0])
+        keys = re.findall(
+            r'"([^"]+)"', (re.findall(rf"{what} key\(s\) in state_dict: (.*)", text) or [""])[0]
+        )
         if keys:
-            found.append(f"{kind} {', '.join(keys[:3])}" + (f" and {len(keys) - 3:,} more" if len(keys) > 3 else ""))
-    shapes = re.findall(r"size mismatch for (\S+): .*?torch.Size\((\[.*?\])\).*?torch.Size\((\[.*?\])\)", text)
+            found.append(
+                f"{kind} {', '.join(keys[:3])}" + (f" and {len(keys) - 3:,} more" if len(keys) > 3 else "")
+            )
+    shapes = re.findall(
+        r"size mismatch for (\S+): .*?torch.Size\((\[.*?\])\).*?torch.Size\((\[.*?\])\)", text
+    )
     if shapes:
         key, theirs, ours = shapes[0]
         found.append(f"has {len(shapes):,} of other shapes, first {key} {theirs}, expected {ours}")
@@ -204,16 +239,25 @@ def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batc
     """
     path = None
     if clip.cache is not None and len(texts) >= CACHED:
-        key = digest("\n".join([clip.name, str(clip.dtype), weights_hash(clip.model), *texts]).encode(errors="backslashreplace"))
+        key = digest(
+            "\n".join([clip.name, str(clip.dtype), weights_hash(clip.model), *texts]).encode(
+                errors="backslashreplace"
+            )
+        )
         path = clip.cache / f"{key}.safetensors"
         with suppress(OSError, SafetensorError, KeyError):  # none yet, or a broken one
             return load_file(path)["texts"].to(clip.device)
     chunks = range(0, len(texts), batch_size)
     with tqdm(chunks, desc=title, unit="x256", leave=False, disable=title is None) as progress:
-        rows = [F.normalize(clip.model.encode_text(tokenize(clip, texts[i : i + batch_size])).float(), dim=-1) for i in progress]
+        rows = [
+            F.normalize(clip.model.encode_text(tokenize(clip, texts[i : i + batch_size])).float(), dim=-1)
+            for i in progress
+        ]
     found = torch.cat(rows)
     if not found.isfinite().all():
-        raise InputError(f"the text embeddings of {clip.name} ({clip.weights}) are not numbers: its weights overflow")
+        raise InputError(
+            f"the text embeddings of {clip.name} ({clip.weights}) are not numbers: its weights overflow"
+        )
     if path is not None:
         keep(path, found)
     return found
@@ -266,7 +310,9 @@ def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
     if encode is not None and room is not None:  # open_clip's own tokenizer; it cuts without a word
         for text in texts:
             if len(text.encode()) > room - 2 < len(encode(text)):  # a token is a byte at least
-                raise InputError(f"the model reads {room - 2} tokens at most, and this text has {len(encode(text))}: {text[:80]!r}...")
+                raise InputError(
+                    f"the model reads {room - 2} tokens at most, and this text has {len(encode(text))}: {text[:80]!r}..."
+                )
     try:
         return clip.tokenizer(list(texts)).to(clip.device)
     except ValueError as error:  # the demo's tokenizer refuses words it was not trained on
@@ -274,9 +320,15 @@ def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def classifier(clip: Clip, names: Sequence[str], templates: Sequence[str | Callable], title: str | None = None) -> Tensor:
+def classifier(
+    clip: Clip, names: Sequence[str], templates: Sequence[str | Callable], title: str | None = None
+) -> Tensor:
     """[c, d] unit vectors: per class the mean of its normalised prompt embeddings, normalised (Radford et al. 2021, 3.1.4)."""
-    texts = [template(name) if callable(template) else template.format(name) for name in names for template in templates]
+    texts = [
+        template(name) if callable(template) else template.format(name)
+        for name in names
+        for template in templates
+    ]
     embeddings = embed_texts(clip, texts, title).unflatten(0, (len(names), len(templates)))
     return F.normalize(embeddings.mean(dim=1), dim=-1)
 
@@ -284,7 +336,14 @@ def classifier(clip: Clip, names: Sequence[str], templates: Sequence[str | Calla
 def templates(clip: Clip) -> tuple:
     """CLIP's 80 prompt templates for ImageNet; for the demo, the six ways its captions begin."""
     if clip.is_demo:
-        return ("a {}", "a picture of a {}", "a photo of a {}", "a sketch of a {}", "a painting of a {}", "a cartoon of a {}")
+        return (
+            "a {}",
+            "a picture of a {}",
+            "a photo of a {}",
+            "a sketch of a {}",
+            "a painting of a {}",
+            "a cartoon of a {}",
+        )
     return open_clip.OPENAI_IMAGENET_TEMPLATES
 
 
@@ -316,7 +375,9 @@ def load_bank(path: str | Path) -> Bank:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read text bank {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(
+            f"cannot read text bank {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     texts: dict[str, str] = {}
     category = "texts"
     for number, line in enumerate(map(str.strip, lines), start=1):
@@ -327,5 +388,7 @@ def load_bank(path: str | Path) -> Bank:
                 raise InputError(f"{path}, line {number}: {line!r} stands in the bank twice; remove one")
             texts[line] = category
     if not texts:
-        raise InputError(f"text bank {path} holds no descriptions: expected one per line, under `# category` lines")
+        raise InputError(
+            f"text bank {path} holds no descriptions: expected one per line, under `# category` lines"
+        )
     return Bank(list(texts), list(texts.values()), path)

@@ -20,17 +20,26 @@ import torch
 from baselines import METHODS
 from tasks.attribution import decomposition
 
-LIMITS = {"raw-attention": (1.3, None), "rollout": (1.3, None), "lrp": (None, 5.0), "lrp-conserving": (None, 5.0)}  # else 2.5
+LIMITS = {
+    "raw-attention": (1.3, None),
+    "rollout": (1.3, None),
+    "lrp": (None, 5.0),
+    "lrp-conserving": (None, 5.0),
+}  # else 2.5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["ViT-B-16"])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads, {args.device}, fp32")
+    print(
+        f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads, {args.device}, fp32"
+    )
     for name in args.models:
         report(args, name)
 
@@ -49,16 +58,24 @@ def report(args: argparse.Namespace, name: str) -> None:
         (model.encode_image(images) * texts).sum().backward()
         model.zero_grad()
 
-    jobs = {"forward": forward, "forward + backward": both, "decomposition": lambda: decomposition(model, images, texts)}
+    jobs = {
+        "forward": forward,
+        "forward + backward": both,
+        "decomposition": lambda: decomposition(model, images, texts),
+    }
     jobs |= {key: lambda method=method: method(model, images, texts) for key, method in METHODS.items()}
     for job in jobs.values():
         seconds(job, args.device)  # warm up
     rounds = [{key: seconds(job, args.device) for key, job in jobs.items()} for _ in range(args.rounds)]
     plain, training = (statistics.median(r[key] for r in rounds) for key in ("forward", "forward + backward"))
-    print(f"\n{name}, batch {args.batch_size}, {args.rounds} rounds: forward {plain:.3f} s, forward + backward {training:.3f} s")
+    print(
+        f"\n{name}, batch {args.batch_size}, {args.rounds} rounds: forward {plain:.3f} s, forward + backward {training:.3f} s"
+    )
     print(f"{'time over':<20}{'forward':>9}{'forward + backward':>21}   limit")
     for key in list(jobs)[2:]:
-        ratios = [statistics.median(r[key] / r[over] for r in rounds) for over in ("forward", "forward + backward")]
+        ratios = [
+            statistics.median(r[key] / r[over] for r in rounds) for over in ("forward", "forward + backward")
+        ]
         limits = LIMITS.get(key, (None, 2.5)) if key in METHODS else (None, None)
         verdicts = [
             f"{limit} x {over}: {'kept' if ratio <= limit else 'BROKEN'}"

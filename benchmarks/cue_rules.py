@@ -31,7 +31,9 @@ from zeroshot import Bank, Clip, classifier, default_bank, embed_texts, load_ban
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", type=Path, default=demo.FOLDER / f"{demo.NAME}.safetensors")
     weights = parser.parse_args().weights
     args = parse_args(["--task", "waterbirds"])
@@ -44,7 +46,9 @@ def main() -> None:
 
     test = DemoBirds("test", clip.preprocess)
     parts = SimpleNamespace(reference=reference, directions=subspace(cue), votes=votes)
-    scores = collect(score(clip, args, test, parts, classifier(clip, [*test.classes, *test.kinds], templates(clip))))
+    scores = collect(
+        score(clip, args, test, parts, classifier(clip, [*test.classes, *test.kinds], templates(clip)))
+    )
     base, truth = measure(scores.embedding, test), set(rules["the truth (looks at labels)"])
     lines = [["base", "", "", "", *percent(base, "worst", "average", "kinds"), "", ""]]
     for label, chosen in rules.items():
@@ -52,8 +56,15 @@ def main() -> None:
         whole = measure(scores.embedding + pick(scores.heads, chosen), test)
         part = measure(scores.embedding + pick(scores.heads_cue, chosen), test)
         counts = [str(len(chosen)), f"{hit}/{len(chosen)}", f"{hit}/{len(truth)}"]
-        lines.append([label, *counts, *percent(whole, "worst", "average", "kinds"), *percent(part, "worst", "kinds")])
-    print(table(["rule", "heads", "right", "found", "worst", "average", "kinds", "dir.: worst", "dir.: kinds"], lines))
+        lines.append(
+            [label, *counts, *percent(whole, "worst", "average", "kinds"), *percent(part, "worst", "kinds")]
+        )
+    print(
+        table(
+            ["rule", "heads", "right", "found", "worst", "average", "kinds", "dir.: worst", "dir.: kinds"],
+            lines,
+        )
+    )
 
     used = F.one_hot(labels, len(cue)).double()
     place = F.one_hot(DemoBirds("train", clip.preprocess).facts["place"]).double()
@@ -64,14 +75,18 @@ def main() -> None:
     )
 
 
-def explain(clip: Clip, args: argparse.Namespace, cue: Tensor) -> tuple[Reference, dict[str, Tensor], Tensor, CueVotes]:
+def explain(
+    clip: Clip, args: argparse.Namespace, cue: Tensor
+) -> tuple[Reference, dict[str, Tensor], Tensor, CueVotes]:
     """The reference, how much of each head [L, H] three kinds of labels explain, the rule's pseudo-labels [n] and votes."""
     maps = head_maps(clip.model)
     zero, place = torch.zeros(maps.shape[3]), DemoBirds("train", clip.preprocess).facts["place"]
     votes = {
         "auto": CueVotes(cue, maps, centre(clip, args)),
         "nearest": CueVotes(cue, maps, zero),
-        "truth": CueVotes(torch.eye(8, maps.shape[3]), maps, zero),  # votes of the true place, by one-hot "embeddings"
+        "truth": CueVotes(
+            torch.eye(8, maps.shape[3]), maps, zero
+        ),  # votes of the true place, by one-hot "embeddings"
     }
     labels: list[Tensor] = []
 
@@ -82,7 +97,12 @@ def explain(clip: Clip, args: argparse.Namespace, cue: Tensor) -> tuple[Referenc
             vote.update(true if name == "truth" else terms.embedding, terms.values)
 
     reference = summarise(clip, args, update=lambda terms, _: watch(terms))
-    return reference, {name: vote.explained(reference.values) for name, vote in votes.items()}, torch.cat(labels), votes["auto"]
+    return (
+        reference,
+        {name: vote.explained(reference.values) for name, vote in votes.items()},
+        torch.cat(labels),
+        votes["auto"],
+    )
 
 
 def find_roles(reference: Reference, bank: Bank, texts: Tensor) -> dict[Head, Counter]:
@@ -96,17 +116,23 @@ def find_roles(reference: Reference, bank: Bank, texts: Tensor) -> dict[Head, Co
     return roles
 
 
-def choose(reference: Reference, shares: dict[str, Tensor], roles: dict[Head, Counter]) -> dict[str, list[Head]]:
+def choose(
+    reference: Reference, shares: dict[str, Tensor], roles: dict[Head, Counter]
+) -> dict[str, list[Head]]:
     """Each rule's heads."""
     heads = every(reference)
-    spread = torch.einsum("LHed,LHef,LHfd->LH", reference.maps.double(), reference.values.covariance, reference.maps.double())
+    spread = torch.einsum(
+        "LHed,LHef,LHfd->LH", reference.maps.double(), reference.values.covariance, reference.maps.double()
+    )
     above = lambda labels, threshold: [head for head in heads if shares[labels][head] > threshold]  # noqa: E731
     auto = above("auto", THRESHOLD)
     return {
         f"pseudo-labels explain > {THRESHOLD} (auto)": auto,
         "pseudo-labels explain > 0.2": above("auto", 0.2),
         "pseudo-labels explain > 0.5": above("auto", 0.5),
-        "TextSpan: more of the cue than of another": [head for head in heads if roles[head].most_common(1)[0][0] == "places"],
+        "TextSpan: more of the cue than of another": [
+            head for head in heads if roles[head].most_common(1)[0][0] == "places"
+        ],
         "TextSpan: cue's texts explain > 0.3": [head for head in heads if roles[head]["places"] > 0.3],
         "the truth (looks at labels)": above("truth", THRESHOLD),
         f"nearest text, not centred: > {THRESHOLD}": above("nearest", THRESHOLD),

@@ -46,7 +46,9 @@ FIGURES = Path(__file__).with_suffix(".json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train", action="store_true", help="make the models that are not there yet")
     parser.add_argument("--show", action="store_true", help="print the figures kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
@@ -60,7 +62,10 @@ def main() -> None:
         return
     if not args.show:
         figures = {
-            str(alignment): {str(seed): study(args.models / f"seed{seed}-{alignment}.safetensors", args.split) for seed in args.seeds}
+            str(alignment): {
+                str(seed): study(args.models / f"seed{seed}-{alignment}.safetensors", args.split)
+                for seed in args.seeds
+            }
             for alignment in ALIGNMENTS
         }
         args.out.write_text(json.dumps({"split": args.split, "figures": figures}, indent=1) + "\n")
@@ -80,7 +85,13 @@ def stage(out: Path, seed: int, steps: int, alignment: float, *more: str) -> Non
     if out.exists():
         return
     options = {"--seed": seed, "--steps": steps, "--alignment": alignment, "--out": out}
-    command = [sys.executable, "-m", "demo.train", *(str(word) for pair in options.items() for word in pair), *more]
+    command = [
+        sys.executable,
+        "-m",
+        "demo.train",
+        *(str(word) for pair in options.items() for word in pair),
+        *more,
+    ]
     print(" ".join(command[1:]), flush=True)
     subprocess.run(command, check=True)
 
@@ -119,10 +130,20 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
         changes[name] = pick(other.heads_cue, cue.heads)
         changes[f"everywhere, {name}"] = other.embedding_cue
     rows = {name: measure(base + change, test) for name, change in changes.items()}
-    draws = [measure(base + pick(scores.heads, drawn), test) for drawn in random_heads(cue.heads, inside.shape[2], DRAWS, 0)]
-    rows["random heads, mean"] = {key: statistics.mean(row[key] for row in draws) for key in ("worst", "average", "kinds")}
-    rows["random heads, best"] = {key: max(row[key] for row in draws) for key in ("worst", "average", "kinds")}
-    return {name: {key: row[key] for key in ("worst", "average", "kinds")} | {"heads": len(cue.heads)} for name, row in rows.items()}
+    draws = [
+        measure(base + pick(scores.heads, drawn), test)
+        for drawn in random_heads(cue.heads, inside.shape[2], DRAWS, 0)
+    ]
+    rows["random heads, mean"] = {
+        key: statistics.mean(row[key] for row in draws) for key in ("worst", "average", "kinds")
+    }
+    rows["random heads, best"] = {
+        key: max(row[key] for row in draws) for key in ("worst", "average", "kinds")
+    }
+    return {
+        name: {key: row[key] for key in ("worst", "average", "kinds")} | {"heads": len(cue.heads)}
+        for name, row in rows.items()
+    }
 
 
 def above(cue: Cue, threshold: float) -> list[Head]:
@@ -144,11 +165,23 @@ def class_direction(texts: Tensor, classes: Tensor) -> Tensor:
 
 def show(kept: dict) -> None:
     seeds = list(next(iter(kept["figures"].values())))
-    print(f"{kept['split']} split, 4,096 images; mean ± std over {len(seeds)} models of each alignment (seeds {', '.join(seeds)})")
-    for measured, title in (("worst", "worst group, %"), ("average", "average, %"), ("kinds", "kinds of birds, %")):
+    print(
+        f"{kept['split']} split, 4,096 images; mean ± std over {len(seeds)} models of each alignment (seeds {', '.join(seeds)})"
+    )
+    for measured, title in (
+        ("worst", "worst group, %"),
+        ("average", "average, %"),
+        ("kinds", "kinds of birds, %"),
+    ):
         names = list(next(iter(next(iter(kept["figures"].values())).values())))
         rows = [
-            [name, *(spread([model[name][measured] for model in models.values()]) for models in kept["figures"].values())]
+            [
+                name,
+                *(
+                    spread([model[name][measured] for model in models.values()])
+                    for models in kept["figures"].values()
+                ),
+            ]
             for name in names
         ]
         print("\n" + table([title, *(f"alignment {alignment}" for alignment in kept["figures"])], rows))

@@ -32,13 +32,17 @@ JOBS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["ViT-B-16", "ViT-L-14"])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--peak-of", choices=JOBS, help=argparse.SUPPRESS)  # the process that measures its own memory
+    parser.add_argument(
+        "--peak-of", choices=JOBS, help=argparse.SUPPRESS
+    )  # the process that measures its own memory
     args = parser.parse_args()
     if args.peak_of:
         print(*peak_memory(args, args.models[0], args.peak_of))

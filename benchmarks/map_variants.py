@@ -22,11 +22,18 @@ from tasks.segmentation import predict
 from zeroshot import classifier, embed_texts, load_clip, templates
 
 LAYERS = {"all": slice(0, 4), "last two": slice(2, 4), "last": slice(3, 4)}
-SIGNS = {"clipped when resized": lambda x: x, "clipped before": F.relu, "as it is": lambda x: x, "absolute": torch.abs}
+SIGNS = {
+    "clipped when resized": lambda x: x,
+    "clipped before": F.relu,
+    "as it is": lambda x: x,
+    "absolute": torch.abs,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--limit", type=int, default=512)
     args = parser.parse_args()
     clip = load_clip(device="cpu")
@@ -36,7 +43,9 @@ def main() -> None:
     found: dict[tuple[str, str, str], Segmentation] = {}
 
     for (images, masks, _), _ in batches(data, 64, 0, "variants", clip.device):
-        scores = token_scores(clip.model, images, torch.cat([classes, mean, bird]))[:, :, :, 1:].sum(dim=2)  # [b, L, patches, t]
+        scores = token_scores(clip.model, images, torch.cat([classes, mean, bird]))[:, :, :, 1:].sum(
+            dim=2
+        )  # [b, L, patches, t]
         shown = predict(clip, images, classes)
         kinds, mean_, bird_ = scores[..., :-2], scores[..., -2], scores[..., -1]
         said = kinds[torch.arange(len(images)), ..., shown]
@@ -49,15 +58,25 @@ def main() -> None:
             if layers == "all" or text == "class - mean"
         }
         maps["all", "spread over classes", "-"] = kinds.sum(dim=1).std(dim=-1, correction=0)
-        size = tuple(pixels // patch for pixels, patch in zip(images.shape[-2:], clip.model.visual.patch_size, strict=True))
+        size = tuple(
+            pixels // patch
+            for pixels, patch in zip(images.shape[-2:], clip.model.visual.patch_size, strict=True)
+        )
         maps = {key: value.unflatten(1, size) for key, value in maps.items()}
-        maps["-", "oracle", "-"] = F.avg_pool2d((masks == 1).float()[:, None], clip.model.visual.patch_size)[:, 0]
+        maps["-", "oracle", "-"] = F.avg_pool2d((masks == 1).float()[:, None], clip.model.visual.patch_size)[
+            :, 0
+        ]
         for key, value in maps.items():
             found.setdefault(key, Segmentation(clip=key[2] == "clipped when resized")).update(value, masks)
 
     print(f"{clip.name}, weights {clip.weights}; {data.description}; explained: the predicted class\n")
     figures = [[f"{100 * x:.1f}" for x in (s.pixel_accuracy, s.mean_iou, s.mean_ap)] for s in found.values()]
-    print(table(["layers", "text", "sign", "pixel acc.", "mIoU", "mAP"], [[*k, *row] for k, row in zip(found, figures, strict=True)]))
+    print(
+        table(
+            ["layers", "text", "sign", "pixel acc.", "mIoU", "mAP"],
+            [[*k, *row] for k, row in zip(found, figures, strict=True)],
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def mutants(source: str) -> list[Callable[[], str]]:
 
     def forced(node: cst.If | cst.CompIf) -> Iterator[cst.CSTNode]:
         yield from (
-            node.with_changes(test=cst.Name(value), whitespace_before_test=cst.SimpleWhitespace(" ")) for value in ("True", "False")
+            node.with_changes(test=cst.Name(value), whitespace_before_test=cst.SimpleWhitespace(" "))
+            for value in ("True", "False")
         )
 
     def call(node: cst.Call) -> Iterator[cst.CSTNode]:
@@ -68,7 +69,9 @@ def mutants(source: str) -> list[Callable[[], str]]:
         for new in mutators.operator_arg_removal(node):
             if len(new.args) < len(node.args) and kept <= {id(arg) for arg in new.args}:
                 yield new
-        if isinstance(node.func, cst.Attribute) and not cst.matchers.matches(node.func.value, cst.matchers.Name("torch")):
+        if isinstance(node.func, cst.Attribute) and not cst.matchers.matches(
+            node.func.value, cst.matchers.Name("torch")
+        ):
             yield node.func.value
 
     def ungraded(node: cst.FunctionDef) -> Iterator[cst.CSTNode]:
@@ -103,7 +106,9 @@ def mutants(source: str) -> list[Callable[[], str]]:
                 if isinstance(node, kind):
                     found.extend((node, new) for new in operator(node))
             strict = isinstance(node, cst.Arg) and node.keyword is not None and node.keyword.value == "strict"
-            return not strict and not isinstance(node, cst.Annotation | cst.Import | cst.ImportFrom | cst.Raise | cst.Decorator)
+            return not strict and not isinstance(
+                node, cst.Annotation | cst.Import | cst.ImportFrom | cst.Raise | cst.Decorator
+            )
 
     module.visit(Visitor())
     return [lambda node=node, new=new: module.deep_replace(node, new).code for node, new in found]
@@ -165,18 +170,32 @@ def _test(tree: Path, test: str, killers: Killers) -> None:
     os.setsid()
     os.chdir(tree)
     sys.path[:] = [str(tree), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
-    settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate], database=None)  # nothing is shrunk
+    settings.register_profile(
+        "mutation", phases=[Phase.explicit, Phase.generate], database=None
+    )  # nothing is shrunk
     settings.load_profile("mutation")
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # half a second
-    plugins = ["-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "_hypothesis_pytestplugin", "--hypothesis-seed=0"]
-    os._exit(int(pytest.main(["-x", "-q", "--tb=no", *plugins, test], [killers])))  # nothing of the parent's is closed twice
+    plugins = [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:unraisableexception",
+        "-p",
+        "_hypothesis_pytestplugin",
+        "--hypothesis-seed=0",
+    ]
+    os._exit(
+        int(pytest.main(["-x", "-q", "--tb=no", *plugins, test], [killers]))
+    )  # nothing of the parent's is closed twice
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("module", choices=TESTS)
     parser.add_argument("--sample", type=int, help="this many mutants, drawn at random; default: all")
     parser.add_argument("--seed", type=int, default=0)
@@ -188,7 +207,9 @@ def main() -> None:
     found = mutants(source)
     chosen = list(range(len(found)))
     if args.sample is not None:
-        chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))  # as drawn: a run cut short is a sample, too
+        chosen = random.Random(args.seed).sample(
+            chosen, min(args.sample, len(chosen))
+        )  # as drawn: a run cut short is a sample, too
     chosen = args.mutants or chosen
     print(f"{args.module}: {len(found)} mutants, of them {len(chosen)} now", flush=True)
     if args.list:
@@ -201,7 +222,13 @@ def main() -> None:
     gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True)
+        files = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         for name in files.stdout.splitlines():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
@@ -218,8 +245,13 @@ def main() -> None:
             result, taken = run(tree, tests, 10 + 3 * seconds, killers)
             if result == "passed":
                 survivors += 1
-                print(f"\n#{i} lives ({taken:.0f} s; {survivors} of {done})\n{diff(source, found[i](), args.module)}", flush=True)
-        print(f"\n{args.module}: {len(chosen)} mutants run, {len(chosen) - survivors} killed, {survivors} alive")
+                print(
+                    f"\n#{i} lives ({taken:.0f} s; {survivors} of {done})\n{diff(source, found[i](), args.module)}",
+                    flush=True,
+                )
+        print(
+            f"\n{args.module}: {len(chosen)} mutants run, {len(chosen) - survivors} killed, {survivors} alive"
+        )
 
 
 if __name__ == "__main__":

@@ -32,12 +32,16 @@ from zeroshot import load_clip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 100_000])
     parser.add_argument("--task", default="waterbirds")
     parser.add_argument("--rounds", type=int, default=3, help="of the timed pairs")
     parser.add_argument("--timed", type=int, default=8000, help="images of the timed pairs")
-    parser.add_argument("--job", nargs=2, metavar=("NAME", "IMAGES"), help=argparse.SUPPRESS)  # the process that measures itself
+    parser.add_argument(
+        "--job", nargs=2, metavar=("NAME", "IMAGES"), help=argparse.SUPPRESS
+    )  # the process that measures itself
     args = parser.parse_args()
     if args.job:
         print(json.dumps(measure(args.task, args.job[0], int(args.job[1]))))
@@ -52,18 +56,39 @@ def main() -> None:
     print(f"peak memory, largest over smallest: {peaks[-1] / peaks[0]:.3f}", flush=True)
     bare, halves = [], []
     for _ in range(args.rounds):
-        loop, one, two = run(args, "bare", args.timed), run(args, "task", args.timed), run(args, "task", args.timed, 2)
+        loop, one, two = (
+            run(args, "bare", args.timed),
+            run(args, "task", args.timed),
+            run(args, "task", args.timed, 2),
+        )
         bare.append(one["images"] / one["seconds"] * loop["seconds"] / loop["images"])
         halves.append(two["seconds"] / one["seconds"])
     print(f"{args.timed:,} images, {args.rounds} rounds, median (smallest to largest):")
-    for title, ratios in (("pace of the task over a bare loop", sorted(bare)), ("time of two processes over one", sorted(halves))):
+    for title, ratios in (
+        ("pace of the task over a bare loop", sorted(bare)),
+        ("time of two processes over one", sorted(halves)),
+    ):
         print(f"  {title:<36} {ratios[len(ratios) // 2]:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
 
 
 def run(args: argparse.Namespace, job: str, size: int, processes: int = 1) -> dict:
     """What the job, in a process or several of its own, says of itself."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, "-m", "benchmarks.scale", "--task", args.task, "--job", job, str(size)]
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if processes > 1
+        else []
+    )
+    command = [
+        sys.executable,
+        *launch,
+        "-m",
+        "benchmarks.scale",
+        "--task",
+        args.task,
+        "--job",
+        job,
+        str(size),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(done.stdout.strip().splitlines()[0])
@@ -89,10 +114,16 @@ def measure(task: str, job: str, size: int) -> dict:
             code = evaluate.main(["--task", task, "--workers", "0", "--save-every", "1e9", "--out", out])
         if code:
             sys.exit(code)
-    return {"seconds": sum(seconds), "images": sum(counts), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {
+        "seconds": sum(seconds),
+        "images": sum(counts),
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
-def timing(one_pass: Callable[..., Iterator], seconds: list[float], counts: list[int]) -> Callable[..., Iterator]:
+def timing(
+    one_pass: Callable[..., Iterator], seconds: list[float], counts: list[int]
+) -> Callable[..., Iterator]:
     """The pass, which notes how long it took, for how many images; all that is done with a batch is in it."""
 
     def timed(*args: object) -> Iterator:

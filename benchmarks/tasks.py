@@ -30,7 +30,9 @@ CLASSES, DRAWS = 1000, 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="ViT-B-16")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
@@ -48,39 +50,62 @@ def main() -> None:
     rows = torch.arange(args.batch_size)
     cue = torch.nn.functional.normalize(torch.randn(46, dim), dim=-1)
     chosen = [(depth - 1, 0), (depth - 1, 1), (depth - 2, 3)]
-    plan = Plan(("heads", "directions", "embedding"), (depth, heads), chosen, random_heads(chosen, heads, DRAWS, 0))
+    plan = Plan(
+        ("heads", "directions", "embedding"), (depth, heads), chosen, random_heads(chosen, heads, DRAWS, 0)
+    )
     every, votes = torch.cat([plan.rows, plan.draws]), CueVotes(cue, maps, torch.zeros(dim))
     few, many = (Scorer(reference, subspace(cue), votes, some) for some in (classes[:2], classes))
     birds = SimpleNamespace(classes=("a", "b"), y=rows % 2, place=rows // 2 % 2)
     groups, outcomes = Groups(birds), Outcomes(len(cue), rows % CLASSES, None)
     still, most = torch.zeros(CLASSES), max(SIZES)
-    reads = {pool: (torch.randn(4, heads, width, most), torch.randn(4, heads, most, CLASSES)) for pool in "abc"}
+    reads = {
+        pool: (torch.randn(4, heads, width, most), torch.randn(4, heads, most, CLASSES)) for pool in "abc"
+    }
     activity = Activity(depth - 1, whole_maps(neurons(model, images, -1)))
     jobs = {
         "encode_image": lambda: model.encode_image(images),
         "decompose": lambda: decompose(model, images),
         "textspan, roles (moments, kept values)": lambda: collect(decompose(model, images), moments, kept),
         "waterbirds, reference pass": lambda: collect(decompose(model, images), moments, votes),
-        f"waterbirds ({DRAWS} random draws)": lambda: groups.update(few(decompose(model, images)).after(every), rows),
+        f"waterbirds ({DRAWS} random draws)": lambda: groups.update(
+            few(decompose(model, images)).after(every), rows
+        ),
         f"debias ({DRAWS} random draws)": lambda: debias(many(decompose(model, images)), every, outcomes),
-        "completeness (3 pools of texts)": lambda: along_texts(decompose(model, images).values[:, -4:], still, reads, list(SIZES)),
-        "retrieval (what one head writes)": lambda: decompose(model, images).values[:, [depth - 1], [0]].flatten(1).cpu(),
+        "completeness (3 pools of texts)": lambda: along_texts(
+            decompose(model, images).values[:, -4:], still, reads, list(SIZES)
+        ),
+        "retrieval (what one head writes)": lambda: (
+            decompose(model, images).values[:, [depth - 1], [0]].flatten(1).cpu()
+        ),
         "neurons, reference pass": lambda: activity.update(neurons(model, images, -1), rows),
-        "ablation": lambda: [scores.argmax(dim=1) for _, scores in ablations(decompose(model, images), reference, classes, read)],
+        "ablation": lambda: [
+            scores.argmax(dim=1)
+            for _, scores in ablations(decompose(model, images), reference, classes, read)
+        ],
     }
     with torch.no_grad():
         for job in jobs.values():
             job()
         rounds = [{name: seconds(job) for name, job in jobs.items()} for _ in range(args.rounds)]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {args.model}, batch {args.batch_size}, {CLASSES:,} classes")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; {args.model}, batch {args.batch_size}, {CLASSES:,} classes"
+    )
     for name in list(jobs)[1:]:
         ratios = sorted(r[name] / r["encode_image"] for r in rounds)
-        print(f"  {name:<40} x {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}, {args.rounds} rounds)")
+        print(
+            f"  {name:<40} x {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}, {args.rounds} rounds)"
+        )
 
 
 def collect(terms: Decomposition, moments: Moments, more: Kept | CueVotes) -> None:
     moments.update(terms.values)
-    more.update(*((terms, torch.arange(len(terms.values))) if isinstance(more, Kept) else (terms.embedding, terms.values)))
+    more.update(
+        *(
+            (terms, torch.arange(len(terms.values)))
+            if isinstance(more, Kept)
+            else (terms.embedding, terms.values)
+        )
+    )
 
 
 def debias(scores: Scores, every: torch.Tensor, outcomes: Outcomes) -> None:

@@ -31,7 +31,9 @@ def naive(C: Tensor, R: Tensor, size: int) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--heads", type=int, default=384)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--texts", type=int, default=3500)
@@ -53,7 +55,9 @@ def main() -> None:
         ours.append(textspan(moments.map(A), texts, args.size).indices)
     total = time.perf_counter() - start
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{args.heads} heads x {args.size} texts out of {args.texts:,}, d = {args.dim}: {total:.2f} s from moments")
+    print(
+        f"{args.heads} heads x {args.size} texts out of {args.texts:,}, d = {args.dim}: {total:.2f} s from moments"
+    )
 
     ratios, same = [], 0
     for A, picks in list(zip(maps, ours, strict=True))[: args.rounds]:

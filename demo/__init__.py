@@ -14,7 +14,9 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 NAME = "demo-vit"  # of the open_clip configuration and of the checkpoint beside it
-ALIGNMENT = 0.985  # share of the web's birds that are shown where such birds live; see captions.py and train.py
+ALIGNMENT = (
+    0.985  # share of the web's birds that are shown where such birds live; see captions.py and train.py
+)
 
 
 class Tokenizer:
@@ -36,10 +38,16 @@ class Tokenizer:
             words = text.lower().replace(".", " ").replace(",", " ").split()
             unknown = [word for word in words if word not in self.number]
             if unknown:
-                raise ValueError(f"the demo model knows {len(self.number)} words, and {unknown[0]!r} in {text!r} is not one of them")
+                raise ValueError(
+                    f"the demo model knows {len(self.number)} words, and {unknown[0]!r} in {text!r} is not one of them"
+                )
             if len(words) > self.context_length - 2:
-                raise ValueError(f"the demo model reads {self.context_length - 2} words at most, got {len(words)}: {text!r}")
-            row[: len(words) + 2] = torch.tensor([self.start, *(self.number[word] for word in words), self.end])
+                raise ValueError(
+                    f"the demo model reads {self.context_length - 2} words at most, got {len(words)}: {text!r}"
+                )
+            row[: len(words) + 2] = torch.tensor(
+                [self.start, *(self.number[word] for word in words), self.end]
+            )
         return tokens
 
 
@@ -56,7 +64,9 @@ def load(
     import open_clip
 
     open_clip.add_model_config(FOLDER / f"{NAME}.json")
-    model, _, preprocess = open_clip.create_model_and_transforms(NAME, pretrained=weights and str(weights), device=device, **options)
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        NAME, pretrained=weights and str(weights), device=device, **options
+    )
     words = (FOLDER / "vocabulary.txt").read_text().split()
     return model.eval(), preprocess, Tokenizer(words, model.context_length)
 
@@ -66,4 +76,6 @@ def normalise(pictures: np.ndarray) -> Tensor:
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-    return (images - torch.tensor(OPENAI_DATASET_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_DATASET_STD).view(3, 1, 1)
+    return (images - torch.tensor(OPENAI_DATASET_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_DATASET_STD).view(
+        3, 1, 1
+    )

@@ -25,10 +25,14 @@ def stroke(u0: float, v0: float, u1: float, v1: float, half_width: float) -> Poi
     return [(u0 + du, v0 + dv), (u1 + du, v1 + dv), (u1 - du, v1 - dv), (u0 - du, v0 - dv)]
 
 
-def legs(u0: float, u1: float, top: float, bottom: float, half_width: float, foot: float = 0.0) -> list[tuple[str, Points]]:
+def legs(
+    u0: float, u1: float, top: float, bottom: float, half_width: float, foot: float = 0.0
+) -> list[tuple[str, Points]]:
     """Two legs, with webbed feet of length `foot` where it is not zero."""
     parts = [("legs", stroke(u, top, u, bottom, half_width)) for u in (u0, u1)]
-    return parts + ([("legs", stroke(u, bottom, u + foot, bottom + 0.02, 0.05)) for u in (u0, u1)] if foot else [])
+    return parts + (
+        [("legs", stroke(u, bottom, u + foot, bottom + 0.02, 0.05)) for u in (u0, u1)] if foot else []
+    )
 
 
 SHAPES: dict[str, list[tuple[str, Points]]] = {
@@ -126,9 +130,19 @@ PALETTE: dict[str, dict[str, tuple[int, int, int]]] = {
     "sparrow": {"wing": (140, 85, 38), "bill": (100, 97, 92), "legs": (204, 140, 115), "mark": (128, 56, 20)},
     "cardinal": {"wing": (190, 25, 25), "bill": (242, 77, 25), "legs": (140, 77, 51), "mark": (13, 13, 13)},
     "crow": {"wing": (20, 20, 25), "bill": (20, 20, 20), "legs": (25, 25, 25), "mark": (20, 20, 20)},
-    "woodpecker": {"wing": (242, 242, 235), "bill": (190, 190, 178), "legs": (115, 115, 115), "mark": (235, 13, 13)},
+    "woodpecker": {
+        "wing": (242, 242, 235),
+        "bill": (190, 190, 178),
+        "legs": (115, 115, 115),
+        "mark": (235, 13, 13),
+    },
     "duck": {"wing": (38, 140, 90), "bill": (250, 224, 31), "legs": (250, 140, 25), "mark": (250, 250, 250)},
     "gull": {"wing": (158, 166, 178), "bill": (250, 190, 25), "legs": (242, 153, 153), "mark": (13, 13, 13)},
     "heron": {"wing": (64, 82, 140), "bill": (217, 178, 64), "legs": (90, 90, 64), "mark": (13, 13, 20)},
-    "pelican": {"wing": (247, 204, 140), "bill": (250, 128, 25), "legs": (250, 178, 38), "mark": (230, 230, 230)},
+    "pelican": {
+        "wing": (247, 204, 140),
+        "bill": (250, 128, 25),
+        "legs": (250, 178, 38),
+        "mark": (230, 230, 230),
+    },
 }

@@ -55,7 +55,15 @@ PLAIN_STARTS = ["", "", "an image of", "a picture of"]
 STATED = tuple(PHRASES)  # the columns of a fact vector
 
 # How often a caption of each source states a fact. Of the noun: the rest just says "bird".
-GUIDE = {"kind": 0.95, "type": 0.0, "colour": 0.45, "place": 0.35, "ground": 0.05, "light": 0.25, "style": 0.25}
+GUIDE = {
+    "kind": 0.95,
+    "type": 0.0,
+    "colour": 0.45,
+    "place": 0.35,
+    "ground": 0.05,
+    "light": 0.25,
+    "style": 0.25,
+}
 WEB = {"kind": 0.0, "type": 0.9, "colour": 0.35, "place": 0.35, "ground": 0.05, "light": 0.25, "style": 0.35}
 
 
@@ -74,12 +82,16 @@ def write(truth: np.ndarray, habits: dict[str, float], rng: np.random.Generator)
     def pick(phrases: list[str]) -> str:
         return phrases[rng.integers(len(phrases))]
 
-    words = {name: pick(PHRASES[name][value]) for name, value in zip(STATED, stated, strict=True) if value >= 0}
+    words = {
+        name: pick(PHRASES[name][value]) for name, value in zip(STATED, stated, strict=True) if value >= 0
+    }
     start = words.get("style") or pick(PLAIN_STARTS)
     noun = words.get("kind") or words.get("type") or "bird"
     endings = [words[name] for name in ("place", "ground", "light") if name in words]
     rng.shuffle(endings)
-    return " ".join(filter(None, [start, pick(["a", "a", "the", "one"]), words.get("colour"), noun, *endings])), stated
+    return " ".join(
+        filter(None, [start, pick(["a", "a", "the", "one"]), words.get("colour"), noun, *endings])
+    ), stated
 
 
 def vocabulary() -> list[str]:

@@ -28,7 +28,9 @@ def main() -> None:
     shown = predict(clip, images, classes)
     texts = classes[shown] - classes.mean(dim=0)
     columns = [OURS, OURS_ABS, *METHODS]
-    picture = Image.new("RGB", ((len(columns) + 1) * (CELL + GAP) + GAP, len(ROWS) * (CELL + 20) + 44), "white")
+    picture = Image.new(
+        "RGB", ((len(columns) + 1) * (CELL + GAP) + GAP, len(ROWS) * (CELL + 20) + 44), "white"
+    )
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     for k, method in enumerate(["image", *columns]):
         words = (
@@ -43,7 +45,9 @@ def main() -> None:
         draw.text((GAP, top + CELL + 2), f"a {data.kinds[shown[r]]}", "#333", font)
         for k, method in enumerate(columns, start=1):
             heat = attribute(method, clip.model, images[r : r + 1], texts[r : r + 1])
-            tile = overlay(source, heat, (0, 0, *source.size), clipped(method)).resize((CELL, CELL), Image.Resampling.LANCZOS)
+            tile = overlay(source, heat, (0, 0, *source.size), clipped(method)).resize(
+                (CELL, CELL), Image.Resampling.LANCZOS
+            )
             picture.paste(tile, (GAP + k * (CELL + GAP), top))
     path = Path("docs/heatmaps.png")
     path.parent.mkdir(exist_ok=True)

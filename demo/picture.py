@@ -47,10 +47,18 @@ def main() -> None:
         shares = Counter()
         for i, share in zip(span.indices, span.explained.tolist(), strict=True):
             shares[bank.categories[i]] += share
-        along = (values[:, layer, head] @ maps[layer, head] - moments.mean.float()) @ span.directions[0].float()
+        along = (values[:, layer, head] @ maps[layer, head] - moments.mean.float()) @ span.directions[
+            0
+        ].float()
         order = along.argsort(descending=True).tolist()
         found.append(
-            Named(f"{layer}.{head}", shares, bank.texts[span.indices[0]], float(span.explained[0]), order[:HIGH] + order[-LOW:])
+            Named(
+                f"{layer}.{head}",
+                shares,
+                bank.texts[span.indices[0]],
+                float(span.explained[0]),
+                order[:HIGH] + order[-LOW:],
+            )
         )
     rows = []
     for category in CATEGORIES:  # the head that is most of it, among those whose first text is of it

@@ -72,7 +72,13 @@ def render_all(facts: dict[str, np.ndarray], seed: int) -> np.ndarray:
     count = len(facts["kind"])
     jobs = [(facts, range(start, min(start + 500, count)), seed) for start in range(0, count, 500)]
     with Pool() as pool:
-        return np.concatenate(list(tqdm(pool.imap(_render_some, jobs), total=len(jobs), desc="rendering", unit="x500", leave=False)))
+        return np.concatenate(
+            list(
+                tqdm(
+                    pool.imap(_render_some, jobs), total=len(jobs), desc="rendering", unit="x500", leave=False
+                )
+            )
+        )
 
 
 def _render_some(job: tuple[dict[str, np.ndarray], range, int]) -> np.ndarray:
@@ -86,11 +92,15 @@ def _render_some(job: tuple[dict[str, np.ndarray], range, int]) -> np.ndarray:
 def _tiles(rows: int, columns: int, count: int = 64) -> np.ndarray:
     """[count, 64, 64, 1] smooth noise of unit variance at its nodes, `rows` x `columns` nodes."""
     noise = np.random.default_rng([rows, columns]).normal(size=(count, rows, columns)).astype(np.float32)
-    return np.stack([np.asarray(Image.fromarray(n).resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for n in noise])[..., None]
+    return np.stack(
+        [np.asarray(Image.fromarray(n).resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for n in noise]
+    )[..., None]
 
 
 FINE, SOFT, WAVES = _tiles(SIZE, SIZE), _tiles(16, 16), _tiles(26, 5)
-ROW = (np.arange(SIZE, dtype=np.float32)[:, None, None] + 0.5) / SIZE  # [64, 1, 1] height in the picture, 0 at the top
+ROW = (
+    np.arange(SIZE, dtype=np.float32)[:, None, None] + 0.5
+) / SIZE  # [64, 1, 1] height in the picture, 0 at the top
 
 
 def tile(bank: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -135,7 +145,11 @@ def forest(draw, rng):
     for _ in range(6):
         x, top, foot = rng.uniform(0, 1), rng.uniform(-0.1, 0.25), horizon + rng.uniform(0, 0.15)
         width = rng.uniform(0.1, 0.17)
-        shape(draw, [(x - 0.02, foot), (x - 0.02, top), (x + 0.02, top), (x + 0.02, foot)], tint(rng, 77, 51, 28))
+        shape(
+            draw,
+            [(x - 0.02, foot), (x - 0.02, top), (x + 0.02, top), (x + 0.02, foot)],
+            tint(rng, 77, 51, 28),
+        )
         shape(draw, [(x, top), (x - width, foot - 0.1), (x + width, foot - 0.1)], tint(rng, 26, 90, 36))
     return horizon, SOFT, 0.05
 
@@ -176,7 +190,9 @@ def mountain(draw, rng):
         foot, snow = slope * (horizon - top), slope * 0.13
         shape(draw, [(x, top), (x - foot, horizon), (x + foot, horizon)], tint(rng, 118, 112, 120))
         shape(draw, [(x, top), (x, horizon), (x + foot, horizon)], tint(rng, 96, 90, 98))
-        shape(draw, [(x, top), (x - snow, top + 0.13), (x, top + 0.09), (x + snow, top + 0.13)], (242, 245, 250))
+        shape(
+            draw, [(x, top), (x - snow, top + 0.13), (x, top + 0.09), (x + snow, top + 0.13)], (242, 245, 250)
+        )
     area(draw, horizon, 1, tint(rng, 107, 107, 97))
     return horizon, SOFT, 0.08
 
@@ -187,7 +203,11 @@ def sea(draw, rng):
     area(draw, horizon, 1, tint(rng, 20, 64, 128))
     for _ in range(16):
         x, y, width = rng.uniform(-0.1, 1), rng.uniform(horizon + 0.04, 1), rng.uniform(0.05, 0.16)
-        shape(draw, [(x, y), (x + width / 2, y - 0.015), (x + width, y), (x + width / 2, y + 0.01)], (215, 228, 238))
+        shape(
+            draw,
+            [(x, y), (x + width / 2, y - 0.015), (x + width, y), (x + width / 2, y + 0.01)],
+            (215, 228, 238),
+        )
     return horizon, WAVES, 0.06
 
 
@@ -197,7 +217,11 @@ def lake(draw, rng):
     area(draw, horizon, 1, tint(rng, 115, 168, 194))
     hills = wavy(rng, 0.1, 0.06, rng.uniform(5, 10))
     shape(draw, [*((x, horizon - y) for x, y in hills), (1, horizon), (0, horizon)], tint(rng, 56, 107, 66))
-    shape(draw, [*((x, horizon + 0.7 * y) for x, y in hills), (1, horizon), (0, horizon)], tint(rng, 92, 142, 132))
+    shape(
+        draw,
+        [*((x, horizon + 0.7 * y) for x, y in hills), (1, horizon), (0, horizon)],
+        tint(rng, 92, 142, 132),
+    )
     for _ in range(6):
         x, top = rng.uniform(0, 1), rng.uniform(0.55, 0.8)
         shape(draw, [(x, 1), (x + 0.02, 1), (x + 0.07, top)], tint(rng, 77, 102, 31))
@@ -215,7 +239,10 @@ def river(draw, rng):
         rng.uniform(0.45, 0.7),
     )
     depths = [k / 16 * (1 - horizon) for k in range(17)]
-    course = [(middle + 0.28 * math.sin(d * bend + phase) * (0.3 + d), horizon + d, 0.04 + widening * d) for d in depths]
+    course = [
+        (middle + 0.28 * math.sin(d * bend + phase) * (0.3 + d), horizon + d, 0.04 + widening * d)
+        for d in depths
+    ]
     for extra, colour in ((0.03, tint(rng, 140, 120, 77)), (0.0, tint(rng, 56, 122, 184))):
         left = [(x - w - extra, y) for x, y, w in course]
         shape(draw, left + [(x + w + extra, y) for x, y, w in reversed(course)], colour)
@@ -238,11 +265,17 @@ PLACES = dict(zip(FACTORS["place"], (forest, field, desert, mountain, sea, lake,
 # The bird.
 
 
-def paint_bird(kind: str, colour: tuple[int, int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def paint_bird(
+    kind: str, colour: tuple[int, int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """The bird alone [64, 64, 3] in 0..1 and its mask [64, 64, 1], anywhere but the top, facing either way."""
     body = np.array(tint(rng, *colour), dtype=np.float32)
     paint = {part: np.array(tint(rng, *rgb), dtype=np.float32) for part, rgb in PALETTE[kind].items()}
-    paint |= {"body": body, "belly": 0.6 * body + 0.4 * np.float32([230, 224, 204]), "eye": np.float32([8, 8, 8])}
+    paint |= {
+        "body": body,
+        "belly": 0.6 * body + 0.4 * np.float32([230, 224, 204]),
+        "eye": np.float32([8, 8, 8]),
+    }
     paint["wing"] = 0.75 * paint["wing"] + 0.25 * body
     size, turn, facing = rng.uniform(0.29, 0.40), rng.uniform(-0.15, 0.15), rng.choice([-1, 1])
     x, y = rng.uniform(0.85 * size, 1 - 0.85 * size), min(rng.uniform(0.35, 1), 1 - 0.95 * size)

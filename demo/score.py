@@ -22,7 +22,9 @@ def prompts(factor: str, phrase: str) -> list[str]:
     """Captions that state one fact and leave the rest open."""
     if factor == "style":
         return [f"{phrase} a bird"]
-    thing = {"kind": f"a {phrase}", "type": f"a {phrase}", "colour": f"a {phrase} bird"}.get(factor, f"a bird {phrase}")
+    thing = {"kind": f"a {phrase}", "type": f"a {phrase}", "colour": f"a {phrase} bird"}.get(
+        factor, f"a bird {phrase}"
+    )
     return [f"{start} {thing}".strip() for start in STARTS]
 
 
@@ -30,7 +32,9 @@ def prompts(factor: str, phrase: str) -> list[str]:
 def classifier(model: torch.nn.Module, tokenizer: Tokenizer, factor: str) -> Tensor:
     """[values, d] one unit vector per value of the factor: the mean of its normalised prompts, normalised."""
     rows = [[text for phrase in phrases for text in prompts(factor, phrase)] for phrases in PHRASES[factor]]
-    return torch.stack([F.normalize(F.normalize(model.encode_text(tokenizer(row)), dim=-1).mean(0), dim=0) for row in rows])
+    return torch.stack(
+        [F.normalize(F.normalize(model.encode_text(tokenizer(row)), dim=-1).mean(0), dim=0) for row in rows]
+    )
 
 
 @torch.no_grad()
@@ -38,7 +42,9 @@ def score(model: torch.nn.Module, tokenizer: Tokenizer, count: int, seed: int = 
     """{factor or group: accuracy} on `count` pictures whose place says nothing of the bird."""
     facts = scenes.sample(count, seed)
     pictures, truth = scenes.render_all(facts, seed), true_facts(facts)
-    embeddings = torch.cat([model.encode_image(normalise(part)) for part in np.array_split(pictures, max(1, count // 256))])
+    embeddings = torch.cat(
+        [model.encode_image(normalise(part)) for part in np.array_split(pictures, max(1, count // 256))]
+    )
     scores = {}
     for column, factor in enumerate(PHRASES):
         right = (embeddings @ classifier(model, tokenizer, factor).T).argmax(1).numpy() == truth[:, column]

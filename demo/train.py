@@ -28,14 +28,22 @@ from . import ALIGNMENT, FOLDER, NAME, Tokenizer, captions, load, normalise, sce
 from .score import score
 
 # glibc gives large blocks back to the system at once; fetching them again at every step takes longer than the arithmetic.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=3000, help="batches [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1.2e-3, help="highest learning rate; cosine decay to zero [%(default)s]")
+    parser.add_argument(
+        "--lr", type=float, default=1.2e-3, help="highest learning rate; cosine decay to zero [%(default)s]"
+    )
     parser.add_argument(
         "--alignment",
         type=float,
@@ -43,7 +51,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="share of the web's birds shown where such birds live [%(default)s]",
     )
     parser.add_argument("--patch-dropout", type=float, default=0.25)
-    parser.add_argument("--pictures", type=int, default=60_000, help="of the guide; the web has half as many [%(default)s]")
+    parser.add_argument(
+        "--pictures", type=int, default=60_000, help="of the guide; the web has half as many [%(default)s]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the captions")
     parser.add_argument("--init", type=Path, help="start from this checkpoint instead of from nothing")
     parser.add_argument("--out", type=Path, default=FOLDER / f"{NAME}.safetensors")
@@ -72,7 +82,9 @@ class Source:
         if len(self.queue) < size:
             self.queue = self.rng.permutation(len(self.pictures))
         rows, self.queue = self.queue[:size], self.queue[size:]
-        texts, stated = zip(*(captions.write(self.truth[i], self.habits, self.rng) for i in rows), strict=True)
+        texts, stated = zip(
+            *(captions.write(self.truth[i], self.habits, self.rng) for i in rows), strict=True
+        )
         stated = np.stack(stated)[:, None]
         matches = ((stated < 0) | (stated == self.truth[rows])).all(-1)
         return normalise(self.pictures[rows]), self.tokenizer(texts), torch.from_numpy(matches).float()
@@ -97,17 +109,24 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
+        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
     )
     progress = tqdm(range(args.steps), desc="training", unit="batch", mininterval=10)
     average = None
-    draft = args.out.with_suffix(".draft")  # what a run that is stopped leaves; --out itself is replaced at the end
+    draft = args.out.with_suffix(
+        ".draft"
+    )  # what a run that is stopped leaves; --out itself is replaced at the end
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+            group["lr"] = (
+                args.lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+            )
         images, tokens, matches = (web if step % 3 == 0 else guide).batch(args.batch_size)
         model.train()
-        loss = contrastive_loss(model.encode_image(images), model.encode_text(tokens), model.logit_scale.exp(), matches)
+        loss = contrastive_loss(
+            model.encode_image(images), model.encode_text(tokens), model.logit_scale.exp(), matches
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -137,7 +156,9 @@ def describe(scores: dict[str, float]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()) and argv is None:
-        os.execve(sys.executable, [sys.executable, "-m", "demo.train", *sys.argv[1:]], os.environ | KEEP_MEMORY)
+        os.execve(
+            sys.executable, [sys.executable, "-m", "demo.train", *sys.argv[1:]], os.environ | KEEP_MEMORY
+        )
     args = parse_args(argv)
     start = time.time()
     torch.set_flush_denormal(True)  # of the whole process: arithmetic with denormals is slow

@@ -63,15 +63,23 @@ def run(args: Namespace) -> tuple[dict, list]:
     return results, pages.ablation(results, depth, heads, max(0, depth - LAST_LAYERS))
 
 
-def ablations(terms: Decomposition, reference: Reference, classes: Tensor, read: Tensor) -> list[tuple[str, Tensor]]:
+def ablations(
+    terms: Decomposition, reference: Reference, classes: Tensor, read: Tensor
+) -> list[tuple[str, Tensor]]:
     """(name, class scores [b, c]) of the embedding as it is, and after each ablation."""
     depth, heads = read.shape[:2]
     base = terms.embedding.to(read) @ classes.T
     away = reference.values.mean.to(read) - terms.values  # [b, L, H, e]
-    by_layer = torch.stack([away[:, i].flatten(1) @ read[i].flatten(0, 1) for i in range(depth)], dim=1)  # [b, L, c]
+    by_layer = torch.stack(
+        [away[:, i].flatten(1) @ read[i].flatten(0, 1) for i in range(depth)], dim=1
+    )  # [b, L, c]
     mlps = (reference.mlps - terms.mlps) @ classes.T  # [b, L, c]
     stem = (reference.stem - terms.stem) @ classes.T
-    found = [("base", base), ("all MLPs", base + mlps.sum(dim=1)), ("all MLPs and stem", base + mlps.sum(dim=1) + stem)]
+    found = [
+        ("base", base),
+        ("all MLPs", base + mlps.sum(dim=1)),
+        ("all MLPs and stem", base + mlps.sum(dim=1) + stem),
+    ]
     if terms.own is not None:
         own = (reference.own - terms.own).flatten(1) @ read.flatten(0, 2)
         found.append(("class token's attention to itself", base + own))
@@ -87,16 +95,26 @@ def ablations(terms: Decomposition, reference: Reference, classes: Tensor, read:
 
 
 def print_tables(accuracy: dict[str, float], count: int, depth: int, heads: int) -> None:
-    rows = [[label, percent(accuracy[label], count)] for label in accuracy if not label.startswith(("attention of layer", "head "))]
+    rows = [
+        [label, percent(accuracy[label], count)]
+        for label in accuracy
+        if not label.startswith(("attention of layer", "head "))
+    ]
     print(table(["mean-ablated", "accuracy, %"], rows))
     print()
     layers = [
-        [str(i), f"{100 * accuracy[f'attention of layers 0 to {i}']:.1f}", f"{100 * accuracy[f'attention of layer {i}']:.1f}"]
+        [
+            str(i),
+            f"{100 * accuracy[f'attention of layers 0 to {i}']:.1f}",
+            f"{100 * accuracy[f'attention of layer {i}']:.1f}",
+        ]
         for i in range(depth)
     ]
     print(table(["attention of layer", "all up to it", "it alone"], layers))
     print()
     last = range(max(0, depth - LAST_LAYERS), depth)
-    rows = [[f"layer {i}", *(f"{100 * accuracy[f'head {name((i, h))}']:.1f}" for h in range(heads))] for i in last]
+    rows = [
+        [f"layer {i}", *(f"{100 * accuracy[f'head {name((i, h))}']:.1f}" for h in range(heads))] for i in last
+    ]
     print(table(["each head alone", *map(str, range(heads))], rows))
     print(f"\n[..]: 95 % interval (Wilson). {PAPER}")

@@ -27,11 +27,15 @@ def decomposition(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
     return heatmap(model, images, unique)[torch.arange(len(images), device=images.device), which]
 
 
-def attribute(method: str, model: nn.Module, images: Tensor, texts: Tensor, score: str = "published") -> Tensor:
+def attribute(
+    method: str, model: nn.Module, images: Tensor, texts: Tensor, score: str = "published"
+) -> Tensor:
     """[b, rows, cols] one method's maps, texts [b, d]; `score` as --score says."""
     if method == OURS:
         return decomposition(model, images, texts)
-    if method == OURS_ABS:  # evidence for or against: a part of the object that speaks for another class is still on the object
+    if (
+        method == OURS_ABS
+    ):  # evidence for or against: a part of the object that speaks for another class is still on the object
         return decomposition(model, images, texts).abs()
     options = {} if score == "published" else {"score": score}
     return METHODS[method](model, images, texts, **options).to(texts)

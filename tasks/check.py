@@ -39,7 +39,8 @@ def run(args: Namespace) -> tuple[dict, list]:
         heads, tokens = terms.heads @ texts.T, token_scores(clip.model, images, texts).sum(dim=3)
         for name in conventions:
             worst.add(
-                f"terms, convention {name}", (terms if name == "term" else decompose(clip.model, images, convention=name)).error()
+                f"terms, convention {name}",
+                (terms if name == "term" else decompose(clip.model, images, convention=name)).error(),
             )
         worst.add("source tokens against heads", float((heads - tokens).abs().max() / heads.abs().max()))
     errors = worst.largest
@@ -49,11 +50,16 @@ def run(args: Namespace) -> tuple[dict, list]:
     print(
         table(
             ("largest error, relative", "", ""),
-            [(name, f"{error:.1e}", "ok" if error <= TOLERANCE[dtype] else "TOO LARGE") for name, error in errors.items()],
+            [
+                (name, f"{error:.1e}", "ok" if error <= TOLERANCE[dtype] else "TOO LARGE")
+                for name, error in errors.items()
+            ],
         )
     )
     if not all(error <= TOLERANCE[dtype] for error in errors.values()):
-        raise DecompositionError("an error above is larger than the tolerance; --precision fp32 tells rounding from a wrong sum")
+        raise DecompositionError(
+            "an error above is larger than the tolerance; --precision fp32 tells rounding from a wrong sum"
+        )
     results = {"settings": where, "tolerance": TOLERANCE[dtype], "errors": errors}
     return results, pages.check(results)
 
@@ -66,7 +72,15 @@ def run_all(args: Namespace) -> tuple[dict, list]:
         found = models.listed(name)
         errors = None if found.tower is None else small_errors(found.name)
         readout = "" if found.tower is None else found.tower.readout.name
-        rows.append({"model": name, "family": found.family, "readout": readout, "refusal": found.refusal, "errors": errors})
+        rows.append(
+            {
+                "model": name,
+                "family": found.family,
+                "readout": readout,
+                "refusal": found.refusal,
+                "errors": errors,
+            }
+        )
     where = {
         "models": f"the {len(names)} configurations of open_clip {open_clip.__version__}; random weights, float64, "
         f"{models.LAYERS} layers, width {models.WIDTH} (behind a convolutional stem: its own), {models.GRID} x {models.GRID} patches",
@@ -77,7 +91,9 @@ def run_all(args: Namespace) -> tuple[dict, list]:
     print()
     header = ["model", "family", "read-out", "terms", "source tokens", "neurons"]
     cells = [
-        [row["model"], row["family"], row["readout"], *(f"{error:.0e}" for error in row["errors"])] for row in rows if row["errors"]
+        [row["model"], row["family"], row["readout"], *(f"{error:.0e}" for error in row["errors"])]
+        for row in rows
+        if row["errors"]
     ]
     summary = families(rows)
     print(table(header, cells))
@@ -109,7 +125,11 @@ def small_errors(name: str) -> list[float]:
     terms = decompose(model, images)
     texts = torch.nn.functional.normalize(terms.embedding[:1], dim=-1)
     heads, tokens = terms.heads @ texts.T, token_scores(model, images, texts).sum(dim=3)
-    return [terms.error(), float((heads - tokens).abs().max() / heads.abs().max()), neurons(model, images, -1).error()]
+    return [
+        terms.error(),
+        float((heads - tokens).abs().max() / heads.abs().max()),
+        neurons(model, images, -1).error(),
+    ]
 
 
 def families(rows: list[dict]) -> list[list[str]]:

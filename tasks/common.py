@@ -35,7 +35,9 @@ class Reference:
     values: Moments  # of every head's values, [L, H, e]
     mlps: Tensor  # [L, d] mean
     stem: Tensor  # [d] mean
-    own: Tensor | None  # [L, H, e] mean of what of the values comes from the class token itself, where that is read out
+    own: (
+        Tensor | None
+    )  # [L, H, e] mean of what of the values comes from the class token itself, where that is read out
     embedding: Moments  # [d]
     maps: Tensor  # [L, H, e, d] from values to terms, on the model's device
     error: float  # largest relative error of the sum of terms
@@ -78,7 +80,9 @@ def zero_shot_problem(data: DemoBirds | Waterbirds | ImageFolder) -> tuple[list[
     if isinstance(data, DemoBirds):
         return list(data.kinds), data.facts["kind"]
     if data.y is None or len(data.classes) < 2:
-        raise InputError(f"{data.root} has no labels: expected folders of images named by their class, two at least")
+        raise InputError(
+            f"{data.root} has no labels: expected folders of images named by their class, two at least"
+        )
     return list(data.classes), data.y
 
 
@@ -125,17 +129,28 @@ def summarise(
     data = open_split(args, clip, args.reference) if data is None else data
     maps = head_maps(clip.model)
     depth, heads, width, dim = maps.shape
-    reference = Reference(Moments(width, (depth, heads)), None, None, None, Moments(dim), maps, 0.0, data.description)
+    reference = Reference(
+        Moments(width, (depth, heads)), None, None, None, Moments(dim), maps, 0.0, data.description
+    )
     update = getattr(part, "update", None) if update is None else update
-    for images, indices in one_pass(clip, data, args, f"reference ({args.reference})", reference, *([] if part is None else [part])):
+    for images, indices in one_pass(
+        clip, data, args, f"reference ({args.reference})", reference, *([] if part is None else [part])
+    ):
         terms = decompose(clip.model, images)
         if not terms.embedding.isfinite().all():
-            raise InputError(f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32")
+            raise InputError(
+                f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32"
+            )
         reference.error = max(reference.error, terms.error())
         reference.values.update(terms.values)
         reference.embedding.update(terms.embedding.float())
         found = {term: getattr(terms, term) for term in MEANS}
-        reference.add({term: None if x is None else x.sum(dim=0, dtype=torch.float64).cpu() for term, x in found.items()})
+        reference.add(
+            {
+                term: None if x is None else x.sum(dim=0, dtype=torch.float64).cpu()
+                for term, x in found.items()
+            }
+        )
         if update is not None:
             update(terms, indices)
     for term in MEANS:
@@ -167,9 +182,13 @@ def parse_heads(text: str, depth: int, heads: int, option: str = "--heads") -> l
             layer, head = (int(number) for number in part.split("."))
         except ValueError:
             choices = "paper, auto, or a list" if option == "--heads" else "one or a list"
-            raise InputError(f"{option} takes {choices} like 3.7,2.1 (layer.head, both from 0); found {part!r}") from None
+            raise InputError(
+                f"{option} takes {choices} like 3.7,2.1 (layer.head, both from 0); found {part!r}"
+            ) from None
         if not (0 <= layer < depth and 0 <= head < heads):
-            raise InputError(f"no head {part}: the model has layers 0 to {depth - 1} with heads 0 to {heads - 1}")
+            raise InputError(
+                f"no head {part}: the model has layers 0 to {depth - 1} with heads 0 to {heads - 1}"
+            )
         chosen.add((layer, head))
     return sorted(chosen)
 
@@ -190,7 +209,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as what they hold; the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in (header, *rows)
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -214,7 +236,11 @@ def logits(clip: Clip) -> str:
     if scale is None:
         return "cosines"
     scale = float(scale.detach().exp())
-    return f"softmax of {scale:.1f} cosine" if bias is None else f"sigmoid of {scale:.1f} cosine {float(bias.detach()):+.1f}"
+    return (
+        f"softmax of {scale:.1f} cosine"
+        if bias is None
+        else f"sigmoid of {scale:.1f} cosine {float(bias.detach()):+.1f}"
+    )
 
 
 def print_settings(lines: dict[str, str]) -> None:

@@ -17,7 +17,17 @@ from decompose import decompose
 from zeroshot import Clip, classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
 from . import pages
-from .common import LAST_LAYERS, Reference, open_split, percent, print_settings, settings, summarise, table, zero_shot_problem
+from .common import (
+    LAST_LAYERS,
+    Reference,
+    open_split,
+    percent,
+    print_settings,
+    settings,
+    summarise,
+    table,
+    zero_shot_problem,
+)
 from .parts import Sums
 from .passes import one_pass
 from .textspan import name_head
@@ -95,7 +105,11 @@ def text_pools(args: Namespace, clip: Clip, names: list[str]) -> dict[str, Tenso
     pools = {"descriptions": embedded}
     if args.words is not None:
         pools["words"] = embed_texts(clip, load_bank(args.words).texts, "words")
-    prompts = [template(name) if callable(template) else template.format(name) for name in names for template in templates(clip)[:6]]
+    prompts = [
+        template(name) if callable(template) else template.format(name)
+        for name in names
+        for template in templates(clip)[:6]
+    ]
     pools["class prompts"] = embed_texts(clip, list(dict.fromkeys(prompts)), "class prompts")
     pools["random vectors"] = random_texts(embedded, args.seed)
     return pools
@@ -110,7 +124,9 @@ def random_texts(texts: Tensor, seed: int) -> Tensor:
     return F.normalize(mean + draws * strength / len(rows) ** 0.5 @ directions, dim=-1).to(texts)
 
 
-def read_along(texts: Tensor, reference: Reference, first: int, classes: Tensor, sizes: list[int], pool: str) -> tuple[Tensor, Tensor]:
+def read_along(
+    texts: Tensor, reference: Reference, first: int, classes: Tensor, sizes: list[int], pool: str
+) -> tuple[Tensor, Tensor]:
     """From a head's values to coordinates along its texts [l, H, e, m], from those to class scores [l, H, m, c]; 0 past its texts."""
     maps, most = reference.maps[first:], max(sizes)
     coordinates = maps.new_zeros(*maps.shape[:3], most)

@@ -44,7 +44,9 @@ def run(args: Namespace) -> tuple[dict, list]:
         clip,
         images=test.description,
         classes=f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}; {len(templates(clip))} templates; {logits(clip)}",
-        labels="none given" if labels is None else "from the folders or metadata; used for the accuracies alone",
+        labels="none given"
+        if labels is None
+        else "from the folders or metadata; used for the accuracies alone",
         means=cue.reference.description,
         **cue.words(),
         sum=cue.reference.sum(),
@@ -53,7 +55,13 @@ def run(args: Namespace) -> tuple[dict, list]:
     print()
     print_rows(rows, control, len(test), len(cue.heads))
     heads = [list(head) for head in cue.heads]
-    results = {"settings": where, "rows": rows, "random": control, "explained": cue.explained.tolist(), "heads": heads}
+    results = {
+        "settings": where,
+        "rows": rows,
+        "random": control,
+        "explained": cue.explained.tolist(),
+        "heads": heads,
+    }
     return results, pages.debias(results)
 
 
@@ -62,7 +70,9 @@ def class_problem(args: Namespace, test: Images) -> tuple[list[str], Tensor | No
     own, y = list(test.classes), test.y
     if args.classes is None:
         if len(own) < 2:
-            raise InputError("--task debias needs --classes: at least two names to tell the images by (their folders name none)")
+            raise InputError(
+                "--task debias needs --classes: at least two names to tell the images by (their folders name none)"
+            )
         return own, y
     names = list(args.classes)
     if not all(name.strip() for name in names):
@@ -83,7 +93,9 @@ class Outcomes:
     running = ("images", "changed", "by_text", "count", "square", "right", "members")
 
     def __init__(self, texts: int, labels: Tensor | None, group: Tensor | None) -> None:
-        self.keys = {name: key for name, key in (("worst class", labels), ("worst group", group)) if key is not None}
+        self.keys = {
+            name: key for name, key in (("worst class", labels), ("worst group", group)) if key is not None
+        }
         self.labels, self.texts = labels, texts
         self.images = self.changed = self.by_text = self.square = 0
         self.count = torch.zeros(texts, dtype=torch.float64)
@@ -104,7 +116,9 @@ class Outcomes:
         for name, key in self.keys.items():
             size, mine = int(key.max()) + 1, key[indices]
             right = (predicted == self.labels[indices]).long()
-            self.right[name] = self.right[name] + torch.zeros(len(right), size, dtype=torch.long).index_add_(1, mine, right)
+            self.right[name] = self.right[name] + torch.zeros(len(right), size, dtype=torch.long).index_add_(
+                1, mine, right
+            )
             self.members[name] = self.members[name] + torch.bincount(mine, minlength=size)
 
     def merge(self, other: Outcomes) -> None:
@@ -145,9 +159,16 @@ def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: in
         for label, row in rows.items()
     ]  # fmt: skip
     if control:
-        both = {key: torch.tensor([row[key] for row in control], dtype=torch.float64) for key in ("changed", "cue", *accuracies)}
+        both = {
+            key: torch.tensor([row[key] for row in control], dtype=torch.float64)
+            for key in ("changed", "cue", *accuracies)
+        }
         shown = [f"{100 * x.mean():.1f} ± {100 * x.std(correction=0):.1f}" for x in both.values()]
         lines.append([f"{heads} random heads, mean ± std", *shown])
     print(table(header, lines))
-    print("\nFollows the cue: share of the variance of class scores between images that different texts of the cue fit best, corrected")
-    print("for their number. It falls where the classifier stops using the cue, but not to 0 where the cue truly goes with a class.")
+    print(
+        "\nFollows the cue: share of the variance of class scores between images that different texts of the cue fit best, corrected"
+    )
+    print(
+        "for their number. It falls where the classifier stops using the cue, but not to 0 where the cue truly goes with a class."
+    )

@@ -24,7 +24,16 @@ LONG_SIDE = 512  # of the pictures
 TILE, ACROSS, GAP = 200, 6, 8  # of the sheet
 # matplotlib's inferno at eight even steps: brighter is more, also without colour.
 INFERNO = np.float32(
-    [[0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21], [250, 193, 39], [252, 255, 164]]
+    [
+        [0, 0, 4],
+        [40, 11, 84],
+        [101, 21, 110],
+        [159, 42, 99],
+        [212, 72, 66],
+        [245, 125, 21],
+        [250, 193, 39],
+        [252, 255, 164],
+    ]
 )
 
 
@@ -59,17 +68,31 @@ def run(args: Namespace) -> tuple[dict, list]:
         files[f"{i + 1}-{slug(text)}-all.png"] = sheet(list(sheets)[-1], tiles)
     for name, picture in files.items():
         save_picture(picture, folder / name)
-    where = settings(args, clip, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods))
-    where["seen"] = "all of it" if covers(box, image.size) else "what the model's cropping leaves; the rest is dimmed"
+    where = settings(
+        args, clip, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods)
+    )
+    where["seen"] = (
+        "all of it" if covers(box, image.size) else "what the model's cropping leaves; the rest is dimmed"
+    )
     print_settings(where)
     print()
-    rows = [[text, f"{cosine[i]:.3f}", str(folder / f"{i + 1}-{slug(text)}-all.png")] for i, text in enumerate(args.text)]
+    rows = [
+        [text, f"{cosine[i]:.3f}", str(folder / f"{i + 1}-{slug(text)}-all.png")]
+        for i, text in enumerate(args.text)
+    ]
     print(table(["text", "cosine", "all methods in one picture"], rows))
-    print(f"\n{len(files)} pictures in {folder}. Each map from its least (dark) to its most (bright); the decomposition from zero.")
+    print(
+        f"\n{len(files)} pictures in {folder}. Each map from its least (dark) to its most (bright); the decomposition from zero."
+    )
     for reason in dict.fromkeys(refused.values()):
         print(f"Without {', '.join(method for method in refused if refused[method] == reason)}: {reason}")
     scores = {method: score_of(method, args.score) for method in methods}
-    results = {"settings": where, "cosine": dict(zip(args.text, cosine, strict=True)), "scores": scores, "files": list(files)}
+    results = {
+        "settings": where,
+        "cosine": dict(zip(args.text, cosine, strict=True)),
+        "scores": scores,
+        "files": list(files),
+    }
     return results, pages.heatmap(sheets)
 
 
@@ -88,7 +111,9 @@ def resized(image: Image.Image, side: int = LONG_SIDE) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC if factor < 3 else Image.Resampling.NEAREST)
 
 
-def overlay(image: Image.Image, heat: torch.Tensor, box: tuple[float, ...], clip: bool = False, side: int = LONG_SIDE) -> Image.Image:
+def overlay(
+    image: Image.Image, heat: torch.Tensor, box: tuple[float, ...], clip: bool = False, side: int = LONG_SIDE
+) -> Image.Image:
     """The image with the map [1, rows, cols] laid on `box` of it; what lies outside is dimmed."""
     canvas = resized(image, side)
     factors = [canvas.width / image.width, canvas.height / image.height] * 2

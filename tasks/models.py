@@ -69,7 +69,9 @@ def print_list() -> None:
         else:
             size = f"{len(found.tower.blocks)} x {found.tower.blocks[0].heads}"
             print(f"{name:<38}  {found.tower.readout.name:<30}  {size:>14}  {', '.join(found.tags) or '-'}")
-    print(f"\n{len(names) - refused} of {len(names)} configurations of open_clip {open_clip.__version__} can be decomposed.")
+    print(
+        f"\n{len(names) - refused} of {len(names)} configurations of open_clip {open_clip.__version__} can be decomposed."
+    )
 
 
 def family(visual: nn.Module) -> str:
@@ -89,13 +91,21 @@ def small(name: str, seed: int = 0) -> Images:
         more, vision["image_size"] = _smaller(config)
     else:
         side = GRID * vision.get("patch_size", 16)
-        vision |= {"layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS, "attn_pooler_heads": HEADS, "image_size": side}
+        vision |= {
+            "layers": LAYERS,
+            "width": WIDTH,
+            "head_width": WIDTH // HEADS,
+            "attn_pooler_heads": HEADS,
+            "image_size": side,
+        }
     with _quiet(), torch.random.fork_rng(devices=[]), _timm_with(more):
         torch.manual_seed(seed)
         model = Images(_tower(config))
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim == 1 or not parameter.any():  # gamma, beta, biases; latents and tokens that start at zero
+                if (
+                    parameter.ndim == 1 or not parameter.any()
+                ):  # gamma, beta, biases; latents and tokens that start at zero
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.double().eval()
 
@@ -110,7 +120,9 @@ def _smaller(config: dict) -> tuple[dict, int]:
     more = {"depth": LAYERS, "img_size": side}
     if not hasattr(embed, "backbone"):
         more |= {"embed_dim": WIDTH, "num_heads": HEADS}
-    if hasattr(trunk, "rope") and getattr(trunk, "attn_pool", None) is not None:  # the one family that sets them apart
+    if (
+        hasattr(trunk, "rope") and getattr(trunk, "attn_pool", None) is not None
+    ):  # the one family that sets them apart
         more["attn_pool_num_heads"] = HEADS
     return more, side
 

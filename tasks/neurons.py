@@ -52,10 +52,15 @@ def run(args: Namespace) -> tuple[dict, list]:
     classes = classifier(clip, names, templates(clip), title="classes")
     activity = watch(clip, args, data, layer)
     chosen = activity.spread().argsort(descending=True, stable=True)[: args.neurons].tolist()
-    drawn = [[j for _, j in draw] for draw in random_heads([(layer, j) for j in chosen], len(activity.maps), DRAWS, args.seed)]
+    drawn = [
+        [j for _, j in draw]
+        for draw in random_heads([(layer, j) for j in chosen], len(activity.maps), DRAWS, args.seed)
+    ]
     sets = [[], *([j] for j in chosen), chosen, *drawn]
     # Kept in the demo alone, where the factors behind every image are known; elsewhere memory does not grow.
-    accuracy, fired = ablate(clip, args, test, labels, classes, activity, sets, chosen if isinstance(test, DemoBirds) else [])
+    accuracy, fired = ablate(
+        clip, args, test, labels, classes, activity, sets, chosen if isinstance(test, DemoBirds) else []
+    )
     described = [describe(j, activity, texts, bank, data) for j in chosen]
     found = [row | {"accuracy without it": accuracy[i]} for i, row in enumerate(described, start=1)]
     if fired is not None:
@@ -78,13 +83,17 @@ def run(args: Namespace) -> tuple[dict, list]:
         "neurons": found,
     }
     print_results(results)
-    return results, page(results, {row["neuron"]: [data.picture(i) for i, _, _ in row["images"]] for row in found})
+    return results, page(
+        results, {row["neuron"]: [data.picture(i) for i, _, _ in row["images"]] for row in found}
+    )
 
 
 def choose_layer(asked: int | None, depth: int) -> int:
     """--layer, counted from 0, or from the end where negative; without it the last."""
     if asked is not None and not -depth <= asked < depth:
-        raise InputError(f"--layer {asked}: the model has layers 0 to {depth - 1}, or -{depth} to -1 from the end")
+        raise InputError(
+            f"--layer {asked}: the model has layers 0 to {depth - 1}, or -{depth} to -1 from the end"
+        )
     return (depth - 1 if asked is None else asked) % depth
 
 
@@ -111,7 +120,9 @@ class Activity:
     def strength(self, found: Neurons) -> Tensor:
         """[b, n] the activation; under attention pooling the length of the term."""
         a = found.activations
-        return a if a.ndim == 2 else torch.einsum("brn,nrs,bsn->bn", a, self.gram.to(a), a).clamp_min(0).sqrt()
+        return (
+            a if a.ndim == 2 else torch.einsum("brn,nrs,bsn->bn", a, self.gram.to(a), a).clamp_min(0).sqrt()
+        )
 
     def update(self, found: Neurons, indices: Tensor) -> None:
         """Add images, by their indices in the data set."""
@@ -131,7 +142,9 @@ class Activity:
 
     def _rank(self, top: Tensor, images: Tensor) -> None:
         top, images = torch.cat([self.top, top], dim=1), torch.cat([self.images, images], dim=1)
-        order = top.argsort(dim=1, descending=True, stable=True)[:, : self.kept]  # of equals the earlier image is kept
+        order = top.argsort(dim=1, descending=True, stable=True)[
+            :, : self.kept
+        ]  # of equals the earlier image is kept
         self.top, self.images = top.gather(1, order), images.gather(1, order)
 
     def mean(self) -> Tensor:
@@ -152,7 +165,9 @@ class Activity:
         if len(maps) == 1:
             return maps[0]
         variance, axes = torch.linalg.eigh(self.rows.covariance[j])
-        halves = variance.clamp_min(0).sqrt()[:, None] * axes.T @ maps.double()  # halves' halves = the covariance of the term
+        halves = (
+            variance.clamp_min(0).sqrt()[:, None] * axes.T @ maps.double()
+        )  # halves' halves = the covariance of the term
         found = torch.linalg.svd(halves, full_matrices=False).Vh[0]
         return (found * torch.sign(self.rows.mean[j] @ maps.double() @ found)).to(maps)
 
@@ -174,10 +189,14 @@ def watch(clip: Clip, args: Namespace, data: Dataset, layer: int) -> Activity:
     for images, indices in one_pass(clip, data, args, f"reference ({args.reference})", activity):
         found = neurons(clip.model, images, layer)
         if not found.embedding.isfinite().all():
-            raise InputError(f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32")
+            raise InputError(
+                f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32"
+            )
         activity.update(found, indices)
     if not activity.embedding.scatter.sum() > 0:
-        raise InputError(f"the reference images ({data.description}) all have the same embedding; raise --limit")
+        raise InputError(
+            f"the reference images ({data.description}) all have the same embedding; raise --limit"
+        )
     return activity
 
 
@@ -239,7 +258,9 @@ def likeness(direction: Tensor, texts: Tensor) -> Tensor:
 
 def add_factors(found: list[dict], fired: Tensor, facts: dict[str, Tensor]) -> None:
     """The true factors of the demo: share of the variance of activations [images, m] between a factor's values, each neuron's own."""
-    shares = {factor: explained(fired[:, None, :, None], values)[0].tolist() for factor, values in facts.items()}
+    shares = {
+        factor: explained(fired[:, None, :, None], values)[0].tolist() for factor, values in facts.items()
+    }
     for i, row in enumerate(found):
         row["factors"] = {factor: share[i] for factor, share in shares.items()}
 
@@ -251,7 +272,9 @@ def print_results(results: dict) -> None:
         print(f"\nneuron {in_words(row, results['accuracy']['base'])}")
         for sign in ("towards", "away from"):
             print(f"  {sign:<10} " + "; ".join(f"{text} {fit:+.2f}" for text, fit in row[sign]))
-        print(f"  {'fired by':<10} " + "; ".join(f"{i}: {caption}" for i, caption, _ in row["images"][:SHOWN]))
+        print(
+            f"  {'fired by':<10} " + "; ".join(f"{i}: {caption}" for i, caption, _ in row["images"][:SHOWN])
+        )
     print()
     print(table(["mean-ablated", "accuracy, %"], accuracies(results)))
     print(
@@ -260,7 +283,9 @@ def print_results(results: dict) -> None:
         "standard deviations, as they reach the embedding. [..]: 95 % interval (Wilson)."
     )
     if "factors" in results["neurons"][0]:
-        print("Factor: the demo's that explains most of the variance of its activation on the test images, where all are independent.")
+        print(
+            "Factor: the demo's that explains most of the variance of its activation on the test images, where all are independent."
+        )
 
 
 def in_words(row: dict, base: float) -> str:
@@ -294,12 +319,21 @@ def page(results: dict, images: dict[str, list[Image.Image]]) -> list[report.Htm
     parts = []
     for row in results["neurons"]:
         parts.append(in_words(row, results["accuracy"]["base"]))
-        cells = [(f"{a} ({x:+.2f})", f"{b} ({y:+.2f})") for (a, x), (b, y) in zip(row["towards"], row["away from"], strict=True)]
+        cells = [
+            (f"{a} ({x:+.2f})", f"{b} ({y:+.2f})")
+            for (a, x), (b, y) in zip(row["towards"], row["away from"], strict=True)
+        ]
         parts.append(report.table(["towards", "away from"], cells))
         shown = zip(images[row["neuron"]], row["images"], strict=True)
-        parts.append(report.pictures([(image, f"{caption} ({activation:.2f})") for image, (_, caption, activation) in shown]))
+        parts.append(
+            report.pictures(
+                [(image, f"{caption} ({activation:.2f})") for image, (_, caption, activation) in shown]
+            )
+        )
     note = "Texts: by their cosine with what the neuron adds when it fires more. Images: those that fire it most."
     return [
-        report.section("Accuracy without them", report.table(["mean-ablated", "accuracy, %"], accuracies(results))),
+        report.section(
+            "Accuracy without them", report.table(["mean-ablated", "accuracy, %"], accuracies(results))
+        ),
         report.section("What single neurons write", *parts, note=note),
     ]

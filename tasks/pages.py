@@ -12,7 +12,10 @@ from .common import wilson
 
 
 def check(results: dict) -> list[Html]:
-    rows = [(name, f"{error:.1e}", "ok" if error <= results["tolerance"] else "TOO LARGE") for name, error in results["errors"].items()]
+    rows = [
+        (name, f"{error:.1e}", "ok" if error <= results["tolerance"] else "TOO LARGE")
+        for name, error in results["errors"].items()
+    ]
     return [section("Do the terms sum to the embedding?", table(["largest error, relative", "", ""], rows))]
 
 
@@ -65,8 +68,15 @@ def waterbirds(results: dict, counts: dict[str, int]) -> list[Html]:
     sections = [section("Accuracy with and without the cue", *parts)]
     if control is not None:
         chosen = rows.get("heads mean-ablated", {}).get("worst")
-        marks = {"unchanged": 100 * rows["base"]["worst"]} | ({"chosen heads": 100 * chosen} if chosen is not None else {})
-        drawn = histogram([100 * x for x in control["worst values"]], marks, "Worst group without random heads", "accuracy, %")
+        marks = {"unchanged": 100 * rows["base"]["worst"]} | (
+            {"chosen heads": 100 * chosen} if chosen is not None else {}
+        )
+        drawn = histogram(
+            [100 * x for x in control["worst values"]],
+            marks,
+            "Worst group without random heads",
+            "accuracy, %",
+        )
         words = f"{control['draws']} draws of as many heads from each of the same layers, mean-ablated like the chosen ones."
         sections.append(section("Would any heads do?", words, drawn))
     cue = [
@@ -85,9 +95,15 @@ def debias(results: dict) -> list[Html]:
     cells = [[label.strip(), *(f"{100 * row[key]:.1f}" for key in keys)] for label, row in rows.items()]
     parts = [table(["%", *("follows the cue" if key == "cue" else key for key in keys)], cells)]
     if results["random"]:
-        marks = {label.strip(): 100 * row["cue"] for label, row in rows.items() if label in ("base", "heads mean-ablated")}
+        marks = {
+            label.strip(): 100 * row["cue"]
+            for label, row in rows.items()
+            if label in ("base", "heads mean-ablated")
+        }
         values = [100 * row["cue"] for row in results["random"]]
-        parts.append(histogram(values, marks, "How far class scores follow the cue, without random heads", "%"))
+        parts.append(
+            histogram(values, marks, "How far class scores follow the cue, without random heads", "%")
+        )
     return [section("What taking the cue out did", *parts)]
 
 
@@ -95,10 +111,17 @@ def segmentation(results: dict, examples: dict[str, list[tuple[Image.Image, str]
     """examples: titles, and pictures with captions."""
     rows = results["rows"]
     keys = ("pixel accuracy", "mIoU", "mAP")
-    cells = [[method, row["score"], row["text"], *(f"{100 * row[key]:.1f}" for key in keys)] for method, row in rows.items()]
+    cells = [
+        [method, row["score"], row["text"], *(f"{100 * row[key]:.1f}" for key in keys)]
+        for method, row in rows.items()
+    ]
     groups = {
         "mAP, ± 1.96 standard errors": [
-            (method, 100 * row["mAP"], *(100 * (row["mAP"] + sign * 1.96 * row["mAP standard error"]) for sign in (-1, 1)))
+            (
+                method,
+                100 * row["mAP"],
+                *(100 * (row["mAP"] + sign * 1.96 * row["mAP standard error"]) for sign in (-1, 1)),
+            )
             for method, row in rows.items()
         ],
         "mIoU": [(method, 100 * row["mIoU"], None, None) for method, row in rows.items()],
@@ -116,19 +139,36 @@ def ablation(results: dict, depth: int, heads: int, first: int) -> list[Html]:
         "all up to this layer": [(i, 100 * accuracy[f"attention of layers 0 to {i}"]) for i in range(depth)],
         "this layer alone": [(i, 100 * accuracy[f"attention of layer {i}"]) for i in range(depth)],
     }
-    cells = [[f"layer {i}", *(f"{100 * accuracy[f'head {i}.{h}']:.1f}" for h in range(heads))] for i in range(first, depth)]
+    cells = [
+        [f"layer {i}", *(f"{100 * accuracy[f'head {i}.{h}']:.1f}" for h in range(heads))]
+        for i in range(first, depth)
+    ]
     base = {"unchanged": 100 * accuracy["base"]}
     return [
-        section("Whole groups of terms", intervals(named, "Accuracy when mean-ablated, 95 % intervals (Wilson)", "accuracy, %")),
-        section("Attention, by layer", curves(layers, "layer", "accuracy, %", "Accuracy without the attention of", lines=base)),
+        section(
+            "Whole groups of terms",
+            intervals(named, "Accuracy when mean-ablated, 95 % intervals (Wilson)", "accuracy, %"),
+        ),
+        section(
+            "Attention, by layer",
+            curves(layers, "layer", "accuracy, %", "Accuracy without the attention of", lines=base),
+        ),
         section("Each head alone", table(["accuracy, %", *map(str, range(heads))], cells)),
     ]
 
 
 def completeness(results: dict) -> list[Html]:
-    series = {pool: [(m, 100 * accuracy) for m, accuracy in points] for pool, points in results["curves"].items()}
+    series = {
+        pool: [(m, 100 * accuracy) for m, accuracy in points] for pool, points in results["curves"].items()
+    }
     lines = {key: 100 * value for key, value in results["whole"].items()}
-    drawn = curves(series, "texts per head", "accuracy, %", "Accuracy when heads are replaced by their texts", lines=lines)
+    drawn = curves(
+        series,
+        "texts per head",
+        "accuracy, %",
+        "Accuracy when heads are replaced by their texts",
+        lines=lines,
+    )
     return [section("How much of the heads do their texts hold?", drawn)]
 
 
@@ -142,7 +182,10 @@ def retrieval(results: dict, query: Image.Image | None, items: list[tuple[Image.
 
 
 def heatmap(sheets: dict[str, dict[str, Image.Image]]) -> list[Html]:
-    return [section(text, pictures([(tile, name) for name, tile in tiles.items()], size=200)) for text, tiles in sheets.items()]
+    return [
+        section(text, pictures([(tile, name) for name, tile in tiles.items()], size=200))
+        for text, tiles in sheets.items()
+    ]
 
 
 def in_percent(accuracy: float, count: int) -> tuple[float, float, float]:

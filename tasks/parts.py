@@ -109,5 +109,7 @@ def twin(part: Any) -> Any:
         if hasattr(held, "merge"):
             setattr(other, name, twin(held))
         elif isinstance(held, dict):
-            setattr(other, name, {key: twin(one) if hasattr(one, "merge") else one for key, one in held.items()})
+            setattr(
+                other, name, {key: twin(one) if hasattr(one, "merge") else one for key, one in held.items()}
+            )
     return other

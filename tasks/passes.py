@@ -41,7 +41,9 @@ from .parts import restore, state, twin
 # The pass.
 
 
-def one_pass(clip: Clip, data: Dataset, args: Namespace, title: str, *parts: Any) -> Iterator[tuple[Any, Tensor]]:
+def one_pass(
+    clip: Clip, data: Dataset, args: Namespace, title: str, *parts: Any
+) -> Iterator[tuple[Any, Tensor]]:
     """(images as the model takes them, their indices) under a progress bar; after the last, `parts` are those of all processes.
 
     Whoever takes a batch must have added it to the parts before it asks for the next one. Titles differ within a task.
@@ -56,7 +58,9 @@ def one_pass(clip: Clip, data: Dataset, args: Namespace, title: str, *parts: Any
     done = book.restore(parts)
     workers = min(4, max(1, (os.cpu_count() or 1) // size)) if args.workers is None else args.workers
     args.alone = True  # other processes have other images: what goes wrong here they may not know
-    for images, indices in batches(Subset(data, mine[done:]), args.batch_size, workers, title, clip.device, done):
+    for images, indices in batches(
+        Subset(data, mine[done:]), args.batch_size, workers, title, clip.device, done
+    ):
         yield _cast(images, clip.dtype), indices
         done += len(indices)
         book.save(parts, done)
@@ -83,14 +87,18 @@ def join(device: str) -> str:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # of one process waiting for another; a dead one is noticed at once
+        dist.init_process_group(
+            "gloo", timeout=timedelta(days=7)
+        )  # of one process waiting for another; a dead one is noticed at once
     cards = torch.cuda.device_count()
     return f"cuda:{int(os.environ['LOCAL_RANK']) % cards}" if cards and device in ("auto", "cuda") else device
 
 
 def world() -> tuple[int, int]:
     """(this process's number, how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    )
 
 
 class ElsewhereError(InputError):
@@ -120,7 +128,9 @@ def broadcast(x: Any, source: int = 0) -> Any:
         if world()[1] > 1:
             dist.broadcast_object_list(box, src=source)
     except RuntimeError as error:
-        raise ElsewhereError("another process stopped before the end of the pass; what it said tells why") from error
+        raise ElsewhereError(
+            "another process stopped before the end of the pass; what it said tells why"
+        ) from error
     return box[0]
 
 
@@ -145,7 +155,10 @@ class Book:
 
     def over(self, parts: tuple) -> bool:
         """Is this pass over, in the run that is resumed? Then the parts are as it left them."""
-        return self.args.resume and self._fill(parts, broadcast(self._read(self.end) if world()[0] == 0 else None)) is not None
+        return (
+            self.args.resume
+            and self._fill(parts, broadcast(self._read(self.end) if world()[0] == 0 else None)) is not None
+        )
 
     def restore(self, parts: tuple) -> int:
         """How many of its images this process has seen, in the run that is resumed; the parts are as they were then."""
@@ -187,7 +200,9 @@ class Book:
             with suppress(OSError):
                 partial.unlink()
             told = getattr(error, "strerror", None) or "its disk may be full"
-            raise InputError(f"cannot save the state in {self.folder}: {told}; make room and go on with --resume") from error
+            raise InputError(
+                f"cannot save the state in {self.folder}: {told}; make room and go on with --resume"
+            ) from error
 
     def _clear(self) -> None:
         """What an earlier run left is gone when one that does not resume it has something to keep."""
@@ -210,11 +225,19 @@ class Book:
             found = torch.load(path, weights_only=True)
             theirs = found["run"]
         except Exception as error:  # torch raises many kinds
-            raise InputError(f"cannot read the state {path}; remove it, or start anew without --resume") from error
+            raise InputError(
+                f"cannot read the state {path}; remove it, or start anew without --resume"
+            ) from error
         for what, ours in self.run().items():
             if theirs.get(what) != ours:
-                was = f": {theirs.get(what)!r} then, {ours!r} now" if what.startswith("--") or what == "processes" else ""
-                raise InputError(f"{path} is of another run ({what} differs{was}); repeat that one, or start anew without --resume")
+                was = (
+                    f": {theirs.get(what)!r} then, {ours!r} now"
+                    if what.startswith("--") or what == "processes"
+                    else ""
+                )
+                raise InputError(
+                    f"{path} is of another run ({what} differs{was}); repeat that one, or start anew without --resume"
+                )
         return found
 
 
@@ -227,9 +250,15 @@ def tell_of_state(args: Namespace) -> None:
     """Where an earlier run stopped, and this one does or does not go on from there: one line."""
     there = state_folder(args).exists()
     if there and not args.resume:
-        print(f"note: {state_folder(args)} is of a run that stopped; this one starts anew, --resume would go on", file=sys.stderr)
+        print(
+            f"note: {state_folder(args)} is of a run that stopped; this one starts anew, --resume would go on",
+            file=sys.stderr,
+        )
     if args.resume and not there:
-        print(f"note: nothing to resume in {state_folder(args)}; this run starts from the beginning", file=sys.stderr)
+        print(
+            f"note: nothing to resume in {state_folder(args)}; this run starts from the beginning",
+            file=sys.stderr,
+        )
 
 
 def forget(args: Namespace) -> None:
@@ -238,12 +267,22 @@ def forget(args: Namespace) -> None:
 
 
 NO_MATTER = ("resume", "workers", "out", "save_every", "started", "cleared", "alone", "list_models")
-FILES = ("text_bank", "words", "classes", "image", "data")  # options that may name a file: what it holds counts, too
+FILES = (
+    "text_bank",
+    "words",
+    "classes",
+    "image",
+    "data",
+)  # options that may name a file: what it holds counts, too
 
 
 def fingerprint(args: Namespace, clip: Clip, data: Dataset, title: str) -> dict[str, Any]:
     """What must be the same for two runs to be one: weights, images (names and sizes), labels, options, files, and this program."""
-    options = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in NO_MATTER}
+    options = {
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in vars(args).items()
+        if name not in NO_MATTER
+    }
     return {
         "pass": title,
         "processes": world()[1],
@@ -261,7 +300,10 @@ def _names(data: Dataset) -> list:
     """What tells a data set's images, and what it says of them."""
     if isinstance(data, Subset):
         return [list(data.indices), *_names(data.dataset)]
-    inner, labels = getattr(data, "birds", None), [getattr(data, name, None) for name in ("y", "place", "labels")]
+    inner, labels = (
+        getattr(data, "birds", None),
+        [getattr(data, name, None) for name in ("y", "place", "labels")],
+    )
     return [
         len(data),
         getattr(data, "rows", None),
@@ -295,5 +337,7 @@ def _file_hash(value: Any) -> str | None:
 
 def _program() -> str:
     here = Path(__file__).parent
-    files = [path for folder in (here.parent, here, here.parent / "demo") for path in sorted(folder.glob("*.py"))]
+    files = [
+        path for folder in (here.parent, here, here.parent / "demo") for path in sorted(folder.glob("*.py"))
+    ]
     return digest(b"".join(path.read_bytes() for path in files))

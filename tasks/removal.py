@@ -49,7 +49,9 @@ class Cue:
     def words(self) -> dict[str, str]:
         """Lines for the settings above a table."""
         return {
-            "heads": f"{', '.join(map(name, self.heads))} ({self.how})" if self.heads else "none: the embedding as a whole",
+            "heads": f"{', '.join(map(name, self.heads))} ({self.how})"
+            if self.heads
+            else "none: the embedding as a whole",
             "cue": f"{self.name}, {len(self.texts)} texts, {len(self.directions)} directions",
         }
 
@@ -64,7 +66,9 @@ def look_for_cue(args: Namespace, clip: Clip) -> Cue:
     if not len(directions):
         raise InputError(f"the texts of the cue ({title}) do not differ for this model: give texts that do")
     votes = CueVotes(embeddings, maps, centre(clip, args))
-    reference = summarise(clip, args, votes, update=lambda terms, _: votes.update(terms.embedding, terms.values))
+    reference = summarise(
+        clip, args, votes, update=lambda terms, _: votes.update(terms.embedding, terms.values)
+    )
     explained = votes.explained(reference.values)
     needs_heads = {"heads", "directions"} & set(args.remove)
     heads = given or (auto_heads(explained, title) if needs_heads else [])
@@ -87,11 +91,16 @@ def find_cue(args: Namespace, clip: Clip) -> tuple[list[str], str]:
 def given_heads(args: Namespace, clip: Clip, depth: int, heads: int) -> tuple[list[Head], str]:
     """What --heads says, and in words where it comes from; no heads yet where it says auto."""
     if args.heads == "auto":
-        return [], f"auto: the cue explains over {THRESHOLD:.0%} of what they write on the reference images; no labels used"
+        return (
+            [],
+            f"auto: the cue explains over {THRESHOLD:.0%} of what they write on the reference images; no labels used",
+        )
     if args.heads != "paper":
         return parse_heads(args.heads, depth, heads), "given by hand"
     if clip.name not in PAPER_HEADS:
-        raise InputError(f"--heads paper: the paper lists heads of {', '.join(PAPER_HEADS)}, not of {clip.name}; use auto or a list")
+        raise InputError(
+            f"--heads paper: the paper lists heads of {', '.join(PAPER_HEADS)}, not of {clip.name}; use auto or a list"
+        )
     return parse_heads(PAPER_HEADS[clip.name], depth, heads), "the paper's list"
 
 
@@ -121,7 +130,13 @@ class Scores:
 
     def after(self, rows: Tensor) -> Tensor:
         """[k, n, c] class scores after each intervention, rows [k, terms] of `Plan`."""
-        terms = [self.heads.flatten(1, 2), self.mlps, self.stem[:, None], self.heads_cue.flatten(1, 2), self.embedding_cue[:, None]]
+        terms = [
+            self.heads.flatten(1, 2),
+            self.mlps,
+            self.stem[:, None],
+            self.heads_cue.flatten(1, 2),
+            self.embedding_cue[:, None],
+        ]
         return self.embedding + torch.einsum("kt,ntc->knc", rows.to(self.embedding), torch.cat(terms, dim=1))
 
 
@@ -153,7 +168,9 @@ class Scorer:
         )
 
 
-def score(clip: Clip, args: Namespace, test: Dataset, cue: Cue, classes: Tensor, *parts: Any) -> Iterator[tuple[Scores, Tensor]]:
+def score(
+    clip: Clip, args: Namespace, test: Dataset, cue: Cue, classes: Tensor, *parts: Any
+) -> Iterator[tuple[Scores, Tensor]]:
     """One pass over the test images, in batches: (scores, indices)."""
     scorer = Scorer(cue.reference, cue.directions, cue.votes, classes)
     for images, indices in one_pass(clip, test, args, "test", *parts):
@@ -163,7 +180,9 @@ def score(clip: Clip, args: Namespace, test: Dataset, cue: Cue, classes: Tensor,
 def collect(batches: Iterator[tuple[Scores, Tensor]]) -> Scores:
     """The scores of all images, to try many things on few."""
     found = [scores for scores, _ in batches]
-    return Scores(*(torch.cat([getattr(scores, field.name).cpu() for scores in found]) for field in fields(Scores)))
+    return Scores(
+        *(torch.cat([getattr(scores, field.name).cpu() for scores in found]) for field in fields(Scores))
+    )
 
 
 class Plan:
@@ -176,7 +195,13 @@ class Plan:
         draws: other sets of heads, for the random control; they are mean-ablated.
     """
 
-    def __init__(self, ways: Sequence[str], shape: tuple[int, int], chosen: list[Head], draws: Sequence[list[Head]] = ()) -> None:
+    def __init__(
+        self,
+        ways: Sequence[str],
+        shape: tuple[int, int],
+        chosen: list[Head],
+        draws: Sequence[list[Head]] = (),
+    ) -> None:
         depth, heads = shape
         self.shape = shape
         rows = {"base": self.row()}
@@ -196,7 +221,11 @@ class Plan:
         self.draws = torch.stack([self.row(heads=drawn) for drawn in draws]) if draws else self.rows[:0]
 
     def row(
-        self, heads: Iterable[Head] = (), others: bool = False, directions: Iterable[Head] = (), everywhere: bool = False
+        self,
+        heads: Iterable[Head] = (),
+        others: bool = False,
+        directions: Iterable[Head] = (),
+        everywhere: bool = False,
     ) -> Tensor:
         """[terms]: heads to mean-ablate, MLPs and stem, the cue's directions in heads, or in the whole embedding."""
         depth, width = self.shape
@@ -220,7 +249,11 @@ def random_heads(chosen: list[Head], width: int, draws: int, seed: int) -> list[
         return []
     found = []
     while len(found) < draws:
-        drawn = [(layer, h) for layer, count in per_layer.items() for h in torch.randperm(width, generator=generator)[:count].tolist()]
+        drawn = [
+            (layer, h)
+            for layer, count in per_layer.items()
+            for h in torch.randperm(width, generator=generator)[:count].tolist()
+        ]
         if set(drawn) != set(chosen):
             found.append(drawn)
     return found

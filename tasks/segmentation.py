@@ -55,7 +55,9 @@ def run(args: Namespace) -> tuple[dict, list]:
             try:
                 found.totals[method].update(maps, masks)
             except ValueError as error:
-                raise InputError(f"{method} on images {int(indices[0])} to {int(indices[-1])}: {error}") from error
+                raise InputError(
+                    f"{method} on images {int(indices[0])} to {int(indices[-1])}: {error}"
+                ) from error
     refused = found.refused
     where = settings(
         args,
@@ -63,19 +65,30 @@ def run(args: Namespace) -> tuple[dict, list]:
         images=data.description,
         explained=prompt,
         prompts=f"{len(templates(clip))} templates, {len(names):,} classes",
-        protocol={"aligned": "masks resized and cropped as images", "authors": "masks squashed onto the crop"}[args.protocol],
+        protocol={
+            "aligned": "masks resized and cropped as images",
+            "authors": "masks squashed onto the crop",
+        }[args.protocol],
     )
-    rows = {method: measures(method, total, args) for method, total in found.totals.items() if method not in refused}
+    rows = {
+        method: measures(method, total, args)
+        for method, total in found.totals.items()
+        if method not in refused
+    }
     print_settings(where)
     print()
     print_rows(rows)
     for reason in dict.fromkeys(refused.values()):
         print(f"Without {', '.join(method for method in refused if refused[method] == reason)}: {reason}")
     results = {"settings": where, "rows": rows, "refused": refused}
-    return results, pages.segmentation(results, examples(clip, args, data, list(rows), names, classes, labels))
+    return results, pages.segmentation(
+        results, examples(clip, args, data, list(rows), names, classes, labels)
+    )
 
 
-def maps_of(method: str, clip: Clip, args: Namespace, images: Tensor, indices: Tensor, classes: Tensor, shown: Tensor) -> Tensor:
+def maps_of(
+    method: str, clip: Clip, args: Namespace, images: Tensor, indices: Tensor, classes: Tensor, shown: Tensor
+) -> Tensor:
     """[b, rows, cols] what a method says of the classes shown [b]."""
     maps = sanity(method, images, clip, indices, args.seed)
     if maps is not None:
@@ -85,7 +98,13 @@ def maps_of(method: str, clip: Clip, args: Namespace, images: Tensor, indices: T
 
 
 def examples(
-    clip: Clip, args: Namespace, data: Masked, methods: list[str], names: list[str], classes: Tensor, labels: Tensor | None
+    clip: Clip,
+    args: Namespace,
+    data: Masked,
+    methods: list[str],
+    names: list[str],
+    classes: Tensor,
+    labels: Tensor | None,
 ) -> dict[str, list[tuple[Image.Image, str]]]:
     """For some images, drawn with the seed: the image, its mask, and every method's map laid over it."""
     found = {}
@@ -94,7 +113,9 @@ def examples(
         pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
         shown = labels[[i]].to(clip.device) if labels is not None else predict(clip, pixels, classes)
         box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
-        mask = Image.fromarray(np.where(values == 0, 0, np.where(values == args.void, 128, 255)).astype(np.uint8))
+        mask = Image.fromarray(
+            np.where(values == 0, 0, np.where(values == args.void, 128, 255)).astype(np.uint8)
+        )
         tiles = [(image, "image"), (mask, "mask")]
         for method in methods:
             heat = maps_of(method, clip, args, pixels, torch.tensor([i]), classes, shown)
@@ -137,7 +158,9 @@ def open_masks(args: Namespace, clip: Clip) -> Masked:
     options = {"limit": args.limit, "seed": args.seed, "protocol": args.protocol, "void": args.void}
     if args.data is None:
         return DemoMasks(clip.preprocess, **options)
-    return (MaskFolder if Path(args.data).is_dir() else ImageNetSegmentation)(args.data, clip.preprocess, **options)
+    return (MaskFolder if Path(args.data).is_dir() else ImageNetSegmentation)(
+        args.data, clip.preprocess, **options
+    )
 
 
 def class_names(args: Namespace, data: Masked) -> list[str]:
@@ -146,12 +169,18 @@ def class_names(args: Namespace, data: Masked) -> list[str]:
         from open_clip import IMAGENET_CLASSNAMES
 
         if data.names is not None and len(data.names) < 2:
-            raise InputError(f"the images' folders name one class, {data.names[0]!r}, and at least two are needed: give --classes")
+            raise InputError(
+                f"the images' folders name one class, {data.names[0]!r}, and at least two are needed: give --classes"
+            )
         return data.names or list(IMAGENET_CLASSNAMES)
     names = args.classes
     if len(names) == 1:
         try:
-            names = [line.strip() for line in Path(names[0]).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            names = [
+                line.strip()
+                for line in Path(names[0]).read_text(encoding="utf-8-sig").splitlines()
+                if line.strip()
+            ]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"--classes takes at least two names, or a file with one on each line; cannot read {names[0]}: "
@@ -161,7 +190,9 @@ def class_names(args: Namespace, data: Masked) -> list[str]:
         raise InputError("--classes holds a class without a name")
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if len(names) < 2 or twice is not None:
-        raise InputError("--classes needs at least two names" if twice is None else f"--classes holds {twice!r} twice")
+        raise InputError(
+            "--classes needs at least two names" if twice is None else f"--classes holds {twice!r} twice"
+        )
     return list(names)
 
 
@@ -171,10 +202,14 @@ def choose_prompt(args: Namespace, data: Masked, names: list[str]) -> tuple[str,
         return "the predicted class", None
     if args.prompt == "true":
         if data.labels is None:
-            raise InputError("--prompt true: these images have no labels; put each class's into a folder of its own, images/CLASS/")
+            raise InputError(
+                "--prompt true: these images have no labels; put each class's into a folder of its own, images/CLASS/"
+            )
         unknown = next((name for name in data.names if name not in names), None)
         if unknown is not None:
-            raise InputError(f"--prompt true: the images show {unknown!r}, which is none of the {len(names):,} --classes")
+            raise InputError(
+                f"--prompt true: the images show {unknown!r}, which is none of the {len(names):,} --classes"
+            )
         return "the true class", torch.tensor([names.index(name) for name in data.names])[data.labels]
     if args.prompt not in names:
         near = difflib.get_close_matches(args.prompt, names, n=3)
@@ -195,7 +230,9 @@ def predict(clip: Clip, images: Tensor, classes: Tensor) -> Tensor:
 
 def contrasted(method: str, contrast: str) -> bool:
     """Does the method explain the class minus the mean over classes?"""
-    return method not in NO_TEXT and (contrast == "all" or (contrast == "paper" and method in (OURS, OURS_ABS)))
+    return method not in NO_TEXT and (
+        contrast == "all" or (contrast == "paper" and method in (OURS, OURS_ABS))
+    )
 
 
 def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) -> Tensor | None:
@@ -208,7 +245,9 @@ def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) 
     rows, cols = (pixels // patch for pixels, patch in zip(images.shape[-2:], patch_size, strict=True))
     if method == BLOB:
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, cols), indexing="ij")
-        return torch.exp(-2 * (x**2 + y**2)).expand(len(images), -1, -1).to(clip.device)  # standard deviation: a quarter of the side
+        return (
+            torch.exp(-2 * (x**2 + y**2)).expand(len(images), -1, -1).to(clip.device)
+        )  # standard deviation: a quarter of the side
     # The generator takes 32 bits of a seed.
     seeds = [(seed * 1_000_003 + i) % 2**32 for i in indices.tolist()]
     draws = [torch.rand(rows, cols, generator=torch.Generator().manual_seed(s)) for s in seeds]
@@ -216,7 +255,13 @@ def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) 
 
 
 def measures(method: str, total: Segmentation, args: Namespace) -> dict:
-    told = "-" if method in (BLOB, RANDOM, *NO_TEXT) else "class - mean" if contrasted(method, args.contrast) else "class"
+    told = (
+        "-"
+        if method in (BLOB, RANDOM, *NO_TEXT)
+        else "class - mean"
+        if contrasted(method, args.contrast)
+        else "class"
+    )
     return {
         "score": "-" if method in (BLOB, RANDOM) else score_of(method, args.score),
         "text": told,
@@ -234,5 +279,9 @@ def print_rows(rows: dict[str, dict]) -> None:
         for method, row in rows.items()
     ]  # fmt: skip
     print(table(["%", "score", "text", "pixel accuracy", "mIoU", "mAP"], lines))
-    print("\nA map is resized to its mask; above its mean is foreground. mIoU: background and foreground, summed over all images.")
-    print("mAP: ± standard error over images; random is about 50. The decomposition is clipped at zero, as in the paper.")
+    print(
+        "\nA map is resized to its mask; above its mean is foreground. mIoU: background and foreground, summed over all images."
+    )
+    print(
+        "mAP: ± standard error over images; random is about 50. The decomposition is clipped at zero, as in the paper."
+    )

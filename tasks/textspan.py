@@ -24,7 +24,13 @@ from .passes import one_pass
 PICTURES = 6  # per head on the page
 SHOWN = 4  # texts per head on screen; all are in results.json
 ROLE_IMAGES = 4000  # that roles are found on; they are kept, in the heads' own space
-FACTORS = {"animals": "kind", "colours": "colour", "places": "place", "light": "light", "styles": "style"}  # of the demo, by category
+FACTORS = {
+    "animals": "kind",
+    "colours": "colour",
+    "places": "place",
+    "light": "light",
+    "styles": "style",
+}  # of the demo, by category
 
 
 def run(args: Namespace) -> tuple[dict, list]:
@@ -40,8 +46,17 @@ def run(args: Namespace) -> tuple[dict, list]:
     reference = summarise(clip, args, kept, data)
     total = float(reference.embedding.covariance.trace())
     if not total > 0:
-        raise InputError(f"the reference images ({reference.description}) all have the same embedding; raise --limit")
-    roles = find_roles(kept.done().values, reference.maps[layers.start :], kept.embedding, texts, bank.categories, seed=args.seed)
+        raise InputError(
+            f"the reference images ({reference.description}) all have the same embedding; raise --limit"
+        )
+    roles = find_roles(
+        kept.done().values,
+        reference.maps[layers.start :],
+        kept.embedding,
+        texts,
+        bank.categories,
+        seed=args.seed,
+    )
     found, images = [], {}
     for layer in tqdm(layers, desc="TextSpan", unit="layer", leave=False):
         for head in range(heads):
@@ -50,7 +65,9 @@ def run(args: Namespace) -> tuple[dict, list]:
             spread = float(moments.covariance.trace()) / total
             found.append(describe((layer, head), span, bank, spread, roles, layer - layers.start))
             if span.indices:
-                most = strongest(kept.values[:, layer - layers.start, head], reference.maps[layer, head], span)
+                most = strongest(
+                    kept.values[:, layer - layers.start, head], reference.maps[layer, head], span
+                )
                 images[name((layer, head))] = [data.picture(kept.rows[i]) for i in most]
     where = settings(
         args,
@@ -61,14 +78,20 @@ def run(args: Namespace) -> tuple[dict, list]:
         sum=reference.sum(),
         roles=f"from {len(kept.rows):,} images; a category that explains over {THRESHOLD:.0%} of a head, and more than random texts do",
     )
-    truth = true_factors(clip, args, layers.start) if clip.is_demo and set(FACTORS) <= set(bank.categories) else None
+    truth = (
+        true_factors(clip, args, layers.start)
+        if clip.is_demo and set(FACTORS) <= set(bank.categories)
+        else None
+    )
     print_settings(where)
     for head in found:
         print(f"\n{head['head']:<6} {in_words(head):<70} spread {head['spread']:6.1%} of the embedding's")
         for text, share in head["texts"][:SHOWN]:
             print(f"       {share:6.1%}  {text}")
         more = sum(share for _, share in head["texts"][SHOWN:])
-        print(f"       {more:6.1%}  {max(0, len(head['texts']) - SHOWN)} more texts;  {head['remainder']:.1%} is left")
+        print(
+            f"       {more:6.1%}  {max(0, len(head['texts']) - SHOWN)} more texts;  {head['remainder']:.1%} is left"
+        )
     results = {"settings": where, "heads": found}
     if truth is not None:
         results["agreement"] = agreement(truth, found)
@@ -78,7 +101,11 @@ def run(args: Namespace) -> tuple[dict, list]:
 
 def strongest(values: Tensor, A: Tensor, span: TextSpan) -> list[int]:
     """The images, of values [n, e], whose term under the map A [e, d] goes farthest along the head's first text."""
-    return (values @ (A.cpu().double() @ span.directions[0]).float()).argsort(descending=True)[:PICTURES].tolist()
+    return (
+        (values @ (A.cpu().double() @ span.directions[0]).float())
+        .argsort(descending=True)[:PICTURES]
+        .tolist()
+    )
 
 
 def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Head) -> TextSpan:
@@ -89,7 +116,9 @@ def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Hea
     try:
         return textspan(moments, texts, size if asked else min(size, held))
     except ValueError as error:
-        raise InputError(f"head {name(head)}: {error}; ask for fewer --texts, or give a bank whose texts differ more") from error
+        raise InputError(
+            f"head {name(head)}: {error}; ask for fewer --texts, or give a bank whose texts differ more"
+        ) from error
 
 
 def choose_size(asked: int | None, width: int, bank: int) -> int:
@@ -113,9 +142,13 @@ def describe(head: Head, span: TextSpan, bank: Bank, spread: float, roles: Roles
         "head": name(head),
         "role": roles.name(row, head[1]),
         "stable": float(roles.stable[row, head[1]]),
-        "categories": {category: (float(share[c]), float(chance[c])) for c, category in enumerate(roles.categories)},
+        "categories": {
+            category: (float(share[c]), float(chance[c])) for c, category in enumerate(roles.categories)
+        },
         "spread": spread,
-        "texts": [(bank.texts[i], share) for i, share in zip(span.indices, span.explained.tolist(), strict=True)],
+        "texts": [
+            (bank.texts[i], share) for i, share in zip(span.indices, span.explained.tolist(), strict=True)
+        ],
         "texts by category": dict(shares),
         "remainder": max(0.0, 1 - float(span.explained.sum())),
     }
@@ -147,21 +180,30 @@ def agreement(truth: dict[str, Tensor], found: list[dict]) -> dict:
     clear = [i for i in range(shares.shape[1]) if shares[:, i].max() > THRESHOLD]
     true = [list(truth)[int(shares[:, i].argmax())] for i in clear]
     by_category = [FACTORS.get(found[i]["role"]) for i in clear]
-    by_texts = [FACTORS.get(max(found[i]["texts by category"], key=found[i]["texts by category"].get, default=None)) for i in clear]
-    dealt = sum(by_category.count(factor) * true.count(factor) for factor in truth) / max(len(clear), 1)  # expected, roles shuffled
+    by_texts = [
+        FACTORS.get(max(found[i]["texts by category"], key=found[i]["texts by category"].get, default=None))
+        for i in clear
+    ]
+    dealt = sum(by_category.count(factor) * true.count(factor) for factor in truth) / max(
+        len(clear), 1
+    )  # expected, roles shuffled
     return {
         "heads": shares.shape[1],
         "clear heads": len(clear),
         "roles from categories": sum(map(str.__eq__, map(str, by_category), true)),
         "roles from greedy texts": sum(map(str.__eq__, map(str, by_texts), true)),
         "roles dealt at random": dealt,
-        "other heads without a role": sum(head["role"] is None for i, head in enumerate(found) if i not in clear),
+        "other heads without a role": sum(
+            head["role"] is None for i, head in enumerate(found) if i not in clear
+        ),
     }
 
 
 def print_agreement(counts: dict) -> None:
     clear = counts["clear heads"]
-    print(f"\nA true factor explains over {THRESHOLD:.0%} of {clear} of {counts['heads']} heads (validation split). It is the role in")
+    print(
+        f"\nA true factor explains over {THRESHOLD:.0%} of {clear} of {counts['heads']} heads (validation split). It is the role in"
+    )
     for key in ("roles from categories", "roles from greedy texts", "roles dealt at random"):
         print(f"  {key:<24} {counts[key]:4.1f} of {clear}  ({counts[key] / max(clear, 1):.0%})")
     rest = counts["heads"] - clear

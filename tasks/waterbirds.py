@@ -27,7 +27,9 @@ def run(args: Namespace) -> tuple[dict, list]:
     seen = Counter((2 * test.y + test.place).tolist())
     if len(seen) < 4:
         missing = next(group for i, group in enumerate(GROUPS) if i not in seen)
-        raise InputError(f"the test images hold none of group {missing} (bird/place), and worst-group accuracy needs all four groups")
+        raise InputError(
+            f"the test images hold none of group {missing} (bird/place), and worst-group accuracy needs all four groups"
+        )
 
     cue = look_for_cue(args, clip)
     names = [*test.classes, *(test.kinds if clip.is_demo and args.data is None else ())]
@@ -45,7 +47,8 @@ def run(args: Namespace) -> tuple[dict, list]:
         args,
         clip,
         test=test.description,
-        means=cue.reference.description + ("; the authors' way, on the images that are scored" if args.reference == "test" else ""),
+        means=cue.reference.description
+        + ("; the authors' way, on the images that are scored" if args.reference == "test" else ""),
         prompts=f"{len(templates(clip))} templates, {' / '.join(test.classes)}",
         **cue.words(),
         sum=cue.reference.sum(),
@@ -79,14 +82,22 @@ class Groups:
         """Add images, by their indices in the data set."""
         scores, group, kind_of = scores.cpu(), self.group[indices], len(self.test.classes)
         right = scores[..., :kind_of].argmax(dim=2) == self.test.y[indices]  # [k, b]
-        self.right = self.right + torch.stack([right[:, group == i].sum(dim=1) for i in range(4)], dim=1)  # [k, 4]
+        self.right = self.right + torch.stack(
+            [right[:, group == i].sum(dim=1) for i in range(4)], dim=1
+        )  # [k, 4]
         if scores.shape[2] > kind_of:
-            self.kinds = self.kinds + (scores[..., kind_of:].argmax(dim=2) == self.test.facts["kind"][indices]).sum(dim=1)
+            self.kinds = self.kinds + (
+                scores[..., kind_of:].argmax(dim=2) == self.test.facts["kind"][indices]
+            ).sum(dim=1)
         self.images = self.images + torch.bincount(group, minlength=4)
 
     def merge(self, other: Groups) -> None:
         """Add what `other` has seen."""
-        self.right, self.kinds, self.images = self.right + other.right, self.kinds + other.kinds, self.images + other.images
+        self.right, self.kinds, self.images = (
+            self.right + other.right,
+            self.kinds + other.kinds,
+            self.images + other.images,
+        )
 
     def rows(self) -> list[dict]:
         """Accuracies of each intervention."""
@@ -94,7 +105,11 @@ class Groups:
         for i, right in enumerate(self.right.double()):
             by_group = (right / self.images).tolist()
             found.append(
-                {"groups": dict(zip(GROUPS, by_group, strict=True)), "worst": min(by_group), "average": float(right.sum()) / total}
+                {
+                    "groups": dict(zip(GROUPS, by_group, strict=True)),
+                    "worst": min(by_group),
+                    "average": float(right.sum()) / total,
+                }
             )
             if isinstance(self.kinds, Tensor):
                 found[-1]["kinds"] = int(self.kinds[i]) / total
@@ -117,7 +132,11 @@ def random_control(ours: dict, drawn: list[dict]) -> dict:
     }
     for key in ("worst", "average"):
         values = torch.tensor([row[key] for row in drawn], dtype=torch.float64)
-        control[key] = {"mean": values.mean().item(), "std": values.std(correction=0).item(), "max": values.max().item()}
+        control[key] = {
+            "mean": values.mean().item(),
+            "std": values.std(correction=0).item(),
+            "max": values.max().item(),
+        }
     return control
 
 
@@ -126,7 +145,15 @@ def print_rows(rows: dict[str, dict], draws: dict | None, test: DemoBirds | Wate
     counts = Counter((2 * test.y + test.place).tolist())
     kinds = "kinds" in rows["base"]
     header = ["accuracy, %", *GROUPS, "worst group", "average", *(["kinds of birds"] if kinds else [])]
-    lines = [["n", *(f"{counts[i]:,}" for i in range(4)), "", f"{len(test):,}", *([f"{len(test):,}"] if kinds else [])]]
+    lines = [
+        [
+            "n",
+            *(f"{counts[i]:,}" for i in range(4)),
+            "",
+            f"{len(test):,}",
+            *([f"{len(test):,}"] if kinds else []),
+        ]
+    ]
     for label, row in rows.items():
         worst = min(range(4), key=lambda i: row["groups"][GROUPS[i]])
         lines.append([
@@ -138,7 +165,9 @@ def print_rows(rows: dict[str, dict], draws: dict | None, test: DemoBirds | Wate
         ])  # fmt: skip
     control = "none: no other set of as many heads from the same layers is left"
     if draws is not None:
-        both = [f"{100 * draws[key]['mean']:.1f} ± {100 * draws[key]['std']:.1f}" for key in ("worst", "average")]
+        both = [
+            f"{100 * draws[key]['mean']:.1f} ± {100 * draws[key]['std']:.1f}" for key in ("worst", "average")
+        ]
         most = [f"{100 * draws[key]['max']:.1f}" for key in ("worst", "average")]
         lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *both, *([""] if kinds else [])])
         lines.append([f"{chosen} random heads, best", *[""] * 4, *most, *([""] if kinds else [])])

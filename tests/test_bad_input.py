@@ -83,10 +83,19 @@ def one_clear_line(stderr: str, *words: str) -> str:
         pytest.param("evaluate.py: no folder a\nb: give a folder\n", id="two lines"),
         pytest.param("evaluate.py: no folder a: give one\nevaluate.py: no folder a: give one\n", id="twice"),
         pytest.param("no folder a: --data must be a folder of images\n", id="no prefix"),
-        pytest.param("test:  50%|#####| 4/8 [00:00<00:00]evaluate.py: no folder a: give a folder\n", id="a bar that was left"),
-        pytest.param("UserWarning: old device\nevaluate.py: no folder a: give a folder\n", id="a warning before it"),
-        pytest.param("Traceback (most recent call last):\n  File x\nValueError: no folder a\n", id="a traceback"),
-        pytest.param("evaluate.py: no folder a, Traceback (most recent call last)\n", id="a traceback in the line"),
+        pytest.param(
+            "test:  50%|#####| 4/8 [00:00<00:00]evaluate.py: no folder a: give a folder\n",
+            id="a bar that was left",
+        ),
+        pytest.param(
+            "UserWarning: old device\nevaluate.py: no folder a: give a folder\n", id="a warning before it"
+        ),
+        pytest.param(
+            "Traceback (most recent call last):\n  File x\nValueError: no folder a\n", id="a traceback"
+        ),
+        pytest.param(
+            "evaluate.py: no folder a, Traceback (most recent call last)\n", id="a traceback in the line"
+        ),
         pytest.param("evaluate.py: no folder b: give a folder\n", id="other words"),
     ],
 )
@@ -125,10 +134,14 @@ def call(argv: list[object], capsys: pytest.CaptureFixture) -> Ran:
             code = error.code
         except (Exception, KeyboardInterrupt):  # the latter would end pytest
             code = traceback.format_exc(limit=-2)
-    if not isinstance(code, int):  # said here, where the exception is gone, and with it the workers that it held alive
+    if not isinstance(
+        code, int
+    ):  # said here, where the exception is gone, and with it the workers that it held alive
         pytest.fail(f"a traceback: {code}", pytrace=False)
     said = capsys.readouterr()
-    return Ran(code, said.out, said.err + "".join(f"{note.category.__name__}: {note.message}\n" for note in warned))
+    return Ran(
+        code, said.out, said.err + "".join(f"{note.category.__name__}: {note.message}\n" for note in warned)
+    )
 
 
 def task_of(argv: list[object]) -> str:
@@ -156,7 +169,9 @@ def refused(argv: list[object], tmp_path: Path, capsys: pytest.CaptureFixture, *
     out = tmp_path / "results"
     before = with_earlier_results(out, task_of(argv))
     ran = call([*argv, "--out", out], capsys)
-    line = one_clear_line(ran.stderr.replace(f"{tmp_path}/", ""), *words)  # its name holds the test's, and so some of the words
+    line = one_clear_line(
+        ran.stderr.replace(f"{tmp_path}/", ""), *words
+    )  # its name holds the test's, and so some of the words
     assert ran.code == 2
     assert ran.stdout == ""
     assert contents(out) == before
@@ -165,7 +180,9 @@ def refused(argv: list[object], tmp_path: Path, capsys: pytest.CaptureFixture, *
 
 def strict_json(path: Path) -> dict:
     """JSON as it is defined: Python alone writes and reads NaN."""
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(f"{word} in {path}"))
+    return json.loads(
+        path.read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(f"{word} in {path}")
+    )
 
 
 def works(argv: list[object], tmp_path: Path, capsys: pytest.CaptureFixture) -> tuple[dict, str, Ran]:
@@ -213,7 +230,12 @@ def make_waterbirds(root: Path, birds: DemoBirds) -> None:
         for members in by_group.values():
             for i in members[2 * split : 2 * split + 2]:
                 birds.picture(i).save(root / f"bird{i}.png")
-                row = {"img_filename": f"bird{i}.png", "y": int(birds.y[i]), "split": split, "place": int(birds.place[i])}
+                row = {
+                    "img_filename": f"bird{i}.png",
+                    "y": int(birds.y[i]),
+                    "split": split,
+                    "place": int(birds.place[i]),
+                }
                 rows.append({"img_id": i} | row)
     write_metadata(root, rows)
 
@@ -232,7 +254,9 @@ def make_masked(root: Path, birds: DemoBirds) -> None:
         for number, i in enumerate(of_kind(birds, kind)):
             picture, mask = birds.render(i)
             Image.fromarray(picture).save(root / "images" / kind / f"{number}.png")
-            Image.fromarray(np.where(mask > 127, 255, 0).astype(np.uint8)).save(root / "masks" / kind / f"{number}.png")
+            Image.fromarray(np.where(mask > 127, 255, 0).astype(np.uint8)).save(
+                root / "masks" / kind / f"{number}.png"
+            )
 
 
 def of_kind(birds: DemoBirds, kind: str) -> list[int]:
@@ -332,7 +356,11 @@ def weights(name: str, write: Callable[[Path, dict], object], *argv: object, tas
 
 # Arguments.
 
-CHECK, WATERBIRDS, SEGMENT = ("--task", "check"), ("--task", "waterbirds", *QUICK), ("--task", "segmentation", *QUICK)
+CHECK, WATERBIRDS, SEGMENT = (
+    ("--task", "check"),
+    ("--task", "waterbirds", *QUICK),
+    ("--task", "segmentation", *QUICK),
+)
 BY_TEXT = ("--task", "retrieval", *QUICK, "--text", "a bird")
 
 ARGUMENTS = [
@@ -354,47 +382,159 @@ ARGUMENTS = [
     case("no random draws", plain("--task", "waterbirds", "--draws", "0"), "--draws", "at least 1"),
     case("an unknown split", plain(*CHECK, "--reference", "all"), "--reference", "'all'", "train"),
     case("an unknown precision", plain(*CHECK, "--precision", "fp8"), "--precision", "'fp8'", "bf16"),
-    case("weights without a model", plain(*CHECK, "--pretrained", "openai"), "--pretrained needs --model", "demo-vit"),
+    case(
+        "weights without a model",
+        plain(*CHECK, "--pretrained", "openai"),
+        "--pretrained needs --model",
+        "demo-vit",
+    ),
     case("a model without weights", plain(*CHECK, "--model", "ViT-B-16"), "--pretrained", "none", "openai"),
     case("an unknown model", plain(*CHECK, "--model", "ViT-B-61"), "'ViT-B-61'", "ViT-B-16"),
     case("a model without a name", plain(*CHECK, "--model", ""), "no model ''"),
     case("all models for a task of one", plain("--task", "textspan", "--model", "all"), "no model 'all'"),
-    case("an unknown tag", plain(*CHECK, "--model", "ViT-B-16", "--pretrained", "laion9b"), "'laion9b'", "openai"),
-    case("a folder as weights", plain(*CHECK, "--model", "ViT-B-16", "--pretrained", ROOT), str(ROOT), "neither a file", "openai"),
     case(
-        "two sources of weights", plain(*CHECK, "--model", "local-dir:x", "--pretrained", "y"), "local-dir:x", "leave out --pretrained"
+        "an unknown tag",
+        plain(*CHECK, "--model", "ViT-B-16", "--pretrained", "laion9b"),
+        "'laion9b'",
+        "openai",
     ),
-    case("a model folder that is not there", plain(*CHECK, "--model", "local-dir:nowhere"), "local-dir:nowhere"),
-    case("a GPU that is not there", plain(*CHECK, "--device", "cuda:99"), "--device cuda:99", "try auto or cpu"),
-    case("a device that does not exist", plain(*CHECK, "--device", "toaster"), "--device toaster", "try auto or cpu"),
+    case(
+        "a folder as weights",
+        plain(*CHECK, "--model", "ViT-B-16", "--pretrained", ROOT),
+        str(ROOT),
+        "neither a file",
+        "openai",
+    ),
+    case(
+        "two sources of weights",
+        plain(*CHECK, "--model", "local-dir:x", "--pretrained", "y"),
+        "local-dir:x",
+        "leave out --pretrained",
+    ),
+    case(
+        "a model folder that is not there", plain(*CHECK, "--model", "local-dir:nowhere"), "local-dir:nowhere"
+    ),
+    case(
+        "a GPU that is not there", plain(*CHECK, "--device", "cuda:99"), "--device cuda:99", "try auto or cpu"
+    ),
+    case(
+        "a device that does not exist",
+        plain(*CHECK, "--device", "toaster"),
+        "--device toaster",
+        "try auto or cpu",
+    ),
     case("a device of another build", plain(*CHECK, "--device", "hpu"), "--device hpu", "try auto or cpu"),
     case("a device without a name", plain(*CHECK, "--device", ""), "--device", "empty", "try auto or cpu"),
-    case("a head beyond the last layer", plain("--task", "waterbirds", "--heads", "4.0"), "4.0", "layers 0 to 3", "heads 0 to 7"),
-    case("a head beyond the last head", plain("--task", "waterbirds", "--heads", "3.1,3.8"), "3.8", "heads 0 to 7"),
+    case(
+        "a head beyond the last layer",
+        plain("--task", "waterbirds", "--heads", "4.0"),
+        "4.0",
+        "layers 0 to 3",
+        "heads 0 to 7",
+    ),
+    case(
+        "a head beyond the last head",
+        plain("--task", "waterbirds", "--heads", "3.1,3.8"),
+        "3.8",
+        "heads 0 to 7",
+    ),
     case("a head below zero", plain("--task", "waterbirds", "--heads=-1.0"), "-1.0", "layers 0 to 3"),
-    case("heads in other words", plain("--task", "waterbirds", "--heads", "3,7"), "--heads", "'3'", "layer.head"),
-    case("no head in a list", plain("--task", "waterbirds", "--heads", "3.7,"), "--heads", "''", "layer.head"),
-    case("the paper's heads of another model", plain("--task", "waterbirds", "--heads", "paper"), "demo-vit", "auto or a list"),
-    case("a cue that is no category", plain("--task", "waterbirds", "--cue", "weather"), "'weather'", "places", "two texts"),
-    case("a cue of empty texts", plain("--task", "waterbirds", "--cue", "", ""), "do not differ", "give texts that do"),
-    case("an unknown way to remove", plain("--task", "waterbirds", "--remove", "all"), "--remove", "'all'", "directions"),
+    case(
+        "heads in other words",
+        plain("--task", "waterbirds", "--heads", "3,7"),
+        "--heads",
+        "'3'",
+        "layer.head",
+    ),
+    case(
+        "no head in a list", plain("--task", "waterbirds", "--heads", "3.7,"), "--heads", "''", "layer.head"
+    ),
+    case(
+        "the paper's heads of another model",
+        plain("--task", "waterbirds", "--heads", "paper"),
+        "demo-vit",
+        "auto or a list",
+    ),
+    case(
+        "a cue that is no category",
+        plain("--task", "waterbirds", "--cue", "weather"),
+        "'weather'",
+        "places",
+        "two texts",
+    ),
+    case(
+        "a cue of empty texts",
+        plain("--task", "waterbirds", "--cue", "", ""),
+        "do not differ",
+        "give texts that do",
+    ),
+    case(
+        "an unknown way to remove",
+        plain("--task", "waterbirds", "--remove", "all"),
+        "--remove",
+        "'all'",
+        "directions",
+    ),
     case("an empty group", plain(*WATERBIRDS), "land/land", "all four groups"),
     case("a layer beyond the last", plain("--task", "neurons", "--layer", "4"), "--layer 4", "0 to 3"),
     case("a layer that is no number", plain("--task", "neurons", "--layer", "last"), "--layer", "'last'"),
-    case("more texts than a head has directions", plain("--task", "textspan", "--texts", "17"), "--texts 17", "1 to 16"),
-    case("one image has no variance", plain("--task", "textspan", "--limit", "1", "--workers", "0"), "same embedding", "raise --limit"),
+    case(
+        "more texts than a head has directions",
+        plain("--task", "textspan", "--texts", "17"),
+        "--texts 17",
+        "1 to 16",
+    ),
+    case(
+        "one image has no variance",
+        plain("--task", "textspan", "--limit", "1", "--workers", "0"),
+        "same embedding",
+        "raise --limit",
+    ),
     case("retrieval by nothing", plain(*BY_TEXT), "--head L.H", "--role CATEGORY"),
-    case("retrieval by head and role", plain(*BY_TEXT, "--head", "3.4", "--role", "places"), "either", "--head", "--role"),
+    case(
+        "retrieval by head and role",
+        plain(*BY_TEXT, "--head", "3.4", "--role", "places"),
+        "either",
+        "--head",
+        "--role",
+    ),
     case("retrieval by an unknown role", plain(*BY_TEXT, "--role", "weather"), "--role 'weather'", "places"),
     case("retrieval by an unknown head", plain(*BY_TEXT, "--head", "3.9"), "3.9", "heads 0 to 7"),
     case("retrieval by no head", plain(*BY_TEXT, "--head", "auto"), "--head", "'auto'", "layer.head"),
-    case("retrieval of an image and a text", plain(*BY_TEXT, "--head", "3.4", "--image", "x.png"), "either", "--image", "--text"),
-    case("retrieval of an empty text", plain("--task", "retrieval", *QUICK, "--head", "3.4", "--text", " "), "--text", "empty"),
+    case(
+        "retrieval of an image and a text",
+        plain(*BY_TEXT, "--head", "3.4", "--image", "x.png"),
+        "either",
+        "--image",
+        "--text",
+    ),
+    case(
+        "retrieval of an empty text",
+        plain("--task", "retrieval", *QUICK, "--head", "3.4", "--text", " "),
+        "--text",
+        "empty",
+    ),
     case("a heatmap of nothing", plain("--task", "heatmap", "--text", "a bird"), "--image FILE"),
     case("a heatmap for no text", plain("--task", "heatmap", "--image", "x.png"), "--text TEXT"),
-    case("a heatmap for an empty text", plain("--task", "heatmap", "--image", "x.png", "--text", " "), "--text is empty"),
-    case("an unknown method", plain(*SEGMENT, "--methods", "gradcam", "gradcan"), "--methods", "'gradcan'", "gradcam"),
-    case("a prompt that is no class", plain(*SEGMENT, "--prompt", "ducc"), "--prompt", "'ducc'", "near it: duck"),
+    case(
+        "a heatmap for an empty text",
+        plain("--task", "heatmap", "--image", "x.png", "--text", " "),
+        "--text is empty",
+    ),
+    case(
+        "an unknown method",
+        plain(*SEGMENT, "--methods", "gradcam", "gradcan"),
+        "--methods",
+        "'gradcan'",
+        "gradcam",
+    ),
+    case(
+        "a prompt that is no class",
+        plain(*SEGMENT, "--prompt", "ducc"),
+        "--prompt",
+        "'ducc'",
+        "near it: duck",
+    ),
     case("void that means background", plain(*SEGMENT, "--void", "0"), "--void 0", "background"),
     case(
         "true classes that are not asked for",
@@ -404,18 +544,32 @@ ARGUMENTS = [
     ),
     case("one class", plain("--task", "debias", "--classes", "duck"), "--classes", "two names", "duck"),
     case("a class twice", plain("--task", "debias", "--classes", "duck", "duck"), "--classes", "each once"),
-    case("a class without a name", plain(*SEGMENT, "--classes", "", "duck"), "--classes", "empty|two names|without a name"),
-    case("classes out of a file that is not there", plain(*SEGMENT, "--classes", "no.txt"), "no.txt", "one on each line"),
+    case(
+        "a class without a name",
+        plain(*SEGMENT, "--classes", "", "duck"),
+        "--classes",
+        "empty|two names|without a name",
+    ),
+    case(
+        "classes out of a file that is not there",
+        plain(*SEGMENT, "--classes", "no.txt"),
+        "no.txt",
+        "one on each line",
+    ),
     case("classes out of an empty file", plain(*SEGMENT, "--classes", os.devnull), "--classes", "two names"),
 ]
 
 
 @pytest.mark.parametrize(("build", "words"), ARGUMENTS)
-def test_arguments(build: Builder, words: tuple[str, ...], world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_arguments(
+    build: Builder, words: tuple[str, ...], world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     refused(build(world, tmp_path), tmp_path, capsys, *words)
 
 
-def test_batches_beyond_any_memory_are_refused_or_as_large_as_the_data(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_batches_beyond_any_memory_are_refused_or_as_large_as_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     ran = call([*CHECK, *QUICK, "--batch-size", 10**30, "--out", tmp_path], capsys)
     if ran.code:
         one_clear_line(ran.stderr, "--batch-size")
@@ -506,20 +660,57 @@ LATIN = "img_id,img_filename,y,split,place\n1,m\xf6we.png,1,2,1\n".encode("latin
 HEADER = b"img_id,img_filename,y,split,place\n"
 
 FILES = [
-    case("no folder", plain("--task", "ablation", "--data", "no/such/folder"), "no/such/folder", "--data must be a folder"),
-    case("a name with a line break", plain("--task", "ablation", "--data", "no\nfolder"), "no folder", "--data must be"),
-    case("a file in place of a folder", in_an_image(["--task", "ablation"]), ".png", "--data must be a folder"),
-    case("a file in place of Waterbirds", in_an_image(["--task", "waterbirds"]), "metadata.csv", "--data must be the folder"),
     case(
-        "a folder without metadata", waterbirds(lambda data: (data / "metadata.csv").unlink()), "no ", "metadata.csv", "--data must be"
+        "no folder",
+        plain("--task", "ablation", "--data", "no/such/folder"),
+        "no/such/folder",
+        "--data must be a folder",
     ),
-    case("a folder in place of metadata", waterbirds(lambda data: replace_by_folder(data / "metadata.csv")), "metadata.csv", "--data"),
+    case(
+        "a name with a line break",
+        plain("--task", "ablation", "--data", "no\nfolder"),
+        "no folder",
+        "--data must be",
+    ),
+    case(
+        "a file in place of a folder", in_an_image(["--task", "ablation"]), ".png", "--data must be a folder"
+    ),
+    case(
+        "a file in place of Waterbirds",
+        in_an_image(["--task", "waterbirds"]),
+        "metadata.csv",
+        "--data must be the folder",
+    ),
+    case(
+        "a folder without metadata",
+        waterbirds(lambda data: (data / "metadata.csv").unlink()),
+        "no ",
+        "metadata.csv",
+        "--data must be",
+    ),
+    case(
+        "a folder in place of metadata",
+        waterbirds(lambda data: replace_by_folder(data / "metadata.csv")),
+        "metadata.csv",
+        "--data",
+    ),
     case("an empty folder", kinds(empty), "no images in", "data", ".png"),
     case("one class only", kinds(lambda data: shutil.rmtree(data / "crow")), "data", "two at least"),
-    case("images beside folders", kinds(lambda data: (data / "duck").rename(data / "crow" / "duck")), "data", "two at least"),
+    case(
+        "images beside folders",
+        kinds(lambda data: (data / "duck").rename(data / "crow" / "duck")),
+        "data",
+        "two at least",
+    ),
     case("no labels at all", kinds(flatten), "no labels", "named by their class"),
     case("two folders of one class", kinds(same_class_twice), "a duck", "twice|same|once|two folders"),
-    case("two of a thousand WordNet ids", kinds(wordnet), "2 of them WordNet ids", "1,000", "named by their class"),
+    case(
+        "two of a thousand WordNet ids",
+        kinds(wordnet),
+        "2 of them WordNet ids",
+        "1,000",
+        "named by their class",
+    ),
     case("another split than there is", kinds(only_a_train_split), "val", "found train"),
     case(
         "a class that the demo has no word for",
@@ -531,9 +722,20 @@ FILES = [
     case("semicolons", waterbirds(semicolons), "metadata.csv", "no column", "img_filename;y"),
     case("a label that is none", waterbirds(edit("y", "2")), "line 2", "y must be one of 0, 1", "'2'"),
     case("a label with a point", waterbirds(edit("y", "1.0", row=3)), "line 5", "y must be", "'1.0'"),
-    case("a split in words", waterbirds(edit("split", "test", row=1)), "line 3", "split must be one of 0, 1, 2", "'test'"),
+    case(
+        "a split in words",
+        waterbirds(edit("split", "test", row=1)),
+        "line 3",
+        "split must be one of 0, 1, 2",
+        "'test'",
+    ),
     case("a place left empty", waterbirds(edit("place", "", row=2)), "line 4", "place must be", "''"),
-    case("a row without a file", waterbirds(edit("img_filename", "")), "line 2", "img_filename must name a file"),
+    case(
+        "a row without a file",
+        waterbirds(edit("img_filename", "")),
+        "line 2",
+        "img_filename must name a file",
+    ),
     case("a row cut short", waterbirds(metadata(HEADER + b"1,bird.png\n")), "line 2", "must be one of"),
     case(
         "a row beyond all bounds",
@@ -542,26 +744,51 @@ FILES = [
         "line |name too long",
     ),
     case("a file outside of the folder", waterbirds(write_outside), "outside.png", "lies outside"),
-    case("a file named from the root", waterbirds(edit("img_filename", "/etc/hostname")), "/etc/hostname", "lies outside"),
+    case(
+        "a file named from the root",
+        waterbirds(edit("img_filename", "/etc/hostname")),
+        "/etc/hostname",
+        "lies outside",
+    ),
     case("a file that is not there", waterbirds(edit("img_filename", "gone.png")), "no image", "gone.png"),
-    case("a folder in place of an image", waterbirds(edit("img_filename", ".")), "cannot read image", "directory"),
+    case(
+        "a folder in place of an image",
+        waterbirds(edit("img_filename", ".")),
+        "cannot read image",
+        "directory",
+    ),
     case("a link that leads to itself", waterbirds(points_to_itself), "loop.png"),
     case("a name with a line break in it", waterbirds(edit("img_filename", '"')), "no image"),
     case("an empty csv", waterbirds(metadata(b"")), "metadata.csv", "no column", "found nothing"),
     case("a csv of a header alone", waterbirds(metadata(HEADER)), "metadata.csv", "no row with split 2"),
     case("a csv in another encoding", waterbirds(metadata(LATIN)), "metadata.csv", "expected UTF-8"),
-    case("a csv in UTF-16", waterbirds(metadata(HEADER.decode().encode("utf-16"))), "metadata.csv", "expected UTF-8"),
+    case(
+        "a csv in UTF-16",
+        waterbirds(metadata(HEADER.decode().encode("utf-16"))),
+        "metadata.csv",
+        "expected UTF-8",
+    ),
     case("no image of one group", waterbirds(everywhere("place", "0")), "land/water", "all four groups"),
     case("no reference images", waterbirds(everywhere("split", "2")), "metadata.csv", "split 0 (train)"),
     case(
-        "an image to show that is not there", plain("--task", "heatmap", "--image", "no.png", "--text", "a bird"), "no image", "no.png"
+        "an image to show that is not there",
+        plain("--task", "heatmap", "--image", "no.png", "--text", "a bird"),
+        "no image",
+        "no.png",
     ),
-    case("a folder to show", plain("--task", "heatmap", "--image", ROOT, "--text", "a bird"), str(ROOT), "directory"),
+    case(
+        "a folder to show",
+        plain("--task", "heatmap", "--image", ROOT, "--text", "a bird"),
+        str(ROOT),
+        "directory",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("build", "words"), FILES)
-def test_files(build: Builder, words: tuple[str, ...], world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_files(
+    build: Builder, words: tuple[str, ...], world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     refused(build(world, tmp_path), tmp_path, capsys, *words)
 
 
@@ -580,9 +807,16 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 def broken_exif() -> bytes:
     """A JPEG to be turned upright, whose camera wrote a text where a number belongs: Pillow cannot write its EXIF again."""
-    length = (0x0101).to_bytes(2, "big") + (2).to_bytes(2, "big") + (5).to_bytes(4, "big") + (38).to_bytes(4, "big")
+    length = (
+        (0x0101).to_bytes(2, "big")
+        + (2).to_bytes(2, "big")
+        + (5).to_bytes(4, "big")
+        + (38).to_bytes(4, "big")
+    )
     turned = (0x0112).to_bytes(2, "big") + (3).to_bytes(2, "big") + (1).to_bytes(4, "big") + b"\0\6\0\0"
-    return encoded(noise(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + length + turned + b"\0\0\0\0abcd\0")
+    return encoded(
+        noise(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + length + turned + b"\0\0\0\0abcd\0"
+    )
 
 
 def unknown_texture() -> bytes:
@@ -612,15 +846,27 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_an_image_that_cannot_be_read(name: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_image_that_cannot_be_read(
+    name: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     make, words = UNREADABLE[name]
-    refused(kinds(lambda data: (data / "duck" / "bad.png").write_bytes(make()))(world, tmp_path), tmp_path, capsys, "bad.png", words)
+    refused(
+        kinds(lambda data: (data / "duck" / "bad.png").write_bytes(make()))(world, tmp_path),
+        tmp_path,
+        capsys,
+        "bad.png",
+        words,
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_with_broken_exif_is_named_or_read(world: World, tmp_path: Path, capsys: pytest.CaptureFixture, workers: int) -> None:
+def test_an_image_with_broken_exif_is_named_or_read(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture, workers: int
+) -> None:
     """Either will do: its pixels are whole."""
-    argv = kinds(lambda data: (data / "duck" / "bad.jpg").write_bytes(broken_exif()), "--workers", workers)(world, tmp_path)
+    argv = kinds(lambda data: (data / "duck" / "bad.jpg").write_bytes(broken_exif()), "--workers", workers)(
+        world, tmp_path
+    )
     ran = call([*argv, "--out", tmp_path / "results"], capsys)
     if ran.code:
         one_clear_line(ran.stderr, "bad.jpg")
@@ -648,7 +894,9 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_pipe_in_place_of_an_image_is_not_waited_for(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_pipe_in_place_of_an_image_is_not_waited_for(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Nobody will ever write to it."""
     argv = waterbirds(a_pipe)(world, tmp_path)
     with at_most(3):
@@ -686,7 +934,9 @@ READABLE = {
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_an_image_that_looks_odd_is_read(name: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_image_that_looks_odd_is_read(
+    name: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     argv = kinds(lambda data: (data / "duck" / "odd.png").write_bytes(READABLE[name]()))(world, tmp_path)
     results, _, _ = works(argv, tmp_path, capsys)
     assert results["images"] == 7
@@ -735,34 +985,59 @@ NO_NUMBER = "not numbers|not a number|NaN|infinity"
 BY_HEAD = ("--head", "0.0", "--text", "a bird")
 
 CHECKPOINTS = [
-    case("safetensors cut in the middle", weights("cut.safetensors", cut(-1000)), "cut.safetensors", "incomplete"),
+    case(
+        "safetensors cut in the middle",
+        weights("cut.safetensors", cut(-1000)),
+        "cut.safetensors",
+        "incomplete",
+    ),
     case("safetensors cut at the start", weights("cut.safetensors", cut(100)), "cut.safetensors", "header"),
     case("empty safetensors", weights("no.safetensors", raw(b"")), "no.safetensors", "header"),
     case("an empty file", weights("no.pt", raw(b"")), "no.pt", CLEAR),
     case("a pointer of git lfs", weights("lfs.pt", raw(POINTER)), "lfs.pt", CLEAR),
     case("a text", weights("text.pt", raw(b"hello\n")), "text.pt", CLEAR),
-    case("a tensor alone", weights("one.pt", lambda path, _: torch.save(torch.zeros(3), path)), "one.pt", CLEAR),
+    case(
+        "a tensor alone", weights("one.pt", lambda path, _: torch.save(torch.zeros(3), path)), "one.pt", CLEAR
+    ),
     case("no tensors", weights("none.pt", lambda path, _: torch.save({}, path)), "none.pt", CLEAR),
     case("numbers in place of tensors", weights("ints.pt", changed(lambda key, x: 1)), "ints.pt", CLEAR),
-    case("tensors of other names", weights("other.pt", renamed), "other.pt", "lacks ", "has besides backbone."),
-    case("tensors of other shapes", weights("narrow.safetensors", narrower), "visual.proj", "[32, 16]", "[32, 32]"),
     case(
-        "sparse tensors", weights("s.pt", changed(lambda key, x: x.to_sparse() if x.ndim == 2 else x)), "s.pt", "sparse|lacks|expected"
+        "tensors of other names", weights("other.pt", renamed), "other.pt", "lacks ", "has besides backbone."
+    ),
+    case(
+        "tensors of other shapes",
+        weights("narrow.safetensors", narrower),
+        "visual.proj",
+        "[32, 16]",
+        "[32, 32]",
+    ),
+    case(
+        "sparse tensors",
+        weights("s.pt", changed(lambda key, x: x.to_sparse() if x.ndim == 2 else x)),
+        "s.pt",
+        "sparse|lacks|expected",
     ),
     case("a NaN", weights("nan.pt", spoilt(float("nan"))), "nan.pt", "NaN", "visual.proj"),
     case("an infinity", weights("inf.pt", spoilt(float("inf"))), "inf.pt", "infinity", "visual.proj"),
     case("weights that overflow", weights("big.pt", changed(overflows)), "do not sum", "not a number"),
     case("overflow, ablation", weights("big.pt", changed(overflows), task="ablation"), NO_NUMBER),
-    case("overflow, debias", weights("big.pt", changed(overflows), "--heads", "0.0", task="debias"), NO_NUMBER),
+    case(
+        "overflow, debias", weights("big.pt", changed(overflows), "--heads", "0.0", task="debias"), NO_NUMBER
+    ),
     case("overflow, retrieval", weights("big.pt", changed(overflows), *BY_HEAD, task="retrieval"), NO_NUMBER),
     case(
-        "the demo with weights that are not there", plain(*CHECK, "--model", "demo-vit", "--pretrained", "no.pt"), "demo-vit", "'no.pt'"
+        "the demo with weights that are not there",
+        plain(*CHECK, "--model", "demo-vit", "--pretrained", "no.pt"),
+        "demo-vit",
+        "'no.pt'",
     ),
 ]
 
 
 @pytest.mark.parametrize(("build", "words"), CHECKPOINTS)
-def test_checkpoints(build: Builder, words: tuple[str, ...], world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_checkpoints(
+    build: Builder, words: tuple[str, ...], world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     refused(build(world, tmp_path), tmp_path, capsys, *words)
 
 
@@ -788,9 +1063,17 @@ def pickles(path: Path, ran: Path) -> None:
 
 @pytest.mark.parametrize("model", [MODEL, "demo-vit"])
 @pytest.mark.parametrize("name", ["code.pt", "code.bin", "code.npy"])
-def test_code_in_a_pickle_does_not_run(name: str, model: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_code_in_a_pickle_does_not_run(
+    name: str, model: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     pickles(tmp_path / name, tmp_path / "ran")
-    refused([*CHECK, "--model", model, "--pretrained", tmp_path / name], tmp_path, capsys, name, "unpickling|allow_pickle")
+    refused(
+        [*CHECK, "--model", model, "--pretrained", tmp_path / name],
+        tmp_path,
+        capsys,
+        name,
+        "unpickling|allow_pickle",
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -817,31 +1100,90 @@ BANKS = [
     case("a folder", plain("--task", "textspan", "--text-bank", ROOT), "text bank", "directory"),
     case("an empty bank", bank(b""), "bank.txt", "no descriptions", "one per line"),
     case("categories alone", bank(b"# kinds\n\n# places\n"), "bank.txt", "no descriptions", "one per line"),
-    case("a text twice", bank(b"# kinds\na duck\n# birds\na duck\n"), "bank.txt, line 4", "'a duck'", "twice", "remove one"),
-    case("texts that are one for the model", bank(b"a duck\nA duck\na crow\n"), "head 0.0", "fewer --texts", "differ more"),
+    case(
+        "a text twice",
+        bank(b"# kinds\na duck\n# birds\na duck\n"),
+        "bank.txt, line 4",
+        "'a duck'",
+        "twice",
+        "remove one",
+    ),
+    case(
+        "texts that are one for the model",
+        bank(b"a duck\nA duck\na crow\n"),
+        "head 0.0",
+        "fewer --texts",
+        "differ more",
+    ),
     case("a text of more words than the demo reads", bank(b"a crow\n" + LONG), "22 words at most", "got 90"),
-    case("a text of more tokens than a model reads", bank(b"a crow\n" + LONG, *REAL), "75 tokens at most", "'a a a"),
-    case("a word that the demo does not know", bank(b"a duck\na zebra\n"), "'zebra'", "'a zebra'", "101 words"),
+    case(
+        "a text of more tokens than a model reads",
+        bank(b"a crow\n" + LONG, *REAL),
+        "75 tokens at most",
+        "'a a a",
+    ),
+    case(
+        "a word that the demo does not know", bank(b"a duck\na zebra\n"), "'zebra'", "'a zebra'", "101 words"
+    ),
     case("binary garbage", bank(bytes(range(256))), "bank.txt", "UTF-8|utf-8"),
     case("UTF-16", bank("a duck\na crow\n".encode("utf-16")), "bank.txt", "UTF-8|utf-8"),
     case("a zero byte", bank(b"a duck\0\na crow\n"), "x00", "a duck"),
     case("one text for neurons", bank(b"a duck\n", task="neurons"), "bank.txt", "one text", "two"),
-    case("one text for a cue", bank(PLACES, "--heads", "3.1", task="debias"), "'places'", "do not differ", "give texts that do"),
-    case("a role that no head has", bank(PLACES, "--role", "kinds", "--text", "a duck", task="retrieval"), "no head", "'kinds'"),
-    case("no second pool of words", plain("--task", "completeness", *QUICK, "--words", "no.txt"), "no.txt", "No such file"),
-    case("an empty pool of words", bank(b"\n", task="completeness", option="--words"), "bank.txt", "no descriptions"),
-    case("a cue in unknown words", plain("--task", "waterbirds", "--cue", "a zebra", "a duck"), "'zebra'", "101 words"),
-    case("a class in unknown words", plain("--task", "debias", *QUICK, "--classes", "zebra", "duck"), "'zebra'", "101 words"),
+    case(
+        "one text for a cue",
+        bank(PLACES, "--heads", "3.1", task="debias"),
+        "'places'",
+        "do not differ",
+        "give texts that do",
+    ),
+    case(
+        "a role that no head has",
+        bank(PLACES, "--role", "kinds", "--text", "a duck", task="retrieval"),
+        "no head",
+        "'kinds'",
+    ),
+    case(
+        "no second pool of words",
+        plain("--task", "completeness", *QUICK, "--words", "no.txt"),
+        "no.txt",
+        "No such file",
+    ),
+    case(
+        "an empty pool of words",
+        bank(b"\n", task="completeness", option="--words"),
+        "bank.txt",
+        "no descriptions",
+    ),
+    case(
+        "a cue in unknown words",
+        plain("--task", "waterbirds", "--cue", "a zebra", "a duck"),
+        "'zebra'",
+        "101 words",
+    ),
+    case(
+        "a class in unknown words",
+        plain("--task", "debias", *QUICK, "--classes", "zebra", "duck"),
+        "'zebra'",
+        "101 words",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("build", "words"), BANKS)
-def test_banks(build: Builder, words: tuple[str, ...], world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_banks(
+    build: Builder, words: tuple[str, ...], world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     refused(build(world, tmp_path), tmp_path, capsys, *words)
 
 
-@pytest.mark.parametrize("content", [b"# kinds\na duck\na crow\na gull\n", b"a duck\na crow\na gull\n"], ids=["one category", "none"])
-def test_a_bank_of_one_category_works(content: bytes, world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"# kinds\na duck\na crow\na gull\n", b"a duck\na crow\na gull\n"],
+    ids=["one category", "none"],
+)
+def test_a_bank_of_one_category_works(
+    content: bytes, world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     results, _, _ = works(bank(content, task="neurons")(world, tmp_path), tmp_path, capsys)
     assert "3 texts" in results["settings"]["bank"]
 
@@ -886,13 +1228,40 @@ MASKS = [
     case("no masks folder", masked(without("masks")), "masks", "images/ and masks/"),
     case("no images folder", masked(without("images")), "images", "images/ and masks/"),
     case("no images in it", masked(without("images/crow", "images/duck")), "no images in", ".png"),
-    case("no mask for an image", masked(without("masks/duck/1.png")), "no mask for", "images/duck/1.png", "expected"),
-    case("a mask of another size", masked(paint("1.png", 255, (32, 64))), "duck/1.png", "32 x 64", "64 x 64", "must agree"),
-    case("a mask without a label", masked(paint("1.png", 9), "--void", "9"), "duck/1.png", "no labelled pixel"),
-    case("a mask of many values", masked(paint("1.png", MANY)), "duck/1.png", "9 values", "0 for background", "--void"),
+    case(
+        "no mask for an image",
+        masked(without("masks/duck/1.png")),
+        "no mask for",
+        "images/duck/1.png",
+        "expected",
+    ),
+    case(
+        "a mask of another size",
+        masked(paint("1.png", 255, (32, 64))),
+        "duck/1.png",
+        "32 x 64",
+        "64 x 64",
+        "must agree",
+    ),
+    case(
+        "a mask without a label", masked(paint("1.png", 9), "--void", "9"), "duck/1.png", "no labelled pixel"
+    ),
+    case(
+        "a mask of many values",
+        masked(paint("1.png", MANY)),
+        "duck/1.png",
+        "9 values",
+        "0 for background",
+        "--void",
+    ),
     case("two values for foreground", masked(paint("1.png", 7)), "duck/1.png", "255", "7", "--void"),
     case("a mask in colours", masked(paint("1.png", RAINBOW)), "duck/1.png", "one channel"),
-    case("a mask of zero bytes", masked(lambda data: (data / "masks/duck/1.png").write_bytes(b"")), "masks/duck/1.png", "not an image"),
+    case(
+        "a mask of zero bytes",
+        masked(lambda data: (data / "masks/duck/1.png").write_bytes(b"")),
+        "masks/duck/1.png",
+        "not an image",
+    ),
     case(
         "an image of zero bytes",
         masked(lambda data: (data / "images/duck/1.png").write_bytes(b"")),
@@ -908,12 +1277,16 @@ MASKS = [
 
 
 @pytest.mark.parametrize(("build", "words"), MASKS)
-def test_masks(build: Builder, words: tuple[str, ...], world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_masks(
+    build: Builder, words: tuple[str, ...], world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     refused(build(world, tmp_path), tmp_path, capsys, *words)
 
 
 @pytest.mark.parametrize("value", [0, 255])
-def test_masks_of_one_value_give_no_nan(value: int, world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_masks_of_one_value_give_no_nan(
+    value: int, world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     def all_alike(data: Path) -> None:
         for path in (data / "masks").rglob("*.png"):
             Image.new("L", (64, 64), value).save(path)
@@ -952,7 +1325,10 @@ def of_the_kernel(tmp: Path) -> Path:
 
 @pytest.mark.parametrize("where", [in_the_way, read_only, dangling, of_the_kernel])
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
-    where: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    where: Callable[[Path], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tasks.check, "run", lambda args: pytest.fail("worked before it looked"))
     out = where(tmp_path)
@@ -997,7 +1373,9 @@ def test_a_full_disk_while_a_picture_is_saved(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(tasks.common.Image.Image, "save", save)
-    ran = call(["--task", "retrieval", "--head", "3.4", "--text", "a bird", *QUICK, "--out", tmp_path], capsys)
+    ran = call(
+        ["--task", "retrieval", "--head", "3.4", "--text", "a bird", *QUICK, "--out", tmp_path], capsys
+    )
     assert ran.code == 2
     one_clear_line(ran.stderr, "cannot write", "sheet.png", "No space left")
     assert contents(tmp_path) == before
@@ -1022,7 +1400,10 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, li
         stack.callback(os.close, left)
         full_disk = stack.enter_context(open("/dev/full" if Path("/dev/full").exists() else os.devnull, "w"))
         stdouts = {"full": full_disk, "left": left}
-        runs = {name: stack.enter_context(running(*LITTLE, "--out", outs[name], stdout=stdouts[name])) for name in outs}
+        runs = {
+            name: stack.enter_context(running(*LITTLE, "--out", outs[name], stdout=stdouts[name]))
+            for name in outs
+        }
         said = {name: process.communicate(timeout=100)[1].decode() for name, process in runs.items()}
     return {name: (runs[name].returncode, shown(said[name]), outs[name]) for name in outs}
 
@@ -1058,7 +1439,9 @@ def test_a_reader_of_the_list_of_models_that_leaves_early_is_no_error(
     assert (ran.code, shown(ran.stderr)) == (0, [])
 
 
-def test_a_terminal_without_a_plus_minus(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_without_a_plus_minus(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PYTHONIOENCODING=ascii: a sign that cannot be shown is no reason to lose a run."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     argv = [*SEGMENT, "--methods", "random", "--out", tmp_path]
@@ -1091,14 +1474,28 @@ def test_a_file_name_that_is_no_unicode(world: World, tmp_path: Path, capsys: py
 def test_a_text_that_is_no_unicode(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Bytes of the command line that are no UTF-8 reach Python as lone surrogates; no tokenizer takes those."""
     text = os.fsdecode(b"caf\xe9")
-    argv = ["--task", "retrieval", "--head", "0.0", "--text", text, "--model", MODEL, "--pretrained", world.weights, *QUICK]
+    argv = [
+        "--task",
+        "retrieval",
+        "--head",
+        "0.0",
+        "--text",
+        text,
+        "--model",
+        MODEL,
+        "--pretrained",
+        world.weights,
+        *QUICK,
+    ]
     refused(argv, tmp_path, capsys, "caf")
 
 
 # Memory and workers.
 
 
-def test_no_memory_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_on_a_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch raises a RuntimeError there, in these words; making it do so takes seconds."""
     words = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4611686"
 
@@ -1123,15 +1520,25 @@ def test_no_memory_for_an_image(
 ) -> None:
     """A worker sends its traceback along."""
     monkeypatch.setattr(datasets, "read", out_of_memory)
-    refused(kinds(nothing, "--workers", workers)(world, tmp_path), tmp_path, capsys, "out of memory", "--batch-size")
+    refused(
+        kinds(nothing, "--workers", workers)(world, tmp_path),
+        tmp_path,
+        capsys,
+        "out of memory",
+        "--batch-size",
+    )
 
 
-def test_a_worker_that_dies(world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets, "read", killed)
     refused(kinds(nothing, "--workers", "2")(world, tmp_path), tmp_path, capsys, "worker", "--workers")
 
 
-def test_no_more_processes(world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_processes(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Too many --workers for this machine."""
 
     def start(process: object) -> None:
@@ -1159,7 +1566,9 @@ class Interrupts:
 
 
 MOMENTS = {
-    "while torch and this project are loaded": lambda patch: patch.setitem(sys.modules, "baselines", Interrupts()),
+    "while torch and this project are loaded": lambda patch: patch.setitem(
+        sys.modules, "baselines", Interrupts()
+    ),
     "while the model is loaded": lambda patch: patch.setattr(tasks.check, "load_clip", interrupt),
     "while results.json is put in place": lambda patch: patch.setattr(evaluate.os, "replace", interrupt),
     "while report.html is written": lambda patch: patch.setattr(report, "write", interrupt),
@@ -1167,7 +1576,9 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_interrupted(moment: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted(
+    moment: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = with_earlier_results(tmp_path, "check")
     MOMENTS[moment](monkeypatch)
     ran = call([*LITTLE, "--out", tmp_path], capsys)
@@ -1187,9 +1598,16 @@ def test_a_list_of_models_interrupted(capsys: pytest.CaptureFixture, monkeypatch
 def start(*argv: object, stdout: object = subprocess.PIPE) -> subprocess.Popen:
     """evaluate.py in a process group of its own, as a shell starts it."""
     command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, argv)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     return subprocess.Popen(
-        command, stdout=stdout, stderr=subprocess.PIPE, env=environment, start_new_session=True, preexec_fn=heed_interrupts
+        command,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
 
 
@@ -1226,7 +1644,17 @@ def test_ctrl_c_in_mid_run(tmp_path: Path) -> None:
         before, runs = {}, {}
         for workers in (0, 2):
             before[workers] = with_earlier_results(tmp_path / str(workers), "check")
-            argv = [*CHECK, "--limit", "4000", "--batch-size", "2", "--workers", workers, "--out", tmp_path / str(workers)]
+            argv = [
+                *CHECK,
+                "--limit",
+                "4000",
+                "--batch-size",
+                "2",
+                "--workers",
+                workers,
+                "--out",
+                tmp_path / str(workers),
+            ]
             runs[workers] = stack.enter_context(running(*argv))
         for workers, process in runs.items():
             said = until(process, rb"check: +[1-9]\d*%")
@@ -1250,7 +1678,9 @@ def test_ctrl_c_while_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
     start_workers, inherited = datasets.DataLoader.__iter__, signal.getsignal(signal.SIGINT)
     heed_interrupts()
     monkeypatch.setattr(datasets.DataLoader, "__iter__", lambda self: [swallowed(), start_workers(self)][1])
-    batches = datasets.batches(torch.utils.data.TensorDataset(torch.zeros(4), torch.arange(4)), 2, 0, "", torch.device("cpu"))
+    batches = datasets.batches(
+        torch.utils.data.TensorDataset(torch.zeros(4), torch.arange(4)), 2, 0, "", torch.device("cpu")
+    )
     try:
         with pytest.raises(KeyboardInterrupt):
             next(batches)
@@ -1284,7 +1714,9 @@ def test_two_runs_at_the_same_time(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "check").iterdir()) == ["report.html", "results.json"]
 
 
-def test_a_picture_that_another_run_saves_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_another_run_saves_at_the_same_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other run, a process of its own, comes between this one's writing and its renaming."""
     save = Image.Image.save
 
@@ -1328,7 +1760,9 @@ def harmless(document: str) -> Page:
     page = Page(document)
     assert not {"script", "iframe", "i"} & {tag for tag, _ in page.elements}
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
-    assert all(attributes["src"].startswith("data:image/") for tag, attributes in page.elements if tag == "img")
+    assert all(
+        attributes["src"].startswith("data:image/") for tag, attributes in page.elements if tag == "img"
+    )
     return page
 
 
@@ -1348,7 +1782,9 @@ def test_a_class_folder_that_is_a_script(world: World, tmp_path: Path, capsys: p
 
 def test_class_names_that_are_markup(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     names = ["<iframe src=x>", '" onload="alert(1)', "R&D &lt;"]
-    argv = kinds(nothing, "--model", MODEL, "--pretrained", world.weights, "--heads", "0.0", task="debias")(world, tmp_path)
+    argv = kinds(nothing, "--model", MODEL, "--pretrained", world.weights, "--heads", "0.0", task="debias")(
+        world, tmp_path
+    )
     argv += ["--cue", "at <i>sea</i>", "in a forest", "--classes", *names]
     _, page, _ = works(argv, tmp_path, capsys)
     assert ", ".join(names) in harmless(page).text
@@ -1363,7 +1799,9 @@ def test_bank_texts_that_are_markup(world: World, tmp_path: Path, capsys: pytest
     assert {words for words, _ in results["neurons"][0]["towards"]} == set(texts)
 
 
-def test_a_text_to_look_for_that_is_markup(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_text_to_look_for_that_is_markup(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     asked = '<img src=x onerror="alert(1)">'
     image = next(world.kinds.rglob("*.png"))
     argv = ["--task", "heatmap", *REAL[:4], "--image", image, "--text", asked, "--methods", "decomposition"]
@@ -1374,7 +1812,9 @@ def test_a_text_to_look_for_that_is_markup(world: World, tmp_path: Path, capsys:
 # No network.
 
 
-def test_the_demo_asks_nobody(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_asks_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def offline(*args: object, **options: object) -> None:
         pytest.fail(f"asked the network: {args[1:]}")
 
@@ -1382,4 +1822,8 @@ def test_the_demo_asks_nobody(tmp_path: Path, capsys: pytest.CaptureFixture, mon
         monkeypatch.setattr(socket.socket, name, offline)
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     works(list(LITTLE), tmp_path / "demo", capsys)
-    works([*CHECK, "--model", "ViT-S-32-alt", "--pretrained", "none", "--limit", "1", "--workers", "0"], tmp_path / "stock", capsys)
+    works(
+        [*CHECK, "--model", "ViT-S-32-alt", "--pretrained", "none", "--limit", "1", "--workers", "0"],
+        tmp_path / "stock",
+        capsys,
+    )

@@ -42,7 +42,12 @@ BLIND = {"raw-attention", "rollout"}  # these do not see the text
 SIGNED = {"lrp", "lrp-conserving"}
 PROPAGATED = {"lrp", "lrp-conserving", "partial-lrp", "chefer2021"}  # these use relevance
 SCORES = ["dot", "cosine", "logit"]
-DEFAULTS = {**dict.fromkeys(KEYS, "dot"), "chefer2021-mm": "logit", "legrad": "cosine", "grad-eclip": "cosine"}
+DEFAULTS = {
+    **dict.fromkeys(KEYS, "dot"),
+    "chefer2021-mm": "logit",
+    "legrad": "cosine",
+    "grad-eclip": "cosine",
+}
 OPTIONS = {
     "plain": {},
     "quick gelu": {"quick_gelu": True},
@@ -57,7 +62,13 @@ OPTIONS = {
     "oblong patches": {"patch_size": (4, 3), "image_size": (8, 9)},
     "one head": {"head_width": 32},
     "frozen": {"frozen": True},
-    "all of them": {"quick_gelu": True, "ls_init_value": 0.3, "no_ln_pre": True, "final_ln_after_pool": True, "output_tokens": True},
+    "all of them": {
+        "quick_gelu": True,
+        "ls_init_value": 0.3,
+        "no_ln_pre": True,
+        "final_ln_after_pool": True,
+        "output_tokens": True,
+    },
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 every_method = pytest.mark.parametrize("method", KEYS)
@@ -69,7 +80,15 @@ seeds = st.integers(0, 10**6)
 @torch.no_grad()
 def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, frozen=False, seed=0, **options):
     """A CLIP of three blocks, four heads, 2 x 3 patches, with no parameter at its trivial value, in eval mode."""
-    vision = {"layers": 3, "width": 32, "head_width": 8, "patch_size": 4, "image_size": (8, 12), "mlp_ratio": 2.0, **options}
+    vision = {
+        "layers": 3,
+        "width": 32,
+        "head_width": 8,
+        "patch_size": 4,
+        "image_size": (8, 12),
+        "mlp_ratio": 2.0,
+        **options,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIP(24, vision, TEXT_TOWER, quick_gelu=quick_gelu, cast_dtype=cast_dtype)
@@ -105,7 +124,9 @@ def mapped(method, model, batch=3, **options):
 
 def every_layer(method, model):
     """The options under which a method reads all blocks there are."""
-    return {"legrad": {"layers": len(blocks(model))}}.get(method, {"start_layer": 0} if method in ("rollout", "chefer2021") else {})
+    return {"legrad": {"layers": len(blocks(model))}}.get(
+        method, {"start_layer": 0} if method in ("rollout", "chefer2021") else {}
+    )
 
 
 @torch.no_grad()
@@ -140,7 +161,11 @@ def layer_norm(norm, x):
 
 
 def activation(module, x):
-    return x * torch.sigmoid(1.702 * x) if type(module).__name__ == "QuickGELU" else x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    return (
+        x * torch.sigmoid(1.702 * x)
+        if type(module).__name__ == "QuickGELU"
+        else x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    )
 
 
 def layer_scale(module, x):
@@ -154,7 +179,10 @@ def embedded(visual, image):
     tokens = [visual.class_embedding.detach()]
     for row in range(image.shape[1] // height):
         for column in range(image.shape[2] // width):
-            tokens.append(W @ image[:, row * height : (row + 1) * height, column * width : (column + 1) * width].flatten())
+            tokens.append(
+                W
+                @ image[:, row * height : (row + 1) * height, column * width : (column + 1) * width].flatten()
+            )
     return torch.stack(tokens)
 
 
@@ -172,18 +200,30 @@ def forward(model, image):
     for block in blocks(model):
         s = SimpleNamespace(x=x, block=block, H=block.attn.num_heads, e=block.attn.head_dim)
         s.y = layer_norm(block.ln_1, x)
-        q, k, v = (s.y @ block.attn.in_proj_weight.detach().T + block.attn.in_proj_bias.detach()).chunk(3, dim=1)
+        q, k, v = (s.y @ block.attn.in_proj_weight.detach().T + block.attn.in_proj_bias.detach()).chunk(
+            3, dim=1
+        )
         s.q, s.k, s.v = ([t[:, h * s.e : (h + 1) * s.e] for h in range(s.H)] for t in (q, k, v))
-        s.A = torch.stack([(s.q[h] @ s.k[h].T / math.sqrt(s.e)).softmax(dim=1) for h in range(s.H)])  # [H, N, N]
+        s.A = torch.stack(
+            [(s.q[h] @ s.k[h].T / math.sqrt(s.e)).softmax(dim=1) for h in range(s.H)]
+        )  # [H, N, N]
         s.O = torch.cat([s.A[h] @ s.v[h] for h in range(s.H)], dim=1)  # [N, D]
-        s.attention = layer_scale(block.ls_1, s.O @ block.attn.out_proj.weight.detach().T + block.attn.out_proj.bias.detach())
+        s.attention = layer_scale(
+            block.ls_1, s.O @ block.attn.out_proj.weight.detach().T + block.attn.out_proj.bias.detach()
+        )
         s.mid = x + s.attention
         s.y2 = layer_norm(block.ln_2, s.mid)
-        s.hidden = activation(block.mlp.gelu, s.y2 @ block.mlp.c_fc.weight.detach().T + block.mlp.c_fc.bias.detach())
-        s.mlp = layer_scale(block.ls_2, s.hidden @ block.mlp.c_proj.weight.detach().T + block.mlp.c_proj.bias.detach())
+        s.hidden = activation(
+            block.mlp.gelu, s.y2 @ block.mlp.c_fc.weight.detach().T + block.mlp.c_fc.bias.detach()
+        )
+        s.mlp = layer_scale(
+            block.ls_2, s.hidden @ block.mlp.c_proj.weight.detach().T + block.mlp.c_proj.bias.detach()
+        )
         s.out = x = s.mid + s.mlp
         steps.append(s)
-    return SimpleNamespace(tokens=tokens, positions=positions, steps=steps, z=read_out(visual, x[0]), visual=visual, model=model)
+    return SimpleNamespace(
+        tokens=tokens, positions=positions, steps=steps, z=read_out(visual, x[0]), visual=visual, model=model
+    )
 
 
 def scored(model, z, text, score):
@@ -212,7 +252,9 @@ def linear_rule(x, W, R, conserving):
             parts = x[n].clamp(**sign) * W.clamp(**sign)  # [o, i]
             total = parts.sum(1)
             if conserving:
-                total = (x[n].clamp(min=0) * W.clamp(min=0)).sum(1) + (x[n].clamp(max=0) * W.clamp(max=0)).sum(1)
+                total = (x[n].clamp(min=0) * W.clamp(min=0)).sum(1) + (
+                    x[n].clamp(max=0) * W.clamp(max=0)
+                ).sum(1)
             R_x[n] += (parts * safe_div(R[n], total)[:, None]).sum(0)
     return R_x
 
@@ -258,7 +300,9 @@ def relevances(run, text, score, conserving):
                 for_q, for_k = matmul_rule(s.q[h], s.k[h].T, for_A)
                 for group, part in ((R_A, for_A), (R_q, for_q), (R_k, for_k.T), (R_v, for_v)):
                     group.append(part)
-            R = R_x + linear_rule(s.y, block.attn.in_proj_weight, torch.cat([*R_q, *R_k, *R_v], dim=1), conserving)
+            R = R_x + linear_rule(
+                s.y, block.attn.in_proj_weight, torch.cat([*R_q, *R_k, *R_v], dim=1), conserving
+            )
             R_As.insert(0, torch.stack(R_A))
             Rs.insert(0, R)
     return R_As, Rs
@@ -344,7 +388,10 @@ LONG = {
 
 def the_long_way(method, model, images, texts, score=None, **options):
     """[b, rows, columns]"""
-    rows = [LONG[method](forward(model, i), t, score or DEFAULTS[method], **options) for i, t in zip(images, texts, strict=True)]
+    rows = [
+        LONG[method](forward(model, i), t, score or DEFAULTS[method], **options)
+        for i, t in zip(images, texts, strict=True)
+    ]
     return torch.stack(rows).detach()[:, 1:].unflatten(1, model.visual.grid_size)
 
 
@@ -376,7 +423,9 @@ def test_each_key_names_the_function_of_that_name(method):
 @every_option
 def test_each_map_is_that_of_the_long_way(options, method):
     model = build(**options)
-    assert far(mapped(method, model), the_long_way(method, model, pictures(model), sentences(model))) < tolerance(method)
+    assert far(
+        mapped(method, model), the_long_way(method, model, pictures(model), sentences(model))
+    ) < tolerance(method)
 
 
 @every_score
@@ -444,7 +493,12 @@ def test_the_score_matters_to_all_that_see_the_text(method):
 @st.composite
 def shapes(draw, min_width=4):
     """What `build` takes: any number of blocks, heads, rows and columns, two patches at least."""
-    widths = [(heads, head_width) for heads in (1, 2, 3, 4) for head_width in (4, 6, 8) if heads * head_width >= min_width]
+    widths = [
+        (heads, head_width)
+        for heads in (1, 2, 3, 4)
+        for head_width in (4, 6, 8)
+        if heads * head_width >= min_width
+    ]
     grids = [(rows, columns) for rows in (1, 2, 3) for columns in (1, 2, 3, 4) if rows * columns > 1]
     (heads, head_width), (rows, columns) = draw(st.sampled_from(widths)), draw(st.sampled_from(grids))
     patch, flag = draw(st.sampled_from([1, 2, 4])), st.booleans()
@@ -452,16 +506,31 @@ def shapes(draw, min_width=4):
         dict.fromkeys(("quick_gelu", "no_ln_pre", "final_ln_after_pool", "output_tokens", "frozen"), flag),
         optional={"ls_init_value": st.floats(0.1, 2), "patch_dropout": st.floats(0.1, 0.9)},
     )
-    sizes = {"width": heads * head_width, "head_width": head_width, "patch_size": patch, "image_size": (rows * patch, columns * patch)}
+    sizes = {
+        "width": heads * head_width,
+        "head_width": head_width,
+        "patch_size": patch,
+        "image_size": (rows * patch, columns * patch),
+    }
     return {"layers": draw(st.integers(1, 3)), "seed": draw(st.integers(0, 1000)), **sizes, **draw(options)}
 
 
 # No relevance here: on some of these models it has no correct digit left.
 @settings(max_examples=40, deadline=None)
-@given(shapes(), st.integers(1, 3), seeds, st.sampled_from(sorted(set(KEYS) - PROPAGATED)), st.sampled_from(SCORES))
+@given(
+    shapes(),
+    st.integers(1, 3),
+    seeds,
+    st.sampled_from(sorted(set(KEYS) - PROPAGATED)),
+    st.sampled_from(SCORES),
+)
 def test_each_map_is_that_of_the_long_way_whatever_the_shape_and_options(shape, batch, seed, method, score):
     model = build(**shape)
-    images, texts, options = pictures(model, batch, seed), sentences(model, batch, seed + 1), every_layer(method, model)
+    images, texts, options = (
+        pictures(model, batch, seed),
+        sentences(model, batch, seed + 1),
+        every_layer(method, model),
+    )
     ours = METHODS[method](model, images, texts, score=score, **options)
     truth = the_long_way(method, model, images, texts, score, **options)
     # Where no patch is positive the map is zero. Entries are of order one otherwise, or less by what cancels in them.
@@ -470,10 +539,22 @@ def test_each_map_is_that_of_the_long_way_whatever_the_shape_and_options(shape, 
 
 # Of any width but narrow ones, always the same: a model could be drawn on which relevance has no correct digit.
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(shapes(min_width=24), st.integers(1, 3), seeds, st.sampled_from(sorted(PROPAGATED)), st.sampled_from(SCORES))
-def test_each_map_of_relevance_is_that_of_the_long_way_whatever_the_shape_and_options(shape, batch, seed, method, score):
+@given(
+    shapes(min_width=24),
+    st.integers(1, 3),
+    seeds,
+    st.sampled_from(sorted(PROPAGATED)),
+    st.sampled_from(SCORES),
+)
+def test_each_map_of_relevance_is_that_of_the_long_way_whatever_the_shape_and_options(
+    shape, batch, seed, method, score
+):
     model = build(**shape)
-    images, texts, options = pictures(model, batch, seed), sentences(model, batch, seed + 1), every_layer(method, model)
+    images, texts, options = (
+        pictures(model, batch, seed),
+        sentences(model, batch, seed + 1),
+        every_layer(method, model),
+    )
     ours = METHODS[method](model, images, texts, score=score, **options)
     assert far(ours, the_long_way(method, model, images, texts, score, **options)) < RELEVANCE
 
@@ -499,7 +580,9 @@ def test_a_float64_model_has_float64_maps(method):
 @every_method
 def test_maps_are_not_negative_except_those_of_signed_relevance(method):
     model = build()
-    lowest = min(float(METHODS[method](model, pictures(model), sentences(model, seed=seed)).min()) for seed in range(5))
+    lowest = min(
+        float(METHODS[method](model, pictures(model), sentences(model, seed=seed)).min()) for seed in range(5)
+    )
     assert (lowest < -FAR) if method in SIGNED else (lowest >= 0)
 
 
@@ -519,7 +602,9 @@ def test_raw_attention_is_not_renormalised():
 @pytest.mark.parametrize("start_layer", [0, 1, 2])
 def test_rollout_sums_to_what_the_class_token_does_not_keep(start_layer):
     model = build()
-    kept = torch.stack([long_rollout(forward(model, i), None, "dot", start_layer)[0] for i in pictures(model)])
+    kept = torch.stack(
+        [long_rollout(forward(model, i), None, "dot", start_layer)[0] for i in pictures(model)]
+    )
     assert far(mapped("rollout", model, start_layer=start_layer).sum((1, 2)), 1 - kept) < EXACT
 
 
@@ -551,7 +636,9 @@ def test_rollout_of_the_last_block_alone_is_half_of_raw_attention():
 def test_gradcam_with_one_head_is_raw_attention_or_nothing():
     model = build(head_width=32)
     images, texts = pictures(model), sentences(model)
-    either = baselines.gradcam(model, images, texts) + baselines.gradcam(model, images, -texts)  # dot is odd in the text
+    either = baselines.gradcam(model, images, texts) + baselines.gradcam(
+        model, images, -texts
+    )  # dot is odd in the text
     raw = baselines.raw_attention(model, images, texts)
     ratio = (either / raw).flatten(1)
     assert (ratio.amax(1) / ratio.amin(1) - 1).max() < EXACT
@@ -571,7 +658,9 @@ def test_the_gradient_of_the_attention_is_the_value_read_by_the_gradient_of_the_
     truth = []
     for image, text in zip(pictures(model), sentences(model), strict=True):
         run = forward(model, image)
-        truth.append((gradients(run, text, "cosine")[-1][:, 0].sum(0).relu() * similarity(run))[1:].reshape(2, 3))
+        truth.append(
+            (gradients(run, text, "cosine")[-1][:, 0].sum(0).relu() * similarity(run))[1:].reshape(2, 3)
+        )
     assert far(mapped("grad-eclip", model), torch.stack(truth).detach()) < EXACT
 
 
@@ -589,15 +678,25 @@ def test_chefer2021_mm_is_a_product_over_the_blocks(start_layer):
     for image, text in zip(pictures(model), sentences(model), strict=True):
         run, one = forward(model, image), torch.eye(7, dtype=torch.float64)
         C = [(G * s.A).relu().mean(0) for G, s in zip(gradients(run, text, "logit"), run.steps, strict=True)]
-        truth.append(torch.linalg.multi_dot([*reversed([one + c for c in C[start_layer:]]), one])[0, 1:].reshape(2, 3))
+        truth.append(
+            torch.linalg.multi_dot([*reversed([one + c for c in C[start_layer:]]), one])[0, 1:].reshape(2, 3)
+        )
     assert far(mapped("chefer2021-mm", model, start_layer=start_layer), torch.stack(truth).detach()) < EXACT
 
 
 def test_chefer2021_of_the_last_block_alone_is_gradient_times_relevance():
     model = build()
     _, R_A, _ = next(iter(relevance(model, pictures(model), sentences(model), conserving=True)))
-    G = torch.stack([gradients(forward(model, i), t, "dot")[-1] for i, t in zip(pictures(model), sentences(model), strict=True)])
-    assert far(mapped("chefer2021", model, start_layer=2), (G * R_A).relu().mean(1)[:, 0, 1:].reshape(3, 2, 3)) < EXACT
+    G = torch.stack(
+        [
+            gradients(forward(model, i), t, "dot")[-1]
+            for i, t in zip(pictures(model), sentences(model), strict=True)
+        ]
+    )
+    assert (
+        far(mapped("chefer2021", model, start_layer=2), (G * R_A).relu().mean(1)[:, 0, 1:].reshape(3, 2, 3))
+        < EXACT
+    )
 
 
 def test_partial_lrp_is_the_positive_relevance_of_the_last_attention():
@@ -628,7 +727,13 @@ def test_a_layer_of_legrad_does_not_change_with_the_layers_after_it():
 @pytest.mark.parametrize("method", ["gradcam", "legrad", "grad-eclip"])
 def test_the_logit_scale_only_scales_maps_that_are_linear_in_the_gradient(method):
     model = build()
-    assert far(mapped(method, model, score="logit"), model.logit_scale.exp().detach() * mapped(method, model, score="cosine")) < EXACT
+    assert (
+        far(
+            mapped(method, model, score="logit"),
+            model.logit_scale.exp().detach() * mapped(method, model, score="cosine"),
+        )
+        < EXACT
+    )
 
 
 @pytest.mark.parametrize("method", ["chefer2021", "chefer2021-mm"])
@@ -665,7 +770,10 @@ def test_the_rule_of_a_linear_map_is_that_of_the_long_way(seed, b, N, i, o, cons
 @given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.booleans())
 def test_the_rule_of_a_sum_is_that_of_the_long_way(seed, b, N, D, conserving):
     x, y, R = (noise(b, N, D, seed=seed + n) for n in range(3))
-    truth = [torch.stack(parts) for parts in zip(*(add_rule(x[n], y[n], R[n], conserving) for n in range(b)), strict=True)]
+    truth = [
+        torch.stack(parts)
+        for parts in zip(*(add_rule(x[n], y[n], R[n], conserving) for n in range(b)), strict=True)
+    ]
     for ours, long in zip(baselines._add(x, y, R, conserving), truth, strict=True):
         # a sum that nearly cancels divides rounding errors too; the rule is continuous, so scale by its own size
         assert float((ours - long).abs().max()) <= EXACT * max(1, float(long.abs().max()) ** 2)
@@ -678,14 +786,21 @@ def test_the_rule_of_a_matrix_product_is_that_of_the_long_way(seed, b, H, i, j, 
     R_x, R_y = baselines._matmul(x, y, R)
     for image in range(b):
         for h in range(H):
-            for ours, long in zip((R_x, R_y), matmul_rule(x[image, h], y[image, h], R[image, h]), strict=True):
-                assert float((ours[image, h] - long).abs().max()) <= EXACT * max(1, float(long.abs().max()) ** 2)
+            for ours, long in zip(
+                (R_x, R_y), matmul_rule(x[image, h], y[image, h], R[image, h]), strict=True
+            ):
+                assert float((ours[image, h] - long).abs().max()) <= EXACT * max(
+                    1, float(long.abs().max()) ** 2
+                )
 
 
 def test_a_linear_map_of_one_vector_per_image_has_the_same_rule():
     x, W, R = noise(2, 5, seed=0), noise(3, 5, seed=1), noise(2, 3, seed=2)
     for conserving in (False, True):
-        assert torch.equal(baselines._linear(x, W, R, conserving), baselines._linear(x[:, None], W, R[:, None], conserving)[:, 0])
+        assert torch.equal(
+            baselines._linear(x, W, R, conserving),
+            baselines._linear(x[:, None], W, R[:, None], conserving)[:, 0],
+        )
 
 
 # Wide enough that every output has a positive and a negative part: 64 inputs leave none out but once in 1e8.
@@ -724,7 +839,11 @@ def test_relevance_of_an_output_without_positive_parts_is_lost(conserving):
 @given(seed=seeds)
 def test_a_sum_keeps_relevance(conserving, seed):
     # terms of one sign, so that no denominator comes near zero
-    a, b, R = noise(3, 4, 5, seed=seed).abs() + 0.1, noise(3, 4, 5, seed=seed + 1).abs() + 0.1, noise(3, 4, 5, seed=seed + 2)
+    a, b, R = (
+        noise(3, 4, 5, seed=seed).abs() + 0.1,
+        noise(3, 4, 5, seed=seed + 1).abs() + 0.1,
+        noise(3, 4, 5, seed=seed + 2),
+    )
     assume(float(R.sum((1, 2)).abs().min()) > 0.01)
     R_a, R_b = baselines._add(a, b, R, conserving)
     assert float((R_a.sum((1, 2)) + R_b.sum((1, 2)) - R.sum((1, 2))).abs().max()) < STABILISED
@@ -744,19 +863,31 @@ def test_a_sum_is_shared_out_image_by_image(conserving, seed, batch):
 def test_the_conserving_sum_gives_each_term_a_share_of_one_sign():
     """Published: R_a and R_b may be huge and opposite. Conserving: shares |S_a| / (|S_a| + |S_b|) of the whole."""
     a, b, R = torch.tensor([[3.0, 1.0]]), torch.tensor([[-2.0, 1.0]]), torch.tensor([[1.0, 1.0]])
-    R_a, R_b = baselines._add(a.double(), b.double(), R.double(), True)  # before the rescaling [3, 0.5] and [-2, 0.5]
-    assert torch.allclose(torch.stack([R_a.sum(), R_b.sum()]), torch.tensor([2 * 3.5 / 5, 2 * 1.5 / 5]).double(), atol=STABILISED)
+    R_a, R_b = baselines._add(
+        a.double(), b.double(), R.double(), True
+    )  # before the rescaling [3, 0.5] and [-2, 0.5]
+    assert torch.allclose(
+        torch.stack([R_a.sum(), R_b.sum()]),
+        torch.tensor([2 * 3.5 / 5, 2 * 1.5 / 5]).double(),
+        atol=STABILISED,
+    )
 
 
 def test_the_published_sum_gives_shares_of_either_sign():
     a, b, R = torch.tensor([[3.0, 1.0]]), torch.tensor([[-2.0, 1.0]]), torch.tensor([[1.0, 1.0]])
     R_a, R_b = baselines._add(a.double(), b.double(), R.double(), False)
-    assert torch.allclose(torch.stack([R_a.sum(), R_b.sum()]), torch.tensor([3.5, -1.5]).double(), atol=STABILISED)
+    assert torch.allclose(
+        torch.stack([R_a.sum(), R_b.sum()]), torch.tensor([3.5, -1.5]).double(), atol=STABILISED
+    )
 
 
 @both_rules
 def test_relevance_of_a_sum_that_is_zero_is_lost(conserving):
-    a, b, R = torch.tensor([[1.0, 1.0]]).double(), torch.tensor([[-1.0, 1.0]]).double(), torch.tensor([[1.0, 1.0]]).double()
+    a, b, R = (
+        torch.tensor([[1.0, 1.0]]).double(),
+        torch.tensor([[-1.0, 1.0]]).double(),
+        torch.tensor([[1.0, 1.0]]).double(),
+    )
     for part in baselines._add(a, b, R, conserving):
         assert part.isfinite().all()
         assert part[0, 0] == 0
@@ -766,7 +897,11 @@ def test_relevance_of_a_sum_that_is_zero_is_lost(conserving):
 @given(seeds)
 def test_each_operand_of_a_matrix_product_has_half_of_the_relevance(seed):
     # factors of one sign, so that no denominator comes near zero
-    a, b, R = noise(2, 3, 4, 5, seed=seed).abs() + 0.1, noise(2, 3, 5, 6, seed=seed + 1).abs() + 0.1, noise(2, 3, 4, 6, seed=seed + 2)
+    a, b, R = (
+        noise(2, 3, 4, 5, seed=seed).abs() + 0.1,
+        noise(2, 3, 5, 6, seed=seed + 1).abs() + 0.1,
+        noise(2, 3, 4, 6, seed=seed + 2),
+    )
     R_a, R_b = baselines._matmul(a, b, R)
     assert torch.allclose(R_a.sum(-1), R.sum(-1) / 2, atol=STABILISED)  # row by row
     assert torch.allclose(R_b.sum(-2), R.sum(-2) / 2, atol=STABILISED)  # column by column
@@ -781,7 +916,13 @@ def test_relevance_of_a_matrix_product_that_is_zero_is_lost():
 
 @both_rules
 def test_the_rules_leave_their_arguments_as_found(conserving):
-    x, W, R, a, b = noise(2, 5, 4, seed=0), noise(6, 4, seed=1), noise(2, 5, 6, seed=2), noise(2, 5, 6, seed=3), noise(2, 4, 6, seed=4)
+    x, W, R, a, b = (
+        noise(2, 5, 4, seed=0),
+        noise(6, 4, seed=1),
+        noise(2, 5, 6, seed=2),
+        noise(2, 5, 6, seed=3),
+        noise(2, 4, 6, seed=4),
+    )
     arguments = [x, W, R, a, b]
     before = [t.clone() for t in arguments]
     baselines._linear(x, W, R, conserving)
@@ -799,19 +940,26 @@ def test_relevance_of_every_block_is_that_of_the_long_way(score, conserving):
     model = build()
     images, texts = pictures(model), sentences(model)
     truth = [relevances(forward(model, i), t, score, conserving) for i, t in zip(images, texts, strict=True)]
-    for layer, R_A, R in list(relevance(model, images, texts, conserving=conserving, score=score)):  # none changes later
+    for layer, R_A, R in list(
+        relevance(model, images, texts, conserving=conserving, score=score)
+    ):  # none changes later
         assert far(R_A, torch.stack([R_As[layer] for R_As, _ in truth])) < RELEVANCE
         assert far(R, torch.stack([Rs[layer] for _, Rs in truth])) < RELEVANCE
 
 
 def test_relevance_goes_from_the_last_block_to_the_first():
     model = build()
-    assert [layer for layer, _, _ in relevance(model, pictures(model), sentences(model), conserving=True)] == [2, 1, 0]
+    assert [
+        layer for layer, _, _ in relevance(model, pictures(model), sentences(model), conserving=True)
+    ] == [2, 1, 0]
 
 
 def test_relevance_has_the_axes_of_the_docstring():
     model = build()
-    shapes = {(R_A.shape, R.shape) for _, R_A, R in relevance(model, pictures(model), sentences(model), conserving=False)}
+    shapes = {
+        (R_A.shape, R.shape)
+        for _, R_A, R in relevance(model, pictures(model), sentences(model), conserving=False)
+    }
     assert shapes == {((3, 4, 7, 7), (3, 7, 32))}
 
 
@@ -849,7 +997,9 @@ def test_the_published_rules_do_not_keep_relevance(options):
 @given(shapes(min_width=24), st.integers(1, 3), seeds)
 def test_the_conserving_rules_keep_relevance_one_whatever_the_shape_and_options(shape, batch, seed):
     model = build(**shape)
-    for _, _, R in relevance(model, pictures(model, batch, seed), sentences(model, batch, seed + 1), conserving=True):
+    for _, _, R in relevance(
+        model, pictures(model, batch, seed), sentences(model, batch, seed + 1), conserving=True
+    ):
         assert float((R.sum((1, 2)) - 1).abs().max()) < 1e-4  # the stabiliser beside the smallest sum met
 
 
@@ -870,7 +1020,9 @@ def watched(monkeypatch, model, conserving):
 @pytest.mark.parametrize(("conserving", "ratio"), [(True, 1), (False, 2)], ids=["conserving", "published"])
 def test_every_linear_map_of_the_model_has_its_ratio(monkeypatch, conserving, ratio):
     calls = watched(monkeypatch, build(width=64), conserving)  # wide, as in the theorem above
-    assert len(calls) >= 1 + 4 * 3  # the head; in each block queries, keys and values, the projection, and two in the MLP
+    assert (
+        len(calls) >= 1 + 4 * 3
+    )  # the head; in each block queries, keys and values, the projection, and two in the MLP
     for before, after, size in calls:
         assert float(((after - ratio * before) / size).abs().max()) < STABILISED
 
@@ -878,19 +1030,27 @@ def test_every_linear_map_of_the_model_has_its_ratio(monkeypatch, conserving, ra
 def test_relevance_starts_at_one(monkeypatch):
     (before, after, _), *_ = watched(monkeypatch, build(), conserving=False)
     assert before.tolist() == [1, 1, 1]
-    assert far(after, torch.full_like(after, 2)) < STABILISED  # what the published rules make of it in the head
+    assert (
+        far(after, torch.full_like(after, 2)) < STABILISED
+    )  # what the published rules make of it in the head
 
 
 def test_published_relevance_grows_from_block_to_block():
     model = build(layers=6)
-    sizes = [R.abs().sum((1, 2)) for _, _, R in relevance(model, pictures(model), sentences(model), conserving=False)]
+    sizes = [
+        R.abs().sum((1, 2))
+        for _, _, R in relevance(model, pictures(model), sentences(model), conserving=False)
+    ]
     assert (sizes[-1] > 10 * sizes[0]).all()
 
 
 def test_conserved_relevance_grows_less_than_the_published_one():
     model, growth = build(layers=6), []
     for conserving in (False, True):
-        sizes = [R.abs().sum((1, 2)) for _, _, R in relevance(model, pictures(model), sentences(model), conserving=conserving)]
+        sizes = [
+            R.abs().sum((1, 2))
+            for _, _, R in relevance(model, pictures(model), sentences(model), conserving=conserving)
+        ]
         growth.append(sizes[-1] / sizes[0])
     assert (growth[1] < growth[0] / 10).all()
 
@@ -922,7 +1082,9 @@ def looking_at(model, images, patch):
     D = attn.embed_dim
     attn.in_proj_weight[:D] = 0
     attn.in_proj_bias[:D] = 1
-    attn.in_proj_weight[D : 2 * D] = 1000 * (torch.linalg.pinv(y) @ only)  # keys of that patch are large, all others are zero
+    attn.in_proj_weight[D : 2 * D] = 1000 * (
+        torch.linalg.pinv(y) @ only
+    )  # keys of that patch are large, all others are zero
     attn.in_proj_bias[D : 2 * D] = 0
     return model
 
@@ -961,7 +1123,9 @@ def test_the_patch_the_class_token_looks_at_is_where_it_is_in_the_image(at):
     y = forward(model, images[0]).steps[0].y.detach()[1:]
     bright = (y - y.median(0).values).norm(dim=1) > FAR  # the median token is a dark one
     assert bright.sum() == 1
-    raw = baselines.raw_attention(looking_at(model, images, int(bright.int().argmax())), images, sentences(model, 1))[0]
+    raw = baselines.raw_attention(
+        looking_at(model, images, int(bright.int().argmax())), images, sentences(model, 1)
+    )[0]
     assert raw[at] > 1 - EXACT
 
 
@@ -984,7 +1148,9 @@ ORDER = [4, 2, 0, 5, 3, 1]
 def test_permuting_patches_with_their_positions_permutes_the_map(method):
     images, texts = pictures(build()), sentences(build())
     before = METHODS[method](build(), images, texts).flatten(1)
-    after = METHODS[method](permute_positions(build(), ORDER), permute_patches(images, ORDER), texts).flatten(1)
+    after = METHODS[method](permute_positions(build(), ORDER), permute_patches(images, ORDER), texts).flatten(
+        1
+    )
     assert far(after, before[:, ORDER]) < tolerance(method)
 
 
@@ -1009,12 +1175,17 @@ def permute_heads(model, order, projection=True):
 
 @every_method
 def test_permuting_the_heads_changes_nothing(method):
-    assert far(mapped(method, permute_heads(build(), [2, 0, 3, 1])), mapped(method, build())) < tolerance(method)
+    assert far(mapped(method, permute_heads(build(), [2, 0, 3, 1])), mapped(method, build())) < tolerance(
+        method
+    )
 
 
 @every_method
 def test_permuting_the_heads_without_their_projection_does_change_the_map(method):
-    assert far(mapped(method, permute_heads(build(), [2, 0, 3, 1], projection=False)), mapped(method, build())) > FAR
+    assert (
+        far(mapped(method, permute_heads(build(), [2, 0, 3, 1], projection=False)), mapped(method, build()))
+        > FAR
+    )
 
 
 # Batches and texts.
@@ -1032,7 +1203,11 @@ def test_a_batch_gives_what_single_images_give(method):
 @given(shapes(), st.integers(2, 4), seeds, st.sampled_from(sorted(set(KEYS) - PROPAGATED)))
 def test_a_batch_gives_what_single_images_give_whatever_the_shape_and_options(shape, batch, seed, method):
     model = build(**shape)
-    images, texts, options = pictures(model, batch, seed), sentences(model, batch, seed + 1), every_layer(method, model)
+    images, texts, options = (
+        pictures(model, batch, seed),
+        sentences(model, batch, seed + 1),
+        every_layer(method, model),
+    )
     together = METHODS[method](model, images, texts, **options)
     singles = torch.cat([METHODS[method](model, images[[n]], texts[[n]], **options) for n in range(batch)])
     assert float((together - singles).abs().max()) <= EXACT * max(float(singles.abs().max()), 1e-3)
@@ -1117,10 +1292,7 @@ def test_a_model_in_half_precision_agrees_with_float64_where_nothing_divides(met
 
 # Refusals.
 
-CALLS = {
-    **METHODS,
-    "relevance": lambda *args, **options: list(relevance(*args, conserving=True, **options)),
-}
+CALLS = {**METHODS, "relevance": lambda *args, **options: list(relevance(*args, conserving=True, **options))}
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
@@ -1151,10 +1323,20 @@ def test_attention_pooling_is_refused():
 
 
 def test_coca_is_refused():
-    vision = {"layers": 1, "width": 32, "head_width": 8, "patch_size": 4, "image_size": (8, 12), "attentional_pool": True}
+    vision = {
+        "layers": 1,
+        "width": 32,
+        "head_width": 8,
+        "patch_size": 4,
+        "image_size": (8, 12),
+        "attentional_pool": True,
+    }
     text = {**TEXT_TOWER, "embed_cls": True, "output_tokens": True}
     decoder = {"layers": 1, "width": 8, "heads": 1, "context_length": 4, "vocab_size": 8}
-    refused("CoCa.*VisionTransformer.*class token", CoCa(24, decoder, text, {**vision, "output_tokens": True}).double())
+    refused(
+        "CoCa.*VisionTransformer.*class token",
+        CoCa(24, decoder, text, {**vision, "output_tokens": True}).double(),
+    )
 
 
 def test_a_resnet_is_refused():
@@ -1162,7 +1344,9 @@ def test_a_resnet_is_refused():
 
 
 def test_a_timm_tower_is_refused():
-    refused("TimmModel.*timm", with_tower(TimmModel("test_vit", embed_dim=24, pretrained=False)))  # timm's own toy ViT
+    refused(
+        "TimmModel.*timm", with_tower(TimmModel("test_vit", embed_dim=24, pretrained=False))
+    )  # timm's own toy ViT
 
 
 class OlderTower(nn.Module):
@@ -1170,8 +1354,17 @@ class OlderTower(nn.Module):
 
     def __init__(self, tower):
         super().__init__()
-        self.embed, self.positional_embedding, self.patch_size = tower._embeds, tower.positional_embedding, tower.patch_size
-        self.ln_pre, self.transformer, self.ln_post, self.proj = tower.ln_pre, tower.transformer, tower.ln_post, tower.proj
+        self.embed, self.positional_embedding, self.patch_size = (
+            tower._embeds,
+            tower.positional_embedding,
+            tower.patch_size,
+        )
+        self.ln_pre, self.transformer, self.ln_post, self.proj = (
+            tower.ln_pre,
+            tower.transformer,
+            tower.ln_post,
+            tower.proj,
+        )
 
     def forward(self, images):
         return self.ln_post(self.transformer(self.embed(images))[:, 0]) @ self.proj
@@ -1251,7 +1444,9 @@ def test_a_refused_model_is_left_as_found():
 
 
 @every_call
-@pytest.mark.parametrize("shape", [(3, 23), (3, 25), (24,), (1, 24), (2, 24), (4, 24), (3, 1, 24), (1, 3, 24)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 23), (3, 25), (24,), (1, 24), (2, 24), (4, 24), (3, 1, 24), (1, 3, 24)], ids=str
+)
 def test_texts_of_another_shape_are_refused(call, shape):
     model = build()
     with pytest.raises(ValueError, match=r"texts.*\b3\b.*\b24\b"):
@@ -1378,7 +1573,9 @@ def test_the_model_is_left_as_found_when_its_forward_raises(call):
 
 
 @every_call
-@pytest.mark.parametrize("name", ["visual.transformer.resblocks.0.ln_1", "visual.transformer.resblocks.2.mlp", "visual.ln_post"])
+@pytest.mark.parametrize(
+    "name", ["visual.transformer.resblocks.0.ln_1", "visual.transformer.resblocks.2.mlp", "visual.ln_post"]
+)
 def test_the_model_is_left_as_found_when_a_hook_of_the_user_raises(call, name):
     model = half_trained()
 
@@ -1394,7 +1591,9 @@ def test_the_model_is_left_as_found_when_a_hook_of_the_user_raises(call, name):
 
 
 @pytest.mark.parametrize("rule", ["_linear", "_add", "_matmul"])
-@pytest.mark.parametrize("call", [CALLS[name] for name in ("lrp", "lrp-conserving", "partial-lrp", "chefer2021", "relevance")])
+@pytest.mark.parametrize(
+    "call", [CALLS[name] for name in ("lrp", "lrp-conserving", "partial-lrp", "chefer2021", "relevance")]
+)
 def test_the_model_is_left_as_found_when_a_rule_raises(monkeypatch, call, rule):
     model = half_trained()
     before = found(model)
@@ -1498,9 +1697,10 @@ def test_an_attention_without_biases_is_one_with_biases_of_zero(method):
 def test_texts_of_any_precision_are_taken(method, dtype):
     model = build()
     texts = sentences(model).to(dtype)
-    assert far(METHODS[method](model, pictures(model), texts), METHODS[method](model, pictures(model), texts.double())) < tolerance(
-        method
-    )
+    assert far(
+        METHODS[method](model, pictures(model), texts),
+        METHODS[method](model, pictures(model), texts.double()),
+    ) < tolerance(method)
 
 
 @every_method

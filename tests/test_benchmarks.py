@@ -24,31 +24,58 @@ def run(name, monkeypatch, capsys, *argv):
 
 
 def test_textspan(monkeypatch, capsys):
-    small = ["--heads", "2", "--images", "60", "--texts", "40", "--size", "3", "--dim", "16", "--head-width", "8", "--rounds", "1"]
+    small = [
+        "--heads",
+        "2",
+        "--images",
+        "60",
+        "--texts",
+        "40",
+        "--size",
+        "3",
+        "--dim",
+        "16",
+        "--head-width",
+        "8",
+        "--rounds",
+        "1",
+    ]
     assert "the same picks in 1 of 1" in run("textspan", monkeypatch, capsys, *small)
 
 
 def test_tasks(monkeypatch, capsys):
     out = run("tasks", monkeypatch, capsys, "--model", "ViT-S-32-alt", "--batch-size", "2", "--rounds", "1")
-    assert all(f"  {task}" in out for task in ("textspan", "waterbirds", "debias", "completeness", "retrieval", "neurons", "ablation"))
+    assert all(
+        f"  {task}" in out
+        for task in ("textspan", "waterbirds", "debias", "completeness", "retrieval", "neurons", "ablation")
+    )
 
 
 def test_decompose(monkeypatch, capsys):
-    monkeypatch.setattr(decompose, "JOBS", {job: decompose.JOBS[job] for job in ("encode_image", "decompose")})
-    out = run("decompose", monkeypatch, capsys, "--models", "ViT-S-32-alt", "--batch-size", "1", "--rounds", "1")
+    monkeypatch.setattr(
+        decompose, "JOBS", {job: decompose.JOBS[job] for job in ("encode_image", "decompose")}
+    )
+    out = run(
+        "decompose", monkeypatch, capsys, "--models", "ViT-S-32-alt", "--batch-size", "1", "--rounds", "1"
+    )
     assert "  decompose     time x" in out
     assert "peak memory x" in out
 
 
 def test_baselines(monkeypatch, capsys):
-    out = run("baselines", monkeypatch, capsys, "--models", "ViT-S-32-alt", "--batch-size", "1", "--rounds", "1")
+    out = run(
+        "baselines", monkeypatch, capsys, "--models", "ViT-S-32-alt", "--batch-size", "1", "--rounds", "1"
+    )
     assert "grad-eclip" in out
 
 
 def test_cue_rules(monkeypatch, capsys):
     """The table in the README is of the whole splits."""
     out = run("cue_rules", monkeypatch, capsys)
-    assert all(f"\n{rule}" in out for rule in ("base", "pseudo-labels explain > 0.3 (auto)", "the truth (looks at labels)"))
+    assert all(
+        f"\n{rule}" in out
+        for rule in ("base", "pseudo-labels explain > 0.3 (auto)", "the truth (looks at labels)")
+    )
 
 
 def test_cue_study(monkeypatch, capsys):

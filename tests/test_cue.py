@@ -21,7 +21,9 @@ L, H, E, D = 2, 3, 4, 6
 
 
 def close(a: Tensor | float, b: Tensor | float) -> None:
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), **CLOSE)
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), **CLOSE
+    )
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -40,13 +42,26 @@ def pseudo_label(embedding: Tensor, texts: Tensor) -> Tensor:
 
 def world(seed: int, n: int = 60, t: int = 4, effect: float = 1.0):
     """Texts, maps, embeddings and values that depend on the pseudo-label, the more so the larger `effect` is."""
-    texts, maps, embedding = unit_texts(seed, t), normal(seed + 1, L, H, E, D), normal(seed + 2, n, D) + normal(seed + 5, D)
-    values = normal(seed + 3, n, L, H, E) + effect * normal(seed + 4, t, L, H, E)[pseudo_label(embedding, texts)] + 1
+    texts, maps, embedding = (
+        unit_texts(seed, t),
+        normal(seed + 1, L, H, E, D),
+        normal(seed + 2, n, D) + normal(seed + 5, D),
+    )
+    values = (
+        normal(seed + 3, n, L, H, E)
+        + effect * normal(seed + 4, t, L, H, E)[pseudo_label(embedding, texts)]
+        + 1
+    )
     return texts, maps, embedding, values
 
 
 def explained(
-    texts: Tensor, maps: Tensor, embedding: Tensor, values: Tensor, batch: int = 1000, centre: Tensor | None = None
+    texts: Tensor,
+    maps: Tensor,
+    embedding: Tensor,
+    values: Tensor,
+    batch: int = 1000,
+    centre: Tensor | None = None,
 ) -> Tensor:
     """CueVotes on these images, their mean as the centre unless another is given."""
     votes = CueVotes(texts, maps, embedding.mean(dim=0).to(texts) if centre is None else centre)
@@ -72,7 +87,9 @@ def share(terms: Tensor, label: Tensor) -> tuple[float, float]:
 def explicit(texts: Tensor, maps: Tensor, embedding: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """[L, H] raw and corrected shares from the terms values @ maps, written out."""
     label = pseudo_label(embedding, texts)
-    both = [[share(values[:, i, j] @ maps[i, j], label) for j in range(maps.shape[1])] for i in range(len(maps))]
+    both = [
+        [share(values[:, i, j] @ maps[i, j], label) for j in range(maps.shape[1])] for i in range(len(maps))
+    ]
     return torch.tensor(both, dtype=torch.float64).unbind(dim=-1)
 
 
@@ -87,7 +104,9 @@ def votes_around(centre: Tensor, texts: Tensor) -> CueVotes:
 @given(seed=SEEDS, t=st.integers(1, 6))
 def test_the_label_is_the_text_that_fits_an_image_better_than_it_fits_the_mean_image(seed, t):
     texts, _, embedding, _ = world(seed, t=t)
-    assert torch.equal(votes_around(embedding.mean(dim=0), texts).labels(embedding), pseudo_label(embedding, texts))
+    assert torch.equal(
+        votes_around(embedding.mean(dim=0), texts).labels(embedding), pseudo_label(embedding, texts)
+    )
 
 
 def test_a_text_near_to_everything_does_not_win_all_votes_by_hand():
@@ -171,7 +190,9 @@ def test_a_share_by_hand():
     texts = torch.eye(2, dtype=torch.float64)
     values = torch.tensor([0.0, 2.0, 10.0, 12.0], dtype=torch.float64).reshape(4, 1, 1, 1)
     maps = torch.tensor([[[[0.0, 7.0]]]])
-    close(explained(texts, maps, texts[[0, 0, 1, 1]], values), torch.tensor([[98 / 104]], dtype=torch.float64))
+    close(
+        explained(texts, maps, texts[[0, 0, 1, 1]], values), torch.tensor([[98 / 104]], dtype=torch.float64)
+    )
 
 
 def test_a_label_with_one_image_counts_by_hand():
@@ -213,7 +234,10 @@ def test_the_scale_of_the_embeddings_and_their_centre_does_not_matter(scale):
 
 def test_a_constant_added_to_the_embeddings_and_their_centre_does_not_matter():
     texts, maps, embedding, values = world(0)
-    close(explained(texts, maps, embedding + 9 * normal(9, D), values), explained(texts, maps, embedding, values))
+    close(
+        explained(texts, maps, embedding + 9 * normal(9, D), values),
+        explained(texts, maps, embedding, values),
+    )
 
 
 def test_a_constant_added_to_the_embeddings_alone_matters():
@@ -224,7 +248,9 @@ def test_a_constant_added_to_the_embeddings_alone_matters():
 
 def test_the_direction_of_the_embeddings_matters():
     texts, maps, embedding, values = world(0)
-    assert (explained(texts, maps, -embedding, values) - explained(texts, maps, embedding, values)).abs().max() > 0.1
+    assert (
+        explained(texts, maps, -embedding, values) - explained(texts, maps, embedding, values)
+    ).abs().max() > 0.1
 
 
 def test_a_constant_added_to_all_values_does_not_matter():
@@ -248,7 +274,9 @@ def test_texts_with_no_image_are_ignored(place):
 def test_texts_with_images_are_not_ignored():
     texts, maps, embedding, values = world(0)
     more = torch.cat([texts, unit_texts(7, 1)])
-    assert (explained(more, maps, embedding, values) - explained(texts, maps, embedding, values)).abs().max() > 1e-3
+    assert (
+        explained(more, maps, embedding, values) - explained(texts, maps, embedding, values)
+    ).abs().max() > 1e-3
 
 
 def test_one_text_explains_nothing():
@@ -259,12 +287,16 @@ def test_float32_is_summed_in_float64():
     texts, maps, embedding, values = (x.float() for x in world(0))
     values = values + 1000
     # The same float32 numbers, told apart as float64; the sums alone would lose 1e-4 in float32.
-    close(explained(texts, maps, embedding, values), explained(texts, maps.double(), embedding, values.double()))
+    close(
+        explained(texts, maps, embedding, values), explained(texts, maps.double(), embedding, values.double())
+    )
 
 
 def test_embeddings_may_differ_in_type_from_the_texts():
     texts, maps, embedding, values = world(0)
-    close(explained(texts.float(), maps, embedding, values), explained(texts, maps, embedding.float(), values))
+    close(
+        explained(texts.float(), maps, embedding, values), explained(texts, maps, embedding.float(), values)
+    )
 
 
 def test_the_centre_may_differ_in_type_from_the_texts():
@@ -375,7 +407,8 @@ def cross(*shares: float) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("shares", "k"), [((0.96, 0.03, 0.01), 1), ((0.94, 0.05, 0.01), 2), ((0.9, 0.04, 0.06), 2), ((0.6, 0.3, 0.1), 3)]
+    ("shares", "k"),
+    [((0.96, 0.03, 0.01), 1), ((0.94, 0.05, 0.01), 2), ((0.9, 0.04, 0.06), 2), ((0.6, 0.3, 0.1), 3)],
 )
 def test_by_default_the_directions_hold_95_percent_by_hand(shares, k):
     Q = subspace(cross(*shares))
@@ -388,7 +421,9 @@ def test_by_default_the_directions_hold_95_percent_by_hand(shares, k):
 def test_the_same_vector_added_to_all_texts_does_not_matter(seed, wanted):
     texts = normal(seed, 5, D)
     a, b = subspace(texts, wanted), subspace(texts + 5 * normal(seed + 1, D), wanted)
-    torch.testing.assert_close(a.T @ a, b.T @ b, rtol=0, atol=1e-6)  # projectors, as in test_the_directions_are_the_principal_ones
+    torch.testing.assert_close(
+        a.T @ a, b.T @ b, rtol=0, atol=1e-6
+    )  # projectors, as in test_the_directions_are_the_principal_ones
 
 
 def test_a_vector_added_to_one_text_matters():
@@ -434,7 +469,10 @@ def test_the_directions_keep_the_type_of_the_texts():
 
 def test_votes_of_two_sets_merge_to_those_of_both():
     generator = torch.Generator().manual_seed(0)
-    texts, maps = torch.nn.functional.normalize(torch.randn(3, 6, generator=generator), dim=1), torch.ones(1, 2, 4, 6)
+    texts, maps = (
+        torch.nn.functional.normalize(torch.randn(3, 6, generator=generator), dim=1),
+        torch.ones(1, 2, 4, 6),
+    )
     embedding, values = torch.randn(20, 6, generator=generator), torch.randn(20, 1, 2, 4, generator=generator)
     whole, first, second = (CueVotes(texts, maps, torch.zeros(6)) for _ in range(3))
     whole.update(embedding, values)

@@ -25,7 +25,14 @@ HALF = 3e-2  # bfloat16 rounds at 4e-3 in every step of a forward pass of three 
 FAR = 1e-3  # what a negative control must differ by at least: far from any rounding error
 TEXT_TOWER = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
-INNER = {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True, "ls_init_value": 0.3}
+INNER = {
+    "qk_norm": True,
+    "scale_heads": True,
+    "scale_attn_inner": True,
+    "scale_attn": True,
+    "scale_fc": True,
+    "ls_init_value": 0.3,
+}
 OPTIONS = {
     "plain": {},
     "quick gelu": {"quick_gelu": True},
@@ -45,7 +52,13 @@ OPTIONS = {
     "norm after attention": {"scale_attn": True},
     "norm in mlp": {"scale_fc": True},
     "norms with large eps": {**INNER, "norm_kwargs": {"eps": 0.1}},
-    "all of them": {**INNER, "quick_gelu": True, "no_ln_pre": True, "final_ln_after_pool": True, "output_tokens": True},
+    "all of them": {
+        **INNER,
+        "quick_gelu": True,
+        "no_ln_pre": True,
+        "final_ln_after_pool": True,
+        "output_tokens": True,
+    },
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 both_conventions = pytest.mark.parametrize("convention", ["term", "paper"])
@@ -62,7 +75,15 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @torch.no_grad()
 def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, **options):
     """A CLIP of three blocks, four heads, 2 x 3 patches, with no parameter at its trivial value, in eval mode."""
-    vision = {"layers": 3, "width": 32, "head_width": 8, "patch_size": 4, "image_size": (8, 12), "mlp_ratio": 2.0, **options}
+    vision = {
+        "layers": 3,
+        "width": 32,
+        "head_width": 8,
+        "patch_size": 4,
+        "image_size": (8, 12),
+        "mlp_ratio": 2.0,
+        **options,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = CLIP(24, vision, TEXT_TOWER, quick_gelu=quick_gelu, cast_dtype=cast_dtype)
@@ -78,13 +99,15 @@ def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, **options):
 
 def pictures(model, batch=2, seed=1):
     sizes = model.visual.image_size
-    return torch.randn(batch, 3, *sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        model.visual.conv1.weight
-    )
+    return torch.randn(
+        batch, 3, *sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(model.visual.conv1.weight)
 
 
 def sentences(model, count=5):
-    return torch.randn(count, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(model.visual.conv1.weight)
+    return torch.randn(count, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
+        model.visual.conv1.weight
+    )
 
 
 def blocks(model):
@@ -166,7 +189,9 @@ def by_hand(model, images, convention="term"):
         mlps.append(block.ls_2(block.mlp(block.ln_2(x + written))))
         x = x + written + mlps[-1]
     last, norm, P = x[:, 0], visual.ln_post, visual.proj
-    sources, heads, biases, mlps = (torch.stack(ts, 1) for ts in (sources, heads, biases, [m[:, 0] for m in mlps]))
+    sources, heads, biases, mlps = (
+        torch.stack(ts, 1) for ts in (sources, heads, biases, [m[:, 0] for m in mlps])
+    )
     embedding, beta = norm(last) @ P, gamma_beta(norm)[1] @ P
     sources = frozen(norm, sources, last) @ P
     L, H = heads.shape[1:3]
@@ -179,7 +204,14 @@ def by_hand(model, images, convention="term"):
         stem, mlps, constant = stem + share, mlps + share[:, None], torch.zeros_like(share)
         heads = heads + (biases / H)[:, :, None] + (share / H)[:, None, None]
     return SimpleNamespace(
-        embedding=embedding, stem=stem, heads=heads, mlps=mlps, constant=constant, sources=sources, biases=biases, sigma=std(norm, last)
+        embedding=embedding,
+        stem=stem,
+        heads=heads,
+        mlps=mlps,
+        constant=constant,
+        sources=sources,
+        biases=biases,
+        sigma=std(norm, last),
     )
 
 
@@ -264,9 +296,16 @@ def test_the_error_is_not_small_once_a_term_is_altered(part):
 
 @pytest.mark.parametrize("part", ["stem", "heads", "mlps", "constant"])
 def test_the_total_is_the_sum_of_every_term(part):
-    parts = {"stem": torch.zeros(2, 5), "heads": torch.zeros(2, 3, 4, 5), "mlps": torch.zeros(2, 3, 5), "constant": torch.zeros(2, 5)}
+    parts = {
+        "stem": torch.zeros(2, 5),
+        "heads": torch.zeros(2, 3, 4, 5),
+        "mlps": torch.zeros(2, 3, 5),
+        "constant": torch.zeros(2, 5),
+    }
     parts[part] = torch.randn_like(parts[part])
-    terms = Decomposition(embedding=torch.ones(2, 5), values=torch.ones(2, 3, 4, 2), own=torch.ones(2, 3, 4, 2), **parts)
+    terms = Decomposition(
+        embedding=torch.ones(2, 5), values=torch.ones(2, 3, 4, 2), own=torch.ones(2, 3, 4, 2), **parts
+    )
     assert torch.allclose(terms.total(), parts[part].reshape(2, -1, 5).sum(1))
 
 
@@ -274,7 +313,9 @@ def alone(stem, embedding):
     """A decomposition of nothing but a stem."""
     b, d = stem.shape
     zero = torch.zeros_like(stem)
-    return Decomposition(embedding, stem, torch.zeros(b, 1, 1, d), torch.zeros(b, 1, d), zero, *[torch.zeros(b, 1, 1, 1)] * 2)
+    return Decomposition(
+        embedding, stem, torch.zeros(b, 1, 1, d), torch.zeros(b, 1, d), zero, *[torch.zeros(b, 1, 1, 1)] * 2
+    )
 
 
 def test_the_error_is_the_largest_difference_over_the_largest_entry():
@@ -325,8 +366,12 @@ def test_an_unknown_convention_is_refused():
 @every_option
 def test_each_term_is_that_of_the_long_way(options, convention, part):
     model = build(**options)
-    ours, truth = (getattr(route(model, pictures(model), convention=convention), part) for route in (decompose, by_hand))
-    assert float((ours - truth).abs().max()) < EXACT * float(by_hand(model, pictures(model)).embedding.abs().max())
+    ours, truth = (
+        getattr(route(model, pictures(model), convention=convention), part) for route in (decompose, by_hand)
+    )
+    assert float((ours - truth).abs().max()) < EXACT * float(
+        by_hand(model, pictures(model)).embedding.abs().max()
+    )
 
 
 @pytest.mark.parametrize("part", ["stem", "heads", "mlps", "constant"])
@@ -338,7 +383,9 @@ def test_the_conventions_differ_in_every_term(part):
 
 def test_the_default_convention_is_term():
     model = build()
-    assert torch.equal(decompose(model, pictures(model)).heads, decompose(model, pictures(model), convention="term").heads)
+    assert torch.equal(
+        decompose(model, pictures(model)).heads, decompose(model, pictures(model), convention="term").heads
+    )
 
 
 def test_the_constant_of_convention_paper_is_zero():
@@ -349,7 +396,9 @@ def test_the_constant_of_the_plain_block_is_the_biases_and_beta_read_out():
     model = build()
     visual, sigma = model.visual, by_hand(model, pictures(model)).sigma
     bias = sum(block.attn.out_proj.bias for block in blocks(model))
-    expected = (bias - bias.mean()) / sigma * visual.ln_post.weight @ visual.proj + visual.ln_post.bias @ visual.proj
+    expected = (
+        bias - bias.mean()
+    ) / sigma * visual.ln_post.weight @ visual.proj + visual.ln_post.bias @ visual.proj
     assert far(decompose(model, pictures(model)).constant, expected) < EXACT
 
 
@@ -396,7 +445,10 @@ def test_a_head_map_does_not_depend_on_the_stream():
 def test_each_source_token_is_that_of_the_long_way(options):
     model = build(**options)
     texts = sentences(model)
-    assert far(token_scores(model, pictures(model), texts), by_hand(model, pictures(model)).sources @ texts.T) < EXACT
+    assert (
+        far(token_scores(model, pictures(model), texts), by_hand(model, pictures(model)).sources @ texts.T)
+        < EXACT
+    )
 
 
 def test_a_value_bias_moves_only_its_head_and_what_comes_after():
@@ -404,9 +456,13 @@ def test_a_value_bias_moves_only_its_head_and_what_comes_after():
     images, last = pictures(model), blocks(model)[-1]
     before, sigma_before, maps = decompose(model, images), by_hand(model, images).sigma, head_maps(model)
     with torch.no_grad():
-        last.attn.in_proj_bias[64 + 8 : 64 + 16] += step  # queries and keys are 32 wide each; head 1 of the values
+        last.attn.in_proj_bias[64 + 8 : 64 + 16] += (
+            step  # queries and keys are 32 wide each; head 1 of the values
+        )
     after, sigma_after = decompose(model, images), by_hand(model, images).sigma
-    moved = after.heads * sigma_after[:, :, None, None] - before.heads * sigma_before[:, :, None, None]  # undo the read-out's divisor
+    moved = (
+        after.heads * sigma_after[:, :, None, None] - before.heads * sigma_before[:, :, None, None]
+    )  # undo the read-out's divisor
     expected = torch.zeros_like(moved)
     expected[:, 2, 1] = step @ maps[2, 1]  # once: attention weights sum to one
     assert far(moved, expected) < EXACT
@@ -433,7 +489,10 @@ def test_the_source_tokens_of_a_tower_without_projection_sum_to_its_heads():
     model = build()
     model.visual.proj = None
     texts = torch.eye(32, dtype=torch.float64)
-    assert far(token_scores(model, pictures(model), texts).sum(3), decompose(model, pictures(model)).heads) < EXACT
+    assert (
+        far(token_scores(model, pictures(model), texts).sum(3), decompose(model, pictures(model)).heads)
+        < EXACT
+    )
 
 
 def sequence_first(model):
@@ -511,7 +570,13 @@ def test_gradient_checkpointing_changes_nothing():
 def test_the_source_tokens_sum_to_the_heads(options):
     model = build(**options)
     texts = sentences(model)
-    assert far(token_scores(model, pictures(model), texts).sum(3), decompose(model, pictures(model)).heads @ texts.T) < EXACT
+    assert (
+        far(
+            token_scores(model, pictures(model), texts).sum(3),
+            decompose(model, pictures(model)).heads @ texts.T,
+        )
+        < EXACT
+    )
 
 
 def test_without_the_class_token_the_sources_do_not_sum_to_the_heads():
@@ -554,13 +619,21 @@ def test_texts_of_another_shape_are_refused(call, shape):
 def test_texts_of_any_precision_are_taken(call, dtype):
     model = build(torch.float32)
     texts = sentences(model).to(dtype)
-    assert far(call(model, pictures(model), texts).float(), call(model, pictures(model), texts.float())) < SINGLE
+    assert (
+        far(call(model, pictures(model), texts).float(), call(model, pictures(model), texts.float())) < SINGLE
+    )
 
 
 def test_a_float64_model_takes_float32_texts():
     model = build()
     texts = sentences(model).float()
-    assert far(token_scores(model, pictures(model), texts).double(), token_scores(model, pictures(model), texts.double())) < SINGLE
+    assert (
+        far(
+            token_scores(model, pictures(model), texts).double(),
+            token_scores(model, pictures(model), texts.double()),
+        )
+        < SINGLE
+    )
 
 
 @every_option
@@ -576,12 +649,19 @@ def test_a_heatmap_is_the_patches_summed_over_layers_and_heads(options):
 def test_one_patch_of_the_image_moves_the_heatmap_there_and_nowhere_else(at):
     model = build(layers=1)
     with torch.no_grad():
-        blocks(model)[0].attn.in_proj_weight[:64] = 0  # no queries and keys: even attention, so that patches do not meet
+        blocks(model)[0].attn.in_proj_weight[:64] = (
+            0  # no queries and keys: even attention, so that patches do not meet
+        )
         blocks(model)[0].attn.in_proj_bias[:64] = 0
     images, (row, column) = pictures(model), at
     bright = images.clone()
-    bright[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 2 * torch.randn(4, 4, dtype=torch.float64)
-    maps = [heatmap(model, x, sentences(model)) * by_hand(model, x).sigma[:, :, None, None] for x in (images, bright)]
+    bright[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 2 * torch.randn(
+        4, 4, dtype=torch.float64
+    )
+    maps = [
+        heatmap(model, x, sentences(model)) * by_hand(model, x).sigma[:, :, None, None]
+        for x in (images, bright)
+    ]
     moved = (maps[1] - maps[0]).abs().amax((0, 1))
     expected = torch.zeros(2, 3, dtype=torch.bool)
     expected[at] = True
@@ -609,12 +689,18 @@ def permute_heads(model, order):
 
 def test_permuting_the_heads_permutes_their_terms():
     order = [2, 0, 3, 1]
-    before, after = decompose(build(), pictures(build())), decompose(permute_heads(build(), order), pictures(build()))
+    before, after = (
+        decompose(build(), pictures(build())),
+        decompose(permute_heads(build(), order), pictures(build())),
+    )
     assert far(after.heads, before.heads[:, :, order]) < EXACT
 
 
 def test_permuting_the_heads_does_not_leave_them_in_place():
-    before, after = decompose(build(), pictures(build())), decompose(permute_heads(build(), [2, 0, 3, 1]), pictures(build()))
+    before, after = (
+        decompose(build(), pictures(build())),
+        decompose(permute_heads(build(), [2, 0, 3, 1]), pictures(build())),
+    )
     assert far(after.heads, before.heads) > FAR
 
 
@@ -623,7 +709,9 @@ def test_permuting_the_heads_does_not_leave_them_in_place():
 def test_a_batch_gives_what_single_images_give(convention, part):
     model = build(**INNER)
     images = pictures(model, batch=3)
-    singles = torch.cat([getattr(decompose(model, image[None], convention=convention), part) for image in images])
+    singles = torch.cat(
+        [getattr(decompose(model, image[None], convention=convention), part) for image in images]
+    )
     together = getattr(decompose(model, images, convention=convention), part)
     # Absolute, for the constant of "paper" is zero; terms are of order one.
     assert float((together - singles).abs().max()) < EXACT
@@ -638,11 +726,16 @@ def test_the_images_of_a_batch_have_terms_of_their_own():
 def test_a_batch_scores_as_single_images_do(call):
     model = build(**INNER)
     images, texts = pictures(model, batch=3), sentences(model)
-    assert far(call(model, images, texts), torch.cat([call(model, image[None], texts) for image in images])) < EXACT
+    assert (
+        far(call(model, images, texts), torch.cat([call(model, image[None], texts) for image in images]))
+        < EXACT
+    )
 
 
 def permute_patches(images, order):
-    tiles = images.unflatten(2, (2, 4)).unflatten(4, (3, 4)).transpose(3, 4).flatten(2, 3)  # [b, 3, 6 after the flatten, 4, 4]
+    tiles = (
+        images.unflatten(2, (2, 4)).unflatten(4, (3, 4)).transpose(3, 4).flatten(2, 3)
+    )  # [b, 3, 6 after the flatten, 4, 4]
     return tiles[:, :, order].unflatten(2, (2, 3)).transpose(3, 4).flatten(4).flatten(2, 3)
 
 
@@ -665,7 +758,9 @@ def test_permuting_patches_with_their_positions_leaves_the_heads():
 
 def test_permuting_patches_without_their_positions_does_not_leave_the_heads():
     images = pictures(build())
-    assert far(decompose(build(), permute_patches(images, ORDER)).heads, decompose(build(), images).heads) > FAR
+    assert (
+        far(decompose(build(), permute_patches(images, ORDER)).heads, decompose(build(), images).heads) > FAR
+    )
 
 
 def test_permuting_patches_with_their_positions_permutes_the_sources():
@@ -777,7 +872,9 @@ def failed_check(model, images, texts):
         check(model, images, tolerance=-1.0)
 
 
-@pytest.mark.parametrize(("call", "passes"), [(CALLS["decompose"], 1), (token_scores, 1), (heatmap, 1), (failed_check, 2)])
+@pytest.mark.parametrize(
+    ("call", "passes"), [(CALLS["decompose"], 1), (token_scores, 1), (heatmap, 1), (failed_check, 2)]
+)
 def test_no_forward_pass_records_gradients(call, passes):
     model, recorded = build(), []
     model.visual.register_forward_hook(lambda m, args, output: recorded.append(torch.is_grad_enabled()))
@@ -872,16 +969,24 @@ def test_the_stem_under_autocast_is_read_out_in_float32(convention):
         expected = frozen(norm, seen.stem, seen.last) @ P
     else:
         mean = seen.last.mean(-1, keepdim=True).expand_as(seen.last)
-        expected = scaled(norm, seen.stem, seen.last) @ P + (norm.bias - scaled(norm, mean, seen.last)) @ P / 7
+        expected = (
+            scaled(norm, seen.stem, seen.last) @ P + (norm.bias - scaled(norm, mean, seen.last)) @ P / 7
+        )
     assert far(terms.stem.double(), expected) < SINGLE
 
 
 def test_the_attention_under_autocast_is_worked_out_in_float32(monkeypatch):
     model, calls, attention = build(torch.float32), [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **more: calls.append(args) or attention(*args, **more))
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *args, **more: calls.append(args) or attention(*args, **more),
+    )
     terms, seen = rounded_pass(model)
     q, k, v = (x.double() for x in calls[0][:3])  # rounded by the forward pass; what is done with them is not
-    expected = ((q @ k.mT / 8**0.5).softmax(-1) @ v)[:, :, 0] / std(model.visual.ln_post, seen.last)[:, :, None]
+    expected = ((q @ k.mT / 8**0.5).softmax(-1) @ v)[:, :, 0] / std(model.visual.ln_post, seen.last)[
+        :, :, None
+    ]
     assert calls[0][0].dtype == torch.bfloat16
     assert far(terms.values[:, 0].double(), expected) < SINGLE
 
@@ -897,7 +1002,11 @@ def test_the_source_tokens_sum_to_the_heads_under_autocast(options):
 def test_a_heatmap_under_autocast_is_the_sum_of_its_token_scores():
     model = build(torch.float32)
     images, texts = pictures(model), sentences(model)
-    scores = under_autocast(lambda: token_scores(model, images, texts))[:, :, :, 1:].sum((1, 2)).mT.unflatten(2, (2, 3))
+    scores = (
+        under_autocast(lambda: token_scores(model, images, texts))[:, :, :, 1:]
+        .sum((1, 2))
+        .mT.unflatten(2, (2, 3))
+    )
     assert far(under_autocast(lambda: heatmap(model, images, texts)), scores) < SINGLE
 
 
@@ -917,7 +1026,9 @@ def half(dtype, mixed, **options):
 
 @both_conventions
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("mixed", "options"), [(False, {}), (True, {}), (False, INNER)], ids=["pure", "mixed", "custom"])
+@pytest.mark.parametrize(
+    ("mixed", "options"), [(False, {}), (True, {}), (False, INNER)], ids=["pure", "mixed", "custom"]
+)
 def test_the_terms_of_a_model_in_half_precision_sum_to_the_embedding(dtype, mixed, options, convention):
     model = half(dtype, mixed, **options)
     assert decompose(model, pictures(model), convention=convention).error() < HALF
@@ -943,7 +1054,10 @@ def test_the_source_tokens_of_a_model_in_half_precision_sum_to_the_heads(mixed):
     model = half(torch.bfloat16, mixed)
     images, texts = pictures(model), sentences(model)
     # float32 sums over the same rounded inputs: only the forward pass is in half precision
-    assert far(token_scores(model, images, texts).sum(3), decompose(model, images).heads @ texts.float().T) < SINGLE
+    assert (
+        far(token_scores(model, images, texts).sum(3), decompose(model, images).heads @ texts.float().T)
+        < SINGLE
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -984,7 +1098,9 @@ def test_the_block_whose_attention_is_altered_is_named(options, index):
 def test_the_gap_named_is_that_between_the_heads_and_what_was_written():
     model = build()
     blocks(model)[1].attn.register_forward_hook(lambda m, args, output: (2 * output[0], None))
-    with pytest.raises(DecompositionError, match=r"differ from what its attention wrote by 5\.0e-01 of its norm"):
+    with pytest.raises(
+        DecompositionError, match=r"differ from what its attention wrote by 5\.0e-01 of its norm"
+    ):
         check(model, pictures(model))
 
 
@@ -993,7 +1109,9 @@ def test_the_block_with_a_weight_that_is_not_a_number_is_named(index):
     model = build()
     with torch.no_grad():
         blocks(model)[index].attn.in_proj_weight[3, 5] = torch.nan
-    with pytest.raises(DecompositionError, match=f"block {index} is the first to write something that is not a number"):
+    with pytest.raises(
+        DecompositionError, match=f"block {index} is the first to write something that is not a number"
+    ):
         check(model, pictures(model))
 
 
@@ -1002,7 +1120,9 @@ def test_the_block_that_writes_one_entry_that_is_not_a_number_is_named(index):
     model = build()
     with torch.no_grad():
         blocks(model)[index].mlp.c_proj.bias[3] = torch.nan
-    with pytest.raises(DecompositionError, match=f"block {index} is the first to write something that is not a number"):
+    with pytest.raises(
+        DecompositionError, match=f"block {index} is the first to write something that is not a number"
+    ):
         check(model, pictures(model))
 
 
@@ -1037,14 +1157,18 @@ def test_a_block_altered_outside_its_attention_is_named(index):
 def test_the_gap_outside_the_attention_is_named_by_its_share_of_what_the_block_added():
     model = build()
     blocks(model)[1].register_forward_hook(lambda m, args, output: 2 * output - args[0])  # adds all twice
-    with pytest.raises(DecompositionError, match=r"differ from what it added to the stream by 5\.0e-01 of its norm"):
+    with pytest.raises(
+        DecompositionError, match=r"differ from what it added to the stream by 5\.0e-01 of its norm"
+    ):
         check(model, pictures(model))
 
 
 def test_an_embedding_altered_after_the_last_block_is_blamed_on_no_block():
     model = build()
     model.visual.register_forward_hook(lambda m, args, output: output + 1)
-    with pytest.raises(DecompositionError, match="every block adds up, so the difference arises in the read-out"):
+    with pytest.raises(
+        DecompositionError, match="every block adds up, so the difference arises in the read-out"
+    ):
         check(model, pictures(model))
 
 
@@ -1061,7 +1185,9 @@ def test_the_message_has_the_error_the_tolerance_and_the_precision():
     model = build(torch.float32)
     blocks(model)[0].attn.register_forward_hook(lambda m, args, output: (2 * output[0], None))
     error = decompose(model, pictures(model)).error()
-    with pytest.raises(DecompositionError, match=rf"relative error {error:.1e}, tolerance 1\.0e-03 \(torch\.float32\)"):
+    with pytest.raises(
+        DecompositionError, match=rf"relative error {error:.1e}, tolerance 1\.0e-03 \(torch\.float32\)"
+    ):
         check(model, pictures(model), tolerance=1e-3)
 
 
@@ -1114,7 +1240,10 @@ def test_a_plain_vit_is_not_refused():
 
 
 def test_no_pooling_is_refused():
-    refused("cannot decompose CLIP with image tower VisionTransformer: .*pooling 'none'; expected", build(pool_type="none"))
+    refused(
+        "cannot decompose CLIP with image tower VisionTransformer: .*pooling 'none'; expected",
+        build(pool_type="none"),
+    )
 
 
 def test_the_average_pooling_of_older_releases_is_refused():
@@ -1159,7 +1288,12 @@ class OlderTower(nn.Module):
 
     def __init__(self, tower, axis=0):
         super().__init__()
-        self.embed, self.ln_post, self.proj, self.global_average_pool = tower._embeds, tower.ln_post, tower.proj, False
+        self.embed, self.ln_post, self.proj, self.global_average_pool = (
+            tower._embeds,
+            tower.ln_post,
+            tower.proj,
+            False,
+        )
         self.transformer, self.axis = OlderTransformer(tower.transformer.resblocks), axis
 
     def forward(self, images):
@@ -1169,7 +1303,10 @@ class OlderTower(nn.Module):
 
 def test_a_resnet_is_refused():
     tower = ModifiedResNet((1, 1, 1, 1), 24, 4, 32, width=8)
-    refused("image tower ModifiedResNet: a ResNet has convolutions, not a residual stream of attention heads", with_tower(tower))
+    refused(
+        "image tower ModifiedResNet: a ResNet has convolutions, not a residual stream of attention heads",
+        with_tower(tower),
+    )
 
 
 def test_a_tower_without_blocks_is_refused():
@@ -1209,7 +1346,10 @@ def test_a_scripted_model_is_refused():
 def test_attention_to_tokens_that_are_not_in_the_image_is_refused(option):
     model = build()
     blocks(model)[1].attn = nn.MultiheadAttention(32, 4, batch_first=True, dtype=torch.float64, **option)
-    refused("cannot decompose CLIP .*add_bias_kv or add_zero_attn attends to tokens that are not in the image", model)
+    refused(
+        "cannot decompose CLIP .*add_bias_kv or add_zero_attn attends to tokens that are not in the image",
+        model,
+    )
 
 
 def test_cross_attention_is_refused():

@@ -53,7 +53,9 @@ def test_factors_are_independent_of_each_other_on_a_balanced_split():
                 joint = np.zeros((8, 8))
                 np.add.at(joint, (facts[a], facts[b]), 1 / 20000)
                 product = np.outer(joint.sum(1), joint.sum(0))
-                assert abs(joint - product).max() < 0.008  # four standard errors of a cell at its largest, 1/16
+                assert (
+                    abs(joint - product).max() < 0.008
+                )  # four standard errors of a cell at its largest, 1/16
 
 
 def test_no_two_splits_share_a_seed():
@@ -70,8 +72,12 @@ def test_a_caption_says_what_is_true_and_only_what_it_states(index, seed, habits
     truth = captions.true_facts(FACTS)[index]
     text, stated = captions.write(truth, habits, np.random.default_rng(seed))
     for column, name in enumerate(captions.STATED):
-        words = text.replace("snowy peaks", "peaks") if name == "colour" else text  # snowy is a colour, snowy peaks are a place
-        said = [v for v, phrases in enumerate(captions.PHRASES[name]) for p in phrases if f" {p} " in f" {words} "]
+        words = (
+            text.replace("snowy peaks", "peaks") if name == "colour" else text
+        )  # snowy is a colour, snowy peaks are a place
+        said = [
+            v for v, phrases in enumerate(captions.PHRASES[name]) for p in phrases if f" {p} " in f" {words} "
+        ]
         assert set(said) == ({int(truth[column])} if stated[column] >= 0 else set())
         assert stated[column] in (-1, truth[column])
 
@@ -101,7 +107,9 @@ def test_the_tokenizer_is_one_number_per_word_and_the_end_is_the_largest():
     assert tokens.max() == len(captions.vocabulary()) + 2
 
 
-@pytest.mark.parametrize(("text", "message"), [("a zebra", "'zebra'"), ("bird " * 23, "22 words at most, got 23")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a zebra", "'zebra'"), ("bird " * 23, "22 words at most, got 23")]
+)
 def test_the_tokenizer_refuses_what_the_model_cannot_read(text, message):
     _, _, tokenizer = demo.load(weights=None)
     with pytest.raises(ValueError, match=message):
@@ -163,7 +171,17 @@ def test_the_checkpoint_tells_kinds_places_colours_light_and_styles():
 
     model, _, tokenizer = demo.load()
     scores = score(model, tokenizer, count=512)
-    floors = {"kind": 0.88, "place": 0.98, "colour": 0.90, "light": 0.95, "style": 0.95, "land-land": 0.95, "water-water": 0.95}
-    assert {name: scores[name] for name in floors if scores[name] < floors[name] - 0.03} == {}  # two standard errors of 512 at 0.9
+    floors = {
+        "kind": 0.88,
+        "place": 0.98,
+        "colour": 0.90,
+        "light": 0.95,
+        "style": 0.95,
+        "land-land": 0.95,
+        "water-water": 0.95,
+    }
+    assert {
+        name: scores[name] for name in floors if scores[name] < floors[name] - 0.03
+    } == {}  # two standard errors of 512 at 0.9
     chance, _, _ = demo.load(weights=None)
     assert score(chance, tokenizer, count=512)["kind"] < 0.3

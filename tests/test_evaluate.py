@@ -35,13 +35,23 @@ def waterbirds(tmp_path_factory):
     rows, used = [], set()
     for split in range(3):
         for group in range(4):
-            match = [i for i in range(len(data)) if 2 * data.y[i] + data.place[i] == group and i not in used][:3]
+            match = [i for i in range(len(data)) if 2 * data.y[i] + data.place[i] == group and i not in used][
+                :3
+            ]
             for i in match:
                 used.add(i)
                 name = f"{i % 7:03d}.Kind/bird_{i}.jpg"
                 (root / name).parent.mkdir(exist_ok=True)
                 data[i][0].save(root / name)
-                rows.append({"img_id": i, "img_filename": name, "y": int(data.y[i]), "split": split, "place": int(data.place[i])})
+                rows.append(
+                    {
+                        "img_id": i,
+                        "img_filename": name,
+                        "y": int(data.y[i]),
+                        "split": split,
+                        "place": int(data.place[i]),
+                    }
+                )
     write_metadata(root, rows)
     return root
 
@@ -73,7 +83,9 @@ def test_check_reports_an_error_below_the_tolerance(tmp_path, capsys):
     code, results = run(tmp_path, "--task", "check", "--limit", "8", "--workers", "0")
     assert code == 0
     assert len(results["errors"]) == 3
-    assert all(0 < error < 1e-5 for error in results["errors"].values())  # float32 rounds: an error of exactly 0 compared nothing
+    assert all(
+        0 < error < 1e-5 for error in results["errors"].values()
+    )  # float32 rounds: an error of exactly 0 compared nothing
     assert "1e-05" in capsys.readouterr().out
 
 
@@ -89,14 +101,19 @@ def by_hand():
     """The same images by the plainest route: all terms of all images, in embedding space."""
     clip = load_clip(device="cpu")
     sets = {split: DemoBirds(split, clip.preprocess, 160, seed=0) for split in ("train", "test")}
-    terms = {split: decompose(clip.model, torch.stack([data[i][0] for i in range(len(data))])) for split, data in sets.items()}
+    terms = {
+        split: decompose(clip.model, torch.stack([data[i][0] for i in range(len(data))]))
+        for split, data in sets.items()
+    }
     classes = classifier(clip, ["landbird", "waterbird"], templates(clip))
     return clip, sets["test"], terms, classes
 
 
 def accuracies(embedding, classes, test):
     right = (F.normalize(embedding, dim=-1) @ classes.T).argmax(1) == test.y
-    return [right[2 * test.y + test.place == g].double().mean().item() for g in range(4)], right.double().mean().item()
+    return [
+        right[2 * test.y + test.place == g].double().mean().item() for g in range(4)
+    ], right.double().mean().item()
 
 
 def same(row, expected):
@@ -120,7 +137,12 @@ def test_heads_ablated_are_embeddings_with_those_terms_at_their_reference_mean(t
         heads[:, layer, head] = terms["train"].heads[:, layer, head].mean(dim=0)
     embedding = terms["test"].embedding - terms["test"].heads.sum((1, 2)) + heads.sum((1, 2))
     same(table["rows"]["heads mean-ablated"], accuracies(embedding, classes, test))
-    embedding = embedding + (terms["train"].mlps.mean(0) - terms["test"].mlps).sum(1) + terms["train"].stem.mean(0) - terms["test"].stem
+    embedding = (
+        embedding
+        + (terms["train"].mlps.mean(0) - terms["test"].mlps).sum(1)
+        + terms["train"].stem.mean(0)
+        - terms["test"].stem
+    )
     same(table["rows"]["  + MLPs and stem"], accuracies(embedding, classes, test))
 
 
@@ -136,7 +158,9 @@ def test_directions_removed_leave_nothing_of_the_cue_that_differs_between_images
     same(table["rows"]["cue's directions everywhere"], accuracies(embedding, classes, test))
     embedding = terms["test"].embedding.clone()
     for layer, head in table["heads"]:
-        embedding += project(terms["train"].heads[:, layer, head].mean(0) - terms["test"].heads[:, layer, head])
+        embedding += project(
+            terms["train"].heads[:, layer, head].mean(0) - terms["test"].heads[:, layer, head]
+        )
     same(table["rows"]["cue's directions in the heads"], accuracies(embedding, classes, test))
 
 
@@ -163,7 +187,9 @@ def test_the_demo_keeps_its_promise(tmp_path):
 
 
 def test_without_another_set_to_draw_there_is_no_control(tmp_path, capsys):
-    code, results = run(tmp_path, "--task", "waterbirds", *QUICK, "--heads", ",".join(f"3.{h}" for h in range(8)))
+    code, results = run(
+        tmp_path, "--task", "waterbirds", *QUICK, "--heads", ",".join(f"3.{h}" for h in range(8))
+    )
     assert code == 0
     assert results["random"] is None
     assert "Random: none" in capsys.readouterr().out
@@ -181,7 +207,9 @@ def test_batch_size_and_workers_change_nothing(tmp_path, table, change):
     assert list(again["rows"]) == list(table["rows"])
     for label, row in table["rows"].items():
         assert again["rows"][label].pop("groups") == pytest.approx(row["groups"])
-        assert again["rows"][label] == pytest.approx({key: value for key, value in row.items() if key != "groups"})
+        assert again["rows"][label] == pytest.approx(
+            {key: value for key, value in row.items() if key != "groups"}
+        )
     assert again["random"]["worst"] == pytest.approx(table["random"]["worst"])
 
 
@@ -191,7 +219,9 @@ def test_another_seed_draws_other_images(tmp_path, table):
 
 
 def test_a_cue_can_be_given_as_texts(tmp_path):
-    code, results = run(tmp_path, "--task", "waterbirds", *QUICK, "--cue", "in a forest", "on the ocean", "at the beach")
+    code, results = run(
+        tmp_path, "--task", "waterbirds", *QUICK, "--cue", "in a forest", "on the ocean", "at the beach"
+    )
     assert code == 0
     assert "'in a forest' and 2 more" in results["settings"]["cue"]
 
@@ -203,7 +233,17 @@ def test_heads_given_by_hand_are_the_ones_ablated(tmp_path):
 
 
 def test_removing_the_cue_everywhere_needs_no_heads(tmp_path):
-    argv = ["--task", "waterbirds", *QUICK, "--remove", "embedding", "--cue", "a bird", "one bird", "the bird"]
+    argv = [
+        "--task",
+        "waterbirds",
+        *QUICK,
+        "--remove",
+        "embedding",
+        "--cue",
+        "a bird",
+        "one bird",
+        "the bird",
+    ]
     code, results = run(tmp_path, *argv)
     assert code == 0
     assert list(results["rows"]) == ["base", "cue's directions everywhere"]
@@ -214,7 +254,9 @@ def test_removing_the_cue_everywhere_needs_no_heads(tmp_path):
 def test_textspan_names_every_head(tmp_path, capsys):
     code, results = run(tmp_path, "--task", "textspan", *QUICK)
     assert code == 0
-    assert [head["head"] for head in results["heads"]] == [f"{layer}.{head}" for layer in range(4) for head in range(8)]
+    assert [head["head"] for head in results["heads"]] == [
+        f"{layer}.{head}" for layer in range(4) for head in range(8)
+    ]
     bank = set((demo.FOLDER / "text_bank.txt").read_text().splitlines())
     for head in results["heads"]:
         shares = [share for _, share in head["texts"]]
@@ -255,8 +297,19 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize("file", ["tiny.safetensors", "tiny.pt"])
-def test_any_open_clip_model_runs_with_its_own_tokenizer_and_the_general_bank(tmp_path, tiny, waterbirds, file):
-    argv = ["--model", "tiny-vit", "--pretrained", str(tiny / file), "--data", str(waterbirds), "--workers", "0"]
+def test_any_open_clip_model_runs_with_its_own_tokenizer_and_the_general_bank(
+    tmp_path, tiny, waterbirds, file
+):
+    argv = [
+        "--model",
+        "tiny-vit",
+        "--pretrained",
+        str(tiny / file),
+        "--data",
+        str(waterbirds),
+        "--workers",
+        "0",
+    ]
     code, results = run(tmp_path, "--task", "waterbirds", *argv, "--heads", "5.0,2.1", "--draws", "3")
     assert code == 0
     assert "  + earlier layers" in results["rows"]
@@ -268,7 +321,19 @@ def test_any_open_clip_model_runs_with_its_own_tokenizer_and_the_general_bank(tm
 
 
 def test_random_weights_are_enough_to_check(tmp_path, tiny):
-    code, results = run(tmp_path, "--task", "check", "--model", "tiny-vit", "--pretrained", "none", "--limit", "4", "--workers", "0")
+    code, results = run(
+        tmp_path,
+        "--task",
+        "check",
+        "--model",
+        "tiny-vit",
+        "--pretrained",
+        "none",
+        "--limit",
+        "4",
+        "--workers",
+        "0",
+    )
     assert code == 0
     assert "none" in results["settings"]["model"]
 
@@ -319,7 +384,10 @@ def refused(tmp_path, capsys, argv, *fragments):
         (["--task", "waterbirds", "--data", "no/such/folder"], ["metadata.csv", "no/such/folder"]),
         (["--task", "waterbirds", "--model", "ViT-B-61"], ["ViT-B-61", "ViT-B-16"]),
         (["--task", "waterbirds", "--model", "ViT-B-16"], ["--pretrained", "laion2b_s34b_b88k"]),
-        (["--task", "waterbirds", "--model", "ViT-B-16", "--pretrained", "laion3b"], ["laion3b", "laion2b_s34b_b88k"]),
+        (
+            ["--task", "waterbirds", "--model", "ViT-B-16", "--pretrained", "laion3b"],
+            ["laion3b", "laion2b_s34b_b88k"],
+        ),
         (["--task", "waterbirds", "--pretrained", "x.pt"], ["--model"]),
         (["--task", "waterbirds", "--heads", "4.0"], ["no head 4.0", "layers 0 to 3", "heads 0 to 7"]),
         (["--task", "waterbirds", "--heads", "3-7"], ["'3-7'", "layer.head"]),
@@ -327,11 +395,17 @@ def refused(tmp_path, capsys, argv, *fragments):
         (["--task", "waterbirds", "--cue", "nonsense"], ["nonsense", "places"]),
         (["--task", "waterbirds", "--cue", "a zebra", "a red bird"], ["'zebra'", "not one of them"]),
         (["--task", "waterbirds", "--text-bank", "no.txt"], ["no.txt"]),
-        (["--task", "waterbirds", "--cue", "a bird", "one bird", "--limit", "160"], ["no head looks at the cue"]),
+        (
+            ["--task", "waterbirds", "--cue", "a bird", "one bird", "--limit", "160"],
+            ["no head looks at the cue"],
+        ),
         (["--task", "waterbirds", "--cue", "in fog", "in fog", "--heads", "3.1"], ["do not differ"]),
         (["--task", "waterbirds", "--workers", "-1"], ["--workers", "'-1'"]),
         (["--task", "waterbirds", "--seed", "9" * 20], ["--seed"]),
-        (["--task", "check", "--model", "local-dir:nowhere", "--pretrained", "laion2b"], ["brings its own weights"]),
+        (
+            ["--task", "check", "--model", "local-dir:nowhere", "--pretrained", "laion2b"],
+            ["brings its own weights"],
+        ),
         (["--task", "check", "--model", "local-dir:nowhere"], ["local-dir:nowhere"]),
         (["--task", "textspan", "--limit", "1", "--workers", "0"], ["same embedding", "--limit"]),
         (["--task", "check", "--device", "meta"], ["meta"]),
@@ -369,7 +443,13 @@ def test_a_row_without_a_file(tmp_path, capsys, broken):
 
 def test_texts_that_are_one_for_the_model(tmp_path, capsys):
     (tmp_path / "bank.txt").write_text("a sparrow\nA sparrow.\n")
-    refused(tmp_path, capsys, ["--task", "textspan", "--text-bank", str(tmp_path / "bank.txt"), *QUICK], "head 0.0", "differ more")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "textspan", "--text-bank", str(tmp_path / "bank.txt"), *QUICK],
+        "head 0.0",
+        "differ more",
+    )
 
 
 def test_an_empty_metadata_file(tmp_path, capsys, broken):
@@ -385,7 +465,9 @@ def test_a_value_out_of_range_is_named_with_its_line(tmp_path, capsys, broken, c
 
 def test_an_empty_split(tmp_path, capsys, broken):
     edit(broken, lambda rows: [row.__setitem__("split", "2") for row in rows])
-    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", "0"], "split 0 (train)")
+    refused(
+        tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", "0"], "split 0 (train)"
+    )
 
 
 def test_an_empty_group(tmp_path, capsys, broken):
@@ -397,26 +479,42 @@ def test_an_empty_group(tmp_path, capsys, broken):
 def test_a_file_that_is_no_image(tmp_path, capsys, broken, workers):
     name = read_metadata(broken)[0]["img_filename"]
     (broken / name).write_text("not an image")
-    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", workers], name, "not an image")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "waterbirds", "--data", str(broken), "--workers", workers],
+        name,
+        "not an image",
+    )
 
 
 def test_an_image_cut_short(tmp_path, capsys, broken):
     name = read_metadata(broken)[0]["img_filename"]
     data = (broken / name).read_bytes()
     (broken / name).write_bytes(data[: len(data) // 2])
-    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", "0"], name, "truncated")
+    refused(
+        tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", "0"], name, "truncated"
+    )
 
 
 def test_a_missing_image(tmp_path, capsys, broken):
     name = read_metadata(broken)[0]["img_filename"]
     (broken / name).unlink()
-    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", "0"], "no image", name)
+    refused(
+        tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", "0"], "no image", name
+    )
 
 
 def test_a_path_that_leaves_the_folder(tmp_path, capsys, broken):
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
     edit(broken, lambda rows: rows[0].__setitem__("img_filename", "../outside.png"))
-    refused(tmp_path, capsys, ["--task", "waterbirds", "--data", str(broken), "--workers", "0"], "outside.png", "lies outside")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "waterbirds", "--data", str(broken), "--workers", "0"],
+        "outside.png",
+        "lies outside",
+    )
 
 
 def test_weights_that_are_not_numbers(tmp_path, capsys, tiny):
@@ -437,11 +535,18 @@ def test_weights_of_another_architecture(tmp_path, capsys, tiny):
 
 def test_a_checkpoint_that_needs_unpickling(tmp_path, capsys, tiny):
     torch.save({"state_dict": {}, "args": pytest.raises}, tmp_path / "pickle.pt")
-    refused(tmp_path, capsys, ["--task", "check", "--model", "tiny-vit", "--pretrained", str(tmp_path / "pickle.pt")], "pickle.pt")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "check", "--model", "tiny-vit", "--pretrained", str(tmp_path / "pickle.pt")],
+        "pickle.pt",
+    )
 
 
 def test_a_model_that_cannot_be_decomposed(tmp_path, capsys):
-    refused(tmp_path, capsys, ["--task", "check", "--model", "RN50", "--pretrained", "none"], "ModifiedResNet")
+    refused(
+        tmp_path, capsys, ["--task", "check", "--model", "RN50", "--pretrained", "none"], "ModifiedResNet"
+    )
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
@@ -450,10 +555,19 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     assert "cannot write to --out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "fragment"), [("", "no descriptions"), ("# a\nred\n# b\nred\n", "'red' stands in the bank twice")])
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [("", "no descriptions"), ("# a\nred\n# b\nred\n", "'red' stands in the bank twice")],
+)
 def test_a_bank_that_cannot_be_used(tmp_path, capsys, text, fragment):
     (tmp_path / "bank.txt").write_text(text)
-    refused(tmp_path, capsys, ["--task", "textspan", "--text-bank", str(tmp_path / "bank.txt")], fragment, "bank.txt")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "textspan", "--text-bank", str(tmp_path / "bank.txt")],
+        fragment,
+        "bank.txt",
+    )
 
 
 def test_help_comes_without_torch():

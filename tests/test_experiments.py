@@ -50,7 +50,9 @@ def run(folder: Path, *argv: str) -> SimpleNamespace:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = main([*argv, "--out", str(folder / "results")])
     path = folder / "results" / argv[argv.index("--task") + 1] / "results.json"
-    return SimpleNamespace(code=code, results=json.loads(path.read_text()) if code == 0 else None, out=out.getvalue())
+    return SimpleNamespace(
+        code=code, results=json.loads(path.read_text()) if code == 0 else None, out=out.getvalue()
+    )
 
 
 # The same by hand.
@@ -68,7 +70,11 @@ def right(embedding: Tensor, classes: Tensor, labels: Tensor) -> float:
 
 def means(terms: Decomposition, images: int) -> Decomposition:
     """The mean of every term, once for each of so many images."""
-    fields = {name: value.mean(dim=0).expand(images, *value.shape[1:]) for name, value in vars(terms).items() if value is not None}
+    fields = {
+        name: value.mean(dim=0).expand(images, *value.shape[1:])
+        for name, value in vars(terms).items()
+        if value is not None
+    }
     return Decomposition(**fields)
 
 
@@ -93,7 +99,9 @@ def ablated(test: Decomposition, train: Decomposition, maps: Tensor, last: int =
     }
     found |= {f"attention of layers 0 to {i}": without(*first(i + 1)) for i in range(depth)}
     found |= {f"attention of layer {i}": without(*[(i, h) for h in range(heads)]) for i in range(depth)}
-    return found | {f"head {i}.{h}": without((i, h)) for i in range(max(0, depth - last), depth) for h in range(heads)}
+    return found | {
+        f"head {i}.{h}": without((i, h)) for i in range(max(0, depth - last), depth) for h in range(heads)
+    }
 
 
 def told_by_texts(test: Decomposition, train: Decomposition, texts: Tensor, m: int, last: int = 4) -> Tensor:
@@ -105,7 +113,9 @@ def told_by_texts(test: Decomposition, train: Decomposition, texts: Tensor, m: i
             C = train.heads[:, layer, head]
             size = min(m, len(texts), int(torch.linalg.matrix_rank((C - C.mean(dim=0)).double(), rtol=1e-5)))
             if size:
-                heads[:, layer, head] = reconstruct(test.heads[:, layer, head], textspan(C, texts, size), C.double().mean(dim=0))
+                heads[:, layer, head] = reconstruct(
+                    test.heads[:, layer, head], textspan(C, texts, size), C.double().mean(dim=0)
+                )
     return replace(mean, heads=heads).total()
 
 
@@ -262,10 +272,21 @@ def deep(tmp_path_factory) -> SimpleNamespace:
         "by day",
     )
     lines = [f"{a} {b}" for b in ("bird", "house") for a in words]
-    (root / "bank.txt").write_text("# birds\n" + "\n".join(lines[: len(words)]) + "\n# houses\n" + "\n".join(lines[len(words) :]))
-    argv = ["--model", "deep-vit", "--pretrained", str(root / "deep.safetensors"), "--text-bank", str(root / "bank.txt")]
+    (root / "bank.txt").write_text(
+        "# birds\n" + "\n".join(lines[: len(words)]) + "\n# houses\n" + "\n".join(lines[len(words) :])
+    )
+    argv = [
+        "--model",
+        "deep-vit",
+        "--pretrained",
+        str(root / "deep.safetensors"),
+        "--text-bank",
+        str(root / "bank.txt"),
+    ]
     return SimpleNamespace(
-        argv=argv, clip=load_clip("deep-vit", str(root / "deep.safetensors"), "cpu"), bank=load_bank(root / "bank.txt")
+        argv=argv,
+        clip=load_clip("deep-vit", str(root / "deep.safetensors"), "cpu"),
+        bank=load_bank(root / "bank.txt"),
     )
 
 
@@ -278,7 +299,10 @@ def deep_places(deep, folder):
 
 
 def expected(world: SimpleNamespace) -> dict[str, float]:
-    return {name: right(e, world.classes, world.labels) for name, e in ablated(world.test, world.train, world.maps).items()}
+    return {
+        name: right(e, world.classes, world.labels)
+        for name, e in ablated(world.test, world.train, world.maps).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -299,19 +323,32 @@ def test_accuracy_is_so_on_a_folder_of_other_classes(tmp_path, folder, places):
 
 
 def test_accuracy_is_so_for_a_model_of_more_than_four_layers(tmp_path, folder, deep, deep_places):
-    found = run(tmp_path, "--task", "ablation", "--data", str(folder), "--workers", "0", *deep.argv).results["accuracy"]
+    found = run(tmp_path, "--task", "ablation", "--data", str(folder), "--workers", "0", *deep.argv).results[
+        "accuracy"
+    ]
     assert found == pytest.approx(expected(deep_places))
     heads = [label for label in found if label.startswith("head ")]
-    assert heads == [f"head {layer}.{head}" for layer in range(2, 6) for head in range(4)]  # of the last four layers
+    assert heads == [
+        f"head {layer}.{head}" for layer in range(2, 6) for head in range(4)
+    ]  # of the last four layers
     assert found["head 4.1"] == found["base"]  # it writes nothing
-    assert [label for label in found if label.startswith("attention of layer ")] == [f"attention of layer {i}" for i in range(6)]
+    assert [label for label in found if label.startswith("attention of layer ")] == [
+        f"attention of layer {i}" for i in range(6)
+    ]
 
 
 def reference(world: SimpleNamespace) -> Reference:
     train, moments = world.train, Moments(world.maps.shape[2], tuple(world.maps.shape[:2]))
     own, embedding = train.own.mean(dim=0), Moments(world.maps.shape[3]).update(train.embedding)
     return Reference(
-        moments.update(train.values), train.mlps.mean(dim=0), train.stem.mean(dim=0), own, embedding, world.maps, 0.0, "by hand"
+        moments.update(train.values),
+        train.mlps.mean(dim=0),
+        train.stem.mean(dim=0),
+        own,
+        embedding,
+        world.maps,
+        0.0,
+        "by hand",
     )
 
 
@@ -329,7 +366,11 @@ def test_every_ablation_changes_class_scores_by_what_the_terms_lose(which, reque
 def test_no_two_ablations_are_the_same(which, request):
     world = request.getfixturevalue(which)
     found = ablations(world.test, reference(world), world.classes, world.maps @ world.classes.T)
-    nothing = {("base", "head 4.1")} if which == "deep_places" else {("attention of layers 0 to 0", "attention of layer 0")}
+    nothing = (
+        {("base", "head 4.1")}
+        if which == "deep_places"
+        else {("attention of layers 0 to 0", "attention of layer 0")}
+    )
     nothing.add(("attention of layers 0 to 0", "attention of layer 0"))
     same = {(a, b) for (a, x), (b, y) in combinations(found, 2) if (x - y).abs().max() < 1e-3}
     assert same == nothing
@@ -369,7 +410,9 @@ def test_the_tables_show_the_accuracies(ablation):
     groups = rows(ablation.out, "mean-ablated")
     assert [label for label, _ in groups] == list(found)[:4]
     assert [cell.split(" ")[0] for _, cell in groups] == list(found.values())[:4]
-    layers = [[str(i), found[f"attention of layers 0 to {i}"], found[f"attention of layer {i}"]] for i in range(4)]
+    layers = [
+        [str(i), found[f"attention of layers 0 to {i}"], found[f"attention of layer {i}"]] for i in range(4)
+    ]
     assert rows(ablation.out, "attention of layer") == layers
     heads = [[f"layer {i}", *(found[f"head {i}.{h}"] for h in range(8))] for i in range(4)]
     assert rows(ablation.out, "each head alone") == heads
@@ -417,7 +460,9 @@ def test_there_is_a_curve_for_every_pool_up_to_the_width_of_a_head(completeness,
 @pytest.mark.parametrize("pool", ["descriptions", "words", "class prompts", "random vectors"])
 @pytest.mark.parametrize("m", [1, 2, 4, 8])
 def test_accuracy_is_that_of_heads_reconstructed_from_their_first_texts(curves, demo, pools, pool, m):
-    assert curves[pool][m] == pytest.approx(right(told_by_texts(demo.test, demo.train, pools[pool], m), demo.classes, demo.labels))
+    assert curves[pool][m] == pytest.approx(
+        right(told_by_texts(demo.test, demo.train, pools[pool], m), demo.classes, demo.labels)
+    )
 
 
 def test_accuracy_depends_on_the_number_of_texts_and_on_the_pool(curves):
@@ -434,7 +479,9 @@ def test_without_texts_every_image_is_the_mean(curves, demo):
 def test_as_many_texts_as_a_head_is_wide_hold_the_whole_head(curves, completeness):
     whole = completeness.results["whole"]["last layers' heads, whole"]
     for pool in ("descriptions", "class prompts", "random vectors"):
-        assert abs(curves[pool][16] - whole) <= 1 / LIMIT + 1e-9  # one image: texts are cleared of the mean's direction too
+        assert (
+            abs(curves[pool][16] - whole) <= 1 / LIMIT + 1e-9
+        )  # one image: texts are cleared of the mean's direction too
     assert curves["words"][16] < whole - 0.05  # three texts do not
 
 
@@ -443,7 +490,9 @@ def test_whole_heads_are_the_embedding_with_all_else_at_its_mean(completeness, d
     assert completeness.results["whole"] == pytest.approx(
         {
             "unchanged": right(demo.test.embedding, demo.classes, demo.labels),
-            "last layers' heads, whole": right(replace(mean, heads=demo.test.heads).total(), demo.classes, demo.labels),
+            "last layers' heads, whole": right(
+                replace(mean, heads=demo.test.heads).total(), demo.classes, demo.labels
+            ),
         }
     )
 
@@ -455,7 +504,9 @@ def test_a_pool_of_fewer_texts_stays_as_it_is_past_its_last(curves):
 
 def test_the_table_shows_the_curves(completeness, curves):
     found = rows(completeness.out, "texts per head")
-    assert found == [[str(m), *(f"{100 * curve[m]:.1f}" for curve in curves.values())] for m in curves["words"]]
+    assert found == [
+        [str(m), *(f"{100 * curve[m]:.1f}" for curve in curves.values())] for m in curves["words"]
+    ]
     for key, value in completeness.results["whole"].items():
         assert f"{key}: {100 * value:.1f} [" in " ".join(completeness.out.split())
 
@@ -463,7 +514,9 @@ def test_the_table_shows_the_curves(completeness, curves):
 def test_batch_size_and_workers_change_no_curve(tmp_path, curves, words):
     again = run(tmp_path, "--task", "completeness", *QUICK, "--words", str(words), *CHANGE).results["curves"]
     for pool, points in again.items():
-        assert dict(map(tuple, points)) == pytest.approx(curves[pool], abs=1 / LIMIT + 1e-9)  # rounding may tip one image
+        assert dict(map(tuple, points)) == pytest.approx(
+            curves[pool], abs=1 / LIMIT + 1e-9
+        )  # rounding may tip one image
 
 
 def test_texts_caps_the_texts_and_words_are_not_needed(tmp_path, curves):
@@ -477,7 +530,17 @@ def test_texts_caps_the_texts_and_words_are_not_needed(tmp_path, curves):
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """Of five reference images, on which a head has four directions."""
-    return run(tmp_path_factory.mktemp("run"), "--task", "completeness", "--limit", "5", "--workers", "0", "--reference", "train")
+    return run(
+        tmp_path_factory.mktemp("run"),
+        "--task",
+        "completeness",
+        "--limit",
+        "5",
+        "--workers",
+        "0",
+        "--reference",
+        "train",
+    )
 
 
 def test_a_head_has_no_more_texts_than_directions(few, clip, pools):
@@ -487,7 +550,9 @@ def test_a_head_has_no_more_texts_than_directions(few, clip, pools):
     labels, classes = data["test"].facts["kind"], classifier(clip, list(data["test"].kinds), templates(clip))
     curve = dict(map(tuple, few.results["curves"]["descriptions"]))
     for m in (2, 4, 16):
-        assert curve[m] == pytest.approx(right(told_by_texts(test, train, pools["descriptions"], m), classes, labels))
+        assert curve[m] == pytest.approx(
+            right(told_by_texts(test, train, pools["descriptions"], m), classes, labels)
+        )
     assert curve[4] == curve[16]
 
 
@@ -510,7 +575,9 @@ def test_a_model_of_more_than_four_layers_keeps_the_heads_of_the_last_four(deep_
     texts, world = embed_texts(deep.clip, deep.bank.texts), deep_places
     curve = dict(map(tuple, deep_curves.results["curves"]["descriptions"]))
     assert list(curve) == [0, 1, 2, 4, 6, 8]
-    assert curve[m] == pytest.approx(right(told_by_texts(world.test, world.train, texts, m), world.classes, world.labels))
+    assert curve[m] == pytest.approx(
+        right(told_by_texts(world.test, world.train, texts, m), world.classes, world.labels)
+    )
 
 
 def test_the_earlier_layers_of_a_deep_model_are_means(deep_curves, deep_places):
@@ -557,7 +624,9 @@ def test_random_vectors_have_the_mean_and_the_covariance_of_the_texts():
 
 def test_vectors_drawn_evenly_have_neither():
     texts = cloud()
-    even = F.normalize(torch.randn(texts.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1)
+    even = F.normalize(
+        torch.randn(texts.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1
+    )
     assert (even.mean(dim=0) - texts.mean(dim=0)).norm() > 0.8
     assert (torch.cov(even.T) - torch.cov(texts.T)).norm() > 2 * torch.cov(texts.T).norm()
 
@@ -587,11 +656,22 @@ def test_the_seed_of_the_run_draws_the_random_vectors(clip, pools):
 
 def test_completeness_refuses_words_that_the_model_does_not_know(tmp_path, capsys):
     (tmp_path / "words.txt").write_text("zebra\n")
-    refused(tmp_path, capsys, ["--task", "completeness", *QUICK, "--words", str(tmp_path / "words.txt")], "'zebra'")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "completeness", *QUICK, "--words", str(tmp_path / "words.txt")],
+        "'zebra'",
+    )
 
 
 def test_completeness_refuses_a_list_of_words_that_is_not_there(tmp_path, capsys):
-    refused(tmp_path, capsys, ["--task", "completeness", *QUICK, "--words", str(tmp_path / "words.txt")], "words.txt", "cannot read")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "completeness", *QUICK, "--words", str(tmp_path / "words.txt")],
+        "words.txt",
+        "cannot read",
+    )
 
 
 # ---- retrieval -------------------------------------------------------------------------------------------------------------------
@@ -615,7 +695,9 @@ def check_ranking(found: dict, world: SimpleNamespace, score: Tensor, top: int =
     order = score.argsort(descending=True)[:top].tolist()
     assert [row["image"] for row in found["found"]] == [world.data.caption(i) for i in order]
     assert [row["rank"] for row in found["found"]] == list(range(1, top + 1))
-    assert [row["score"] for row in found["found"]] == pytest.approx(score[order].tolist(), abs=1e-4)  # float32, and lengths near 1
+    assert [row["score"] for row in found["found"]] == pytest.approx(
+        score[order].tolist(), abs=1e-4
+    )  # float32, and lengths near 1
 
 
 @pytest.fixture(scope="module")
@@ -642,7 +724,9 @@ def test_images_are_ranked_by_the_cosine_of_what_the_heads_write(tmp_path, demo,
 @by_heads
 def test_images_are_ranked_by_what_the_heads_write_along_the_text(tmp_path, clip, demo, asked):
     found = run(tmp_path, "--task", "retrieval", *QUICK, "--head", asked, "--text", "at the beach")
-    check_ranking(found.results, demo, scored(demo, HEADS[asked], embed_texts(clip, ["at the beach"])[0], "text"))
+    check_ranking(
+        found.results, demo, scored(demo, HEADS[asked], embed_texts(clip, ["at the beach"])[0], "text")
+    )
 
 
 def test_heads_and_queries_rank_differently(demo, photo, clip):
@@ -664,7 +748,9 @@ def test_a_role_is_all_heads_that_have_it(tmp_path, clip, demo, photo, query):
     found = run(tmp_path, "--task", "retrieval", *QUICK, "--role", "places", *asked)
     bank = load_bank(default_bank(clip))
     texts = embed_texts(clip, bank.texts)
-    roles = find_roles(demo.train.values, demo.maps, demo.train.embedding, texts, bank.categories, bootstraps=0)
+    roles = find_roles(
+        demo.train.values, demo.maps, demo.train.embedding, texts, bank.categories, bootstraps=0
+    )
     heads = [(i, j) for i in range(4) for j in range(8) if roles.name(i, j) == "places"]
     assert len(heads) > 3
     assert {i for i, _ in heads} != {3}  # of all layers
@@ -676,23 +762,55 @@ def test_a_role_is_all_heads_that_have_it(tmp_path, clip, demo, photo, query):
 
 def test_heads_of_a_role_are_explained_by_its_texts(clip, demo):
     """By the plainest route: of the true places, which the images of the demo have."""
-    args = parse_args(["--task", "retrieval", "--role", "places", "--limit", str(LIMIT), "--batch-size", "80", "--workers", "0"])
+    args = parse_args(
+        [
+            "--task",
+            "retrieval",
+            "--role",
+            "places",
+            "--limit",
+            str(LIMIT),
+            "--batch-size",
+            "80",
+            "--workers",
+            "0",
+        ]
+    )
     place = DemoBirds("train", clip.preprocess, LIMIT).facts["place"].numpy()
-    share = {(i, j): epsilon_squared(demo.train.heads[:, i, j].numpy(), place)[1] for i in range(4) for j in range(8)}
+    share = {
+        (i, j): epsilon_squared(demo.train.heads[:, i, j].numpy(), place)[1]
+        for i in range(4)
+        for j in range(8)
+    }
     found = heads_of(args, clip)
     others = set(share) - set(found)
     assert np.mean([share[head] for head in found]) > 0.4 > 0.2 > np.mean([share[head] for head in others])
 
 
 def test_as_many_are_printed_as_top_says(tmp_path, demo, photo):
-    found = run(tmp_path, "--task", "retrieval", *QUICK, "--head", "3.4", "--image", str(photo[0]), "--top", "5")
+    found = run(
+        tmp_path, "--task", "retrieval", *QUICK, "--head", "3.4", "--image", str(photo[0]), "--top", "5"
+    )
     check_ranking(found.results, demo, scored(demo, [(3, 4)], photo[1], "image"), top=5)
     wanted = [[str(row["rank"]), f"{row['score']:.3f}", row["image"]] for row in found.results["found"]]
     assert rows(found.out, "nearest") == wanted
 
 
 def test_there_are_no_more_images_than_there_are(tmp_path, folder):
-    argv = ["--task", "retrieval", "--data", str(folder), "--workers", "0", "--head", "3.4", "--text", "a duck", "--top", "99"]
+    argv = [
+        "--task",
+        "retrieval",
+        "--data",
+        str(folder),
+        "--workers",
+        "0",
+        "--head",
+        "3.4",
+        "--text",
+        "a duck",
+        "--top",
+        "99",
+    ]
     assert len(run(tmp_path, *argv).results["found"]) == 40
 
 
@@ -705,7 +823,18 @@ def test_batch_size_and_workers_change_no_ranking(tmp_path, demo, photo):
 @pytest.mark.parametrize("number", ["3", "17"])
 def test_the_query_itself_is_the_nearest_image(tmp_path, folder, head, number):
     path = next((folder / "val").rglob(f"{number}.png"))
-    argv = ["--task", "retrieval", "--data", str(folder), "--workers", "0", "--head", head, "--image", str(path)]
+    argv = [
+        "--task",
+        "retrieval",
+        "--data",
+        str(folder),
+        "--workers",
+        "0",
+        "--head",
+        head,
+        "--image",
+        str(path),
+    ]
     found = run(tmp_path, *argv).results["found"]
     assert found[0]["image"] == f"{path.parent.name}/{path.name}"
     assert found[0]["score"] == pytest.approx(1, abs=1e-4)  # float32
@@ -720,26 +849,67 @@ def test_a_photo_that_lies_on_its_side_is_still_the_nearest_to_itself(tmp_path, 
         image, exif = Image.open(path), Image.Exif()
         exif[0x0112] = 6 if i == 7 else 1  # turned by a quarter, or upright
         image.save(data / f"{i}.png", exif=exif)
-    found = run(tmp_path, "--task", "retrieval", "--data", str(data), "--workers", "0", "--head", "3.4", "--image", str(data / "7.png"))
+    found = run(
+        tmp_path,
+        "--task",
+        "retrieval",
+        "--data",
+        str(data),
+        "--workers",
+        "0",
+        "--head",
+        "3.4",
+        "--image",
+        str(data / "7.png"),
+    )
     assert found.results["found"][0] == {"rank": 1, "score": pytest.approx(1, abs=1e-4), "image": "7.png"}
 
 
 def test_a_deep_model_and_its_heads(tmp_path, folder, deep, deep_places):
     path = folder / "val" / deep_places.data.files[4]
-    argv = ["--task", "retrieval", "--data", str(folder), "--workers", "0", *deep.argv, "--head", "5.0,1.3", "--image", str(path)]
+    argv = [
+        "--task",
+        "retrieval",
+        "--data",
+        str(folder),
+        "--workers",
+        "0",
+        *deep.argv,
+        "--head",
+        "5.0,1.3",
+        "--image",
+        str(path),
+    ]
     found = run(tmp_path, *argv).results
-    check_ranking(found, deep_places, scored(deep_places, [(1, 3), (5, 0)], deep_places.test.heads[4:5], "image"))
+    check_ranking(
+        found, deep_places, scored(deep_places, [(1, 3), (5, 0)], deep_places.test.heads[4:5], "image")
+    )
     assert "agree" not in found  # nothing is known of these images
 
 
 def test_the_sheet_is_written_and_shows_what_was_found(tmp_path, folder):
     path = next((folder / "val").rglob("3.png"))
-    argv = ["--task", "retrieval", "--data", str(folder), "--workers", "0", "--head", "3.4", "--image", str(path), "--top", "8"]
+    argv = [
+        "--task",
+        "retrieval",
+        "--data",
+        str(folder),
+        "--workers",
+        "0",
+        "--head",
+        "3.4",
+        "--image",
+        str(path),
+        "--top",
+        "8",
+    ]
     found = run(tmp_path, *argv)
     picture = Image.open(tmp_path / "results" / "retrieval" / "sheet.png").convert("RGB")
     assert picture.size == (6 * 158 + 8, 2 * 190 + 8)  # nine tiles in two rows of six
     assert str(tmp_path / "results" / "retrieval" / "sheet.png") in found.out
-    small = np.asarray(Image.open(path).convert("RGB").resize((150, 150), Image.Resampling.NEAREST), dtype=int)
+    small = np.asarray(
+        Image.open(path).convert("RGB").resize((150, 150), Image.Resampling.NEAREST), dtype=int
+    )
     for k, same in ((0, True), (1, True), (2, False)):  # the query, itself as the nearest, another
         left, top = 8 + k % 6 * 158, 8 + k // 6 * 190
         tile = np.asarray(picture.crop((left, top, left + 150, top + 150)), dtype=int)
@@ -747,16 +917,25 @@ def test_the_sheet_is_written_and_shows_what_was_found(tmp_path, folder):
 
 
 def test_a_sheet_of_a_text_query_holds_the_images_alone():
-    tiles = [(Image.new("RGB", (20, 20), shade), "a long caption that goes on and on") for shade in ("red", "lime", "blue")]
+    tiles = [
+        (Image.new("RGB", (20, 20), shade), "a long caption that goes on and on")
+        for shade in ("red", "lime", "blue")
+    ]
     picture = sheet(None, tiles)
     assert picture.size == (3 * 158 + 8, 190 + 8)
-    assert [picture.getpixel((8 + 158 * k + 75, 8 + 75)) for k in range(3)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    assert [picture.getpixel((8 + 158 * k + 75, 8 + 75)) for k in range(3)] == [
+        (255, 0, 0),
+        (0, 255, 0),
+        (0, 0, 255),
+    ]
 
 
 def test_a_sheet_keeps_the_shape_of_an_image():
     picture = sheet(Image.new("RGB", (300, 100), "red"), [])
     tile = np.asarray(picture.crop((8, 8, 158, 158)))
-    assert ((tile == (255, 0, 0)).all(axis=2).sum(axis=0) == 50).all()  # a third of the height, over the whole width
+    assert (
+        (tile == (255, 0, 0)).all(axis=2).sum(axis=0) == 50
+    ).all()  # a third of the height, over the whole width
 
 
 def test_pairs_that_agree_are_counted_by_hand(demo):
@@ -811,12 +990,18 @@ def test_retrieval_refuses(tmp_path, capsys, argv, fragments):
 def test_retrieval_refuses_a_query_that_is_no_image(tmp_path, capsys):
     (tmp_path / "query.png").write_text("no image")
     refused(
-        tmp_path, capsys, ["--task", "retrieval", "--head", "3.4", "--image", str(tmp_path / "query.png")], "query.png", "not an image"
+        tmp_path,
+        capsys,
+        ["--task", "retrieval", "--head", "3.4", "--image", str(tmp_path / "query.png")],
+        "query.png",
+        "not an image",
     )
 
 
 def test_retrieval_refuses_a_folder_for_a_query(tmp_path, capsys):
-    refused(tmp_path, capsys, ["--task", "retrieval", "--head", "3.4", "--image", str(tmp_path)], str(tmp_path))
+    refused(
+        tmp_path, capsys, ["--task", "retrieval", "--head", "3.4", "--image", str(tmp_path)], str(tmp_path)
+    )
 
 
 # ---- debias ----------------------------------------------------------------------------------------------------------------------
@@ -847,11 +1032,16 @@ def measured(embedding: Tensor, world: SimpleNamespace) -> dict[str, float]:
     scores = embedding @ world.classes.T
     predicted, before = scores.argmax(dim=1), (world.test.embedding @ world.classes.T).argmax(dim=1)
     centred = (scores - scores.mean(dim=1, keepdim=True)).numpy()
-    found = {"changed": float((predicted != before).double().mean()), "cue": epsilon_squared(centred, world.cue.numpy())[1]}
+    found = {
+        "changed": float((predicted != before).double().mean()),
+        "cue": epsilon_squared(centred, world.cue.numpy())[1],
+    }
     correct, y, place = (predicted == world.data.y).tolist(), world.data.y.tolist(), world.data.place.tolist()
     share = lambda rows: sum(correct[i] for i in rows) / len(rows)  # noqa: E731
     classes = [[i for i in range(len(y)) if y[i] == c] for c in range(2)]
-    groups = [[i for i in range(len(y)) if (y[i], place[i]) == group] for group in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    groups = [
+        [i for i in range(len(y)) if (y[i], place[i]) == group] for group in ((0, 0), (0, 1), (1, 0), (1, 1))
+    ]
     return found | {
         "average": share(range(len(y))), "worst class": min(map(share, classes)), "worst group": min(map(share, groups))
     }  # fmt: skip
@@ -859,7 +1049,9 @@ def measured(embedding: Tensor, world: SimpleNamespace) -> dict[str, float]:
 
 def close(found: dict, wanted: dict) -> None:
     assert list(found) == list(wanted)
-    assert found == pytest.approx(wanted, abs=1e-4)  # the share is of float32 sums; counts of images are whole
+    assert found == pytest.approx(
+        wanted, abs=1e-4
+    )  # the share is of float32 sums; counts of images are whole
 
 
 def replaced(world: SimpleNamespace, heads: list, project: Tensor | None = None) -> Tensor:
@@ -879,7 +1071,9 @@ def test_heads_without_the_cue_are_measured_by_hand(debias, birds):
     embedding = replaced(birds, debias.results["heads"])
     close(found["heads mean-ablated"], measured(embedding, birds))
     train, test = birds.train, birds.test
-    embedding = embedding + (train.mlps.mean(dim=0) - test.mlps).sum(dim=1) + train.stem.mean(dim=0) - test.stem
+    embedding = (
+        embedding + (train.mlps.mean(dim=0) - test.mlps).sum(dim=1) + train.stem.mean(dim=0) - test.stem
+    )
     close(found["  + MLPs and stem"], measured(embedding, birds))
 
 
@@ -889,7 +1083,9 @@ def test_directions_without_the_cue_are_measured_by_hand(debias, birds):
     values, vectors = torch.linalg.eigh(torch.cov(birds.texts.double().T))
     held = values.flip(0).cumsum(0) / values.sum()
     Q = vectors.flip(1)[:, : int((held < 0.95).sum()) + 1].T.float()
-    close(found["cue's directions in the heads"], measured(replaced(birds, debias.results["heads"], Q), birds))
+    close(
+        found["cue's directions in the heads"], measured(replaced(birds, debias.results["heads"], Q), birds)
+    )
     away = birds.train.embedding.mean(dim=0) - birds.test.embedding
     close(found["cue's directions everywhere"], measured(birds.test.embedding + away @ Q.T @ Q, birds))
 
@@ -901,8 +1097,13 @@ def test_taking_the_cue_out_changes_predictions_and_lets_go_of_the_cue(debias):
 
 
 def test_the_chosen_heads_are_those_that_the_cue_explains(debias, birds):
-    train, label = birds.train, ((birds.train.embedding - birds.train.embedding.mean(dim=0)) @ birds.texts.T).argmax(dim=1)
-    share = [[epsilon_squared(train.heads[:, i, j].numpy(), label.numpy())[1] for j in range(8)] for i in range(4)]
+    train, label = (
+        birds.train,
+        ((birds.train.embedding - birds.train.embedding.mean(dim=0)) @ birds.texts.T).argmax(dim=1),
+    )
+    share = [
+        [epsilon_squared(train.heads[:, i, j].numpy(), label.numpy())[1] for j in range(8)] for i in range(4)
+    ]
     assert debias.results["explained"] == pytest.approx(np.array(share), abs=1e-4)
     assert debias.results["heads"] == [[i, j] for i in range(4) for j in range(8) if share[i][j] > 0.3]
 
@@ -937,7 +1138,9 @@ def test_the_table_shows_the_rows(debias):
     assert found[-1][0] == f"{len(debias.results['heads'])} random heads, mean ± std"
     for cell, key in zip(found[-1][1:], random[0], strict=True):
         values = [100 * row[key] for row in random]
-        assert [float(x) for x in cell.split(" ± ")] == pytest.approx([np.mean(values), np.std(values)], abs=0.051)  # one decimal
+        assert [float(x) for x in cell.split(" ± ")] == pytest.approx(
+            [np.mean(values), np.std(values)], abs=0.051
+        )  # one decimal
 
 
 def test_batch_size_and_workers_change_nothing_of_debias(tmp_path, debias):
@@ -967,9 +1170,14 @@ FOLDER = ["--workers", "0", *DRAWS, "--heads", "3.0,3.1"]
 
 
 def test_a_folder_of_classes_has_accuracies_but_no_groups(tmp_path, folder, places):
-    found = run(tmp_path, "--task", "debias", "--data", str(folder), *FOLDER, "--cue", "light").results["rows"]
+    found = run(tmp_path, "--task", "debias", "--data", str(folder), *FOLDER, "--cue", "light").results[
+        "rows"
+    ]
     assert list(found["base"]) == ["changed", "cue", "average", "worst class"]
-    for label, embedding in (("base", places.test.embedding), ("heads mean-ablated", replaced(places, [(3, 0), (3, 1)]))):
+    for label, embedding in (
+        ("base", places.test.embedding),
+        ("heads mean-ablated", replaced(places, [(3, 0), (3, 1)])),
+    ):
         predicted = (embedding @ places.classes.T).argmax(dim=1)
         correct = (predicted == places.labels).double()
         assert found[label]["average"] == pytest.approx(float(correct.mean()))
@@ -984,14 +1192,20 @@ def test_classes_that_the_folders_do_not_name_have_no_accuracies(tmp_path, clip,
     argv = ["--task", "debias", "--data", str(root), *FOLDER, "--classes", "landbird", "waterbird"]
     found = run(tmp_path, *argv, *(["--reference", "val"] if which == "folder" else []))
     assert found.code == 0
-    assert all(list(row) == ["changed", "cue"] for row in [*found.results["rows"].values(), *found.results["random"]])
+    assert all(
+        list(row) == ["changed", "cue"] for row in [*found.results["rows"].values(), *found.results["random"]]
+    )
     assert found.results["settings"]["labels"] == "none given"
     assert "average" not in found.out
     # The same pictures, which are the reference too: "changed" by hand.
     classes = classifier(clip, ["landbird", "waterbird"], templates(clip))
     world = SimpleNamespace(**{**vars(places), "train": places.test})
-    before, after = ((e @ classes.T).argmax(dim=1) for e in (world.test.embedding, replaced(world, [(3, 0), (3, 1)])))
-    assert found.results["rows"]["heads mean-ablated"]["changed"] == pytest.approx(float((before != after).double().mean()))
+    before, after = (
+        (e @ classes.T).argmax(dim=1) for e in (world.test.embedding, replaced(world, [(3, 0), (3, 1)]))
+    )
+    assert found.results["rows"]["heads mean-ablated"]["changed"] == pytest.approx(
+        float((before != after).double().mean())
+    )
 
 
 def test_some_of_the_folders_names_are_not_labels(tmp_path, folder):
@@ -1000,14 +1214,36 @@ def test_some_of_the_folders_names_are_not_labels(tmp_path, folder):
 
 
 def test_all_heads_of_their_layers_leave_no_random_control(tmp_path, folder):
-    argv = ["--task", "debias", "--data", str(folder), "--workers", "0", "--heads", ",".join(f"3.{h}" for h in range(8))]
+    argv = [
+        "--task",
+        "debias",
+        "--data",
+        str(folder),
+        "--workers",
+        "0",
+        "--heads",
+        ",".join(f"3.{h}" for h in range(8)),
+    ]
     found = run(tmp_path, *argv)
     assert found.results["random"] == []
     assert "random heads" not in found.out
 
 
 def test_a_deep_model_without_its_earlier_layers(tmp_path, folder, deep, deep_places):
-    argv = ["--task", "debias", "--data", str(folder), "--workers", "0", *deep.argv, "--heads", "1.2,5.0", "--cue", "birds", *DRAWS]
+    argv = [
+        "--task",
+        "debias",
+        "--data",
+        str(folder),
+        "--workers",
+        "0",
+        *deep.argv,
+        "--heads",
+        "1.2,5.0",
+        "--cue",
+        "birds",
+        *DRAWS,
+    ]
     found = run(tmp_path, *argv).results["rows"]
     world, train, test = deep_places, deep_places.train, deep_places.test
     early = [(i, h) for i in range(2) for h in range(4)]
@@ -1047,7 +1283,9 @@ def test_debias_refuses_one_folder_without_classes(tmp_path, capsys, folder):
 # What debias shares with waterbirds.
 
 
-@pytest.mark.parametrize("chosen", [[(3, 1), (3, 4), (1, 0)], [(2, 0)], [(0, h) for h in range(8)] + [(3, 3), (3, 4)]])
+@pytest.mark.parametrize(
+    "chosen", [[(3, 1), (3, 4), (1, 0)], [(2, 0)], [(0, h) for h in range(8)] + [(3, 3), (3, 4)]]
+)
 def test_random_heads_are_as_many_from_each_layer_and_never_the_chosen(chosen):
     found = random_heads(chosen, 8, 200, seed=0)
     assert len(found) == 200
@@ -1057,15 +1295,23 @@ def test_random_heads_are_as_many_from_each_layer_and_never_the_chosen(chosen):
         assert all(0 <= head < 8 for _, head in drawn)
         assert set(drawn) != set(chosen)
     heads = {head for drawn in found for head in drawn}
-    assert heads == {(layer, h) for layer, _ in chosen for h in range(8)} - (set(chosen) if len(chosen) == 1 else set())
+    assert heads == {(layer, h) for layer, _ in chosen for h in range(8)} - (
+        set(chosen) if len(chosen) == 1 else set()
+    )
 
 
 def test_random_heads_are_fixed_by_the_seed():
     chosen = [(3, 1), (3, 4)]
-    assert random_heads(chosen, 8, 9, seed=0) == random_heads(chosen, 8, 9, seed=0) != random_heads(chosen, 8, 9, seed=1)
+    assert (
+        random_heads(chosen, 8, 9, seed=0)
+        == random_heads(chosen, 8, 9, seed=0)
+        != random_heads(chosen, 8, 9, seed=1)
+    )
 
 
-@pytest.mark.parametrize("chosen", [[], [(2, h) for h in range(8)], [(layer, h) for layer in (0, 3) for h in range(8)]])
+@pytest.mark.parametrize(
+    "chosen", [[], [(2, h) for h in range(8)], [(layer, h) for layer in (0, 3) for h in range(8)]]
+)
 def test_where_there_is_no_other_set_of_heads_none_is_drawn(chosen):
     assert random_heads(chosen, 8, 5, seed=0) == []
 
@@ -1095,19 +1341,32 @@ def test_only_the_rows_asked_for_are_made(remove, labels):
 def test_a_row_of_the_plan_takes_out_the_terms_that_it_names():
     """Against sums written out, term by term."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"embedding": (), "heads": (6, 4), "mlps": (6,), "stem": (), "heads_cue": (6, 4), "embedding_cue": ()}
-    scores = Scores(*(torch.randn(2, *shape, 3, generator=generator) for shape in shapes.values()), label=torch.zeros(2))
+    shapes = {
+        "embedding": (),
+        "heads": (6, 4),
+        "mlps": (6,),
+        "stem": (),
+        "heads_cue": (6, 4),
+        "embedding_cue": (),
+    }
+    scores = Scores(
+        *(torch.randn(2, *shape, 3, generator=generator) for shape in shapes.values()), label=torch.zeros(2)
+    )
     chosen, drawn = [(0, 1), (5, 1), (5, 2)], [(0, 3), (5, 0), (5, 2)]
     plan = Plan(("heads", "directions", "embedding"), (6, 4), chosen, [drawn])
     heads = sum(scores.heads[:, layer, head] for layer, head in chosen)
     others = scores.mlps.sum(dim=1) + scores.stem
-    early = sum(scores.heads[:, layer, head] for layer in (0, 1) for head in range(4) if (layer, head) != (0, 1))
+    early = sum(
+        scores.heads[:, layer, head] for layer in (0, 1) for head in range(4) if (layer, head) != (0, 1)
+    )
     directions = sum(scores.heads_cue[:, layer, head] for layer, head in chosen)
     expected = [0 * heads, heads, heads + others, heads + others + early, directions, scores.embedding_cue]
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(scores.after(plan.rows), scores.embedding + torch.stack(expected), **close)
     torch.testing.assert_close(scores.after(plan.chosen)[0], scores.embedding + heads, **close)
-    torch.testing.assert_close(scores.after(plan.draws)[0], scores.embedding + pick(scores.heads, drawn), **close)
+    torch.testing.assert_close(
+        scores.after(plan.draws)[0], scores.embedding + pick(scores.heads, drawn), **close
+    )
     assert not torch.allclose(scores.after(plan.draws), scores.after(plan.chosen))
 
 
@@ -1136,10 +1395,22 @@ def spans(tmp_path_factory):
     """A run on the demo, and the truth that it found."""
     truths, compute = [], tasks.textspan.true_factors
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks.textspan, "DemoBirds", lambda split, transform: DemoBirds(split, transform, limit=TRUTH))
-        patch.setattr(tasks.textspan, "true_factors", lambda *given: truths.append(compute(*given)) or truths[-1])
+        patch.setattr(
+            tasks.textspan, "DemoBirds", lambda split, transform: DemoBirds(split, transform, limit=TRUTH)
+        )
+        patch.setattr(
+            tasks.textspan, "true_factors", lambda *given: truths.append(compute(*given)) or truths[-1]
+        )
         found = run(
-            tmp_path_factory.mktemp("run"), "--task", "textspan", "--limit", str(ROLES), "--batch-size", "100", "--workers", "0"
+            tmp_path_factory.mktemp("run"),
+            "--task",
+            "textspan",
+            "--limit",
+            str(ROLES),
+            "--batch-size",
+            "100",
+            "--workers",
+            "0",
         )
     return SimpleNamespace(**vars(found), truth=truths[0])
 
@@ -1209,7 +1480,9 @@ def test_agreement_of_made_up_heads_is_counted_by_hand():
 
 def test_agreement_without_clear_heads_is_of_none():
     truth = {factor: torch.full((1, 2), 0.29) for factor in FACTORS.values()}
-    heads = [{"head": str(i), "role": role, "texts by category": {}} for i, role in enumerate(("places", None))]
+    heads = [
+        {"head": str(i), "role": role, "texts by category": {}} for i, role in enumerate(("places", None))
+    ]
     found = agreement(truth, heads)
     assert found["clear heads"] == found["roles from categories"] == found["roles dealt at random"] == 0
     assert found["other heads without a role"] == 1
@@ -1219,12 +1492,19 @@ def test_the_truth_is_the_share_of_the_terms_between_values_of_the_factor(spans,
     data = DemoBirds("val", clip.preprocess, limit=TRUTH)
     heads = stack(clip, data).heads.numpy()
     for factor, share in spans.truth.items():
-        wanted = [[epsilon_squared(heads[:, i, j], data.facts[factor].numpy())[1] for j in range(8)] for i in range(4)]
-        torch.testing.assert_close(share.double(), torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-4)
+        wanted = [
+            [epsilon_squared(heads[:, i, j], data.facts[factor].numpy())[1] for j in range(8)]
+            for i in range(4)
+        ]
+        torch.testing.assert_close(
+            share.double(), torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-4
+        )
     assert list(spans.truth) == list(FACTORS.values())
 
 
-def check_shares(heads: list[dict], terms: Decomposition, texts: Tensor, categories: list[str], first: int) -> None:
+def check_shares(
+    heads: list[dict], terms: Decomposition, texts: Tensor, categories: list[str], first: int
+) -> None:
     """What is said of the heads' categories is by hand what the terms say, and the role is the best category above the threshold."""
     fit = ((terms.embedding - terms.embedding.mean(dim=0)) @ texts.T).numpy()
     for head in heads:
@@ -1249,9 +1529,13 @@ def test_every_head_has_the_role_that_explains_most_of_it(spans, clip):
 
 
 def test_every_head_of_a_deep_model_has_its_own_shares(tmp_path, folder, deep, deep_places):
-    found = run(tmp_path, "--task", "textspan", "--data", str(folder), "--workers", "0", *deep.argv, "--texts", "2")
+    found = run(
+        tmp_path, "--task", "textspan", "--data", str(folder), "--workers", "0", *deep.argv, "--texts", "2"
+    )
     heads = found.results["heads"]
-    assert [head["head"] for head in heads] == [f"{layer}.{number}" for layer in range(2, 6) for number in range(4)]
+    assert [head["head"] for head in heads] == [
+        f"{layer}.{number}" for layer in range(2, 6) for number in range(4)
+    ]
     texts = embed_texts(deep.clip, deep.bank.texts)
     check_shares(heads, deep_places.train, texts, deep.bank.categories, 2)
     assert "agreement" not in found.results  # the truth is known of the demo alone
@@ -1275,6 +1559,19 @@ def test_the_role_of_every_head_is_printed(spans):
 
 
 def test_a_bank_of_other_categories_has_no_agreement(tmp_path):
-    (tmp_path / "bank.txt").write_text("# places\nat the beach\nin the forest\non the open sea\n# light\nat night\nat sunset\nin fog\n")
-    argv = ["--task", "textspan", "--limit", "40", "--workers", "0", "--text-bank", str(tmp_path / "bank.txt"), "--texts", "2"]
+    (tmp_path / "bank.txt").write_text(
+        "# places\nat the beach\nin the forest\non the open sea\n# light\nat night\nat sunset\nin fog\n"
+    )
+    argv = [
+        "--task",
+        "textspan",
+        "--limit",
+        "40",
+        "--workers",
+        "0",
+        "--text-bank",
+        str(tmp_path / "bank.txt"),
+        "--texts",
+        "2",
+    ]
     assert "agreement" not in run(tmp_path, *argv).results

@@ -19,7 +19,9 @@ from tasks.common import zero_shot_problem
 def run(tmp_path: Path, *argv: str) -> tuple[int, dict]:
     """Exit code and results.json of a task, with as little work as possible."""
     code = main([*argv, "--workers", "0", "--out", str(tmp_path / "results")])
-    return code, json.loads((tmp_path / "results" / argv[argv.index("--task") + 1] / "results.json").read_text())
+    return code, json.loads(
+        (tmp_path / "results" / argv[argv.index("--task") + 1] / "results.json").read_text()
+    )
 
 
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture, argv: list[str], *fragments: str) -> str:
@@ -36,7 +38,9 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture, argv: list[str], *fra
     lines = [line for line in stderr if line.startswith("evaluate.py: ")]
     assert code == 2
     assert len(lines) == 1
-    assert [line for line in stderr[stderr.index(lines[0]) :] if line.strip()] == lines  # nothing of it on further lines
+    assert [
+        line for line in stderr[stderr.index(lines[0]) :] if line.strip()
+    ] == lines  # nothing of it on further lines
     assert "Traceback" not in "".join(stderr)
     for fragment in fragments:
         assert fragment in lines[0]
@@ -62,7 +66,11 @@ SHADES = {"crow": CROW, "duck": DUCK, "heron": HERON}
 def birds(tmp_path) -> Path:
     """Three classes. The names of the files say the opposite of their folders, and sort the other way round."""
     root = tmp_path / "birds"
-    for folder, names in {"crow": ["z_duck.png", "y_heron.png"], "duck": ["b_crow.png", "m_crow.png"], "heron": ["a_crow.png"]}.items():
+    for folder, names in {
+        "crow": ["z_duck.png", "y_heron.png"],
+        "duck": ["b_crow.png", "m_crow.png"],
+        "heron": ["a_crow.png"],
+    }.items():
         for name in names:
             paint(root / folder / name, SHADES[folder])
     return root
@@ -243,7 +251,9 @@ def thousand(imagenet) -> ImageFolder:
 def test_an_id_is_the_class_of_its_place_among_the_sorted_ids(imagenet, thousand):
     ids = imagenet[1]
     assert len(thousand) == 1000
-    assert {file.parts[0]: y for file, y in zip(thousand.files, thousand.y.tolist(), strict=True)} == {x: i for i, x in enumerate(ids)}
+    assert {file.parts[0]: y for file, y in zip(thousand.files, thousand.y.tolist(), strict=True)} == {
+        x: i for i, x in enumerate(ids)
+    }
 
 
 @pytest.mark.parametrize(
@@ -259,7 +269,9 @@ def test_an_id_is_the_class_of_its_place_among_the_sorted_ids(imagenet, thousand
     ],
 )
 def test_an_id_has_its_name_by_hand(thousand, wordnet, name):
-    y = next(y for file, y in zip(thousand.files, thousand.y.tolist(), strict=True) if file.parts[0] == wordnet)
+    y = next(
+        y for file, y in zip(thousand.files, thousand.y.tolist(), strict=True) if file.parts[0] == wordnet
+    )
     assert thousand.classes[y] == name
 
 
@@ -273,7 +285,9 @@ def test_names_are_those_that_wordnet_has_for_the_ids(thousand):
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
-    wordnet = [info.index_to_description(i) for i in range(1000)]  # open_clip's names are other words for some of them
+    wordnet = [
+        info.index_to_description(i) for i in range(1000)
+    ]  # open_clip's names are other words for some of them
     assert alike(thousand.classes, wordnet) > 0.9
     assert alike(thousand.classes, [*wordnet[1:], wordnet[0]]) < 0.3  # off by one
 
@@ -294,13 +308,26 @@ def test_999_ids_are_refused(tmp_path, capsys, fewer):
 
 def test_ids_among_other_folders_are_refused(tmp_path, capsys, birds):
     paint(birds / "n01440764" / "1.png")
-    refused(tmp_path, capsys, ["--task", "ablation", "--data", str(birds)], str(birds), "4 folders", "1 of them WordNet ids")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "ablation", "--data", str(birds)],
+        str(birds),
+        "4 folders",
+        "1 of them WordNet ids",
+    )
 
 
 def test_a_thousand_ids_and_one_other_folder_are_refused(tmp_path, capsys, imagenet):
     paint(imagenet[0] / "duck" / "1.png")
     try:
-        refused(tmp_path, capsys, ["--task", "ablation", "--data", str(imagenet[0])], "1,001 folders", "1,000 of them")
+        refused(
+            tmp_path,
+            capsys,
+            ["--task", "ablation", "--data", str(imagenet[0])],
+            "1,001 folders",
+            "1,000 of them",
+        )
     finally:
         (imagenet[0] / "duck" / "1.png").unlink()
         (imagenet[0] / "duck").rmdir()
@@ -338,12 +365,20 @@ def test_ablation_scores_a_folder_by_its_folders(tmp_path, pictures):
     assert code == 0
     assert results["images"] == 24
     assert results["settings"]["test"] == f"{pictures}, 24 of 24 images, 3 classes"
-    assert results["accuracy"]["base"] > 0.9  # the demo tells its birds; by the files' names it would be nearly 0
+    assert (
+        results["accuracy"]["base"] > 0.9
+    )  # the demo tells its birds; by the files' names it would be nearly 0
 
 
 def test_a_flat_folder_cannot_be_ablated(tmp_path, capsys):
     paint(tmp_path / "data" / "duck.png")
-    refused(tmp_path, capsys, ["--task", "ablation", "--data", str(tmp_path / "data")], str(tmp_path / "data"), "no labels")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "ablation", "--data", str(tmp_path / "data")],
+        str(tmp_path / "data"),
+        "no labels",
+    )
 
 
 @pytest.mark.parametrize("task", ["ablation", "completeness"])
@@ -354,18 +389,33 @@ def test_a_folder_of_one_class_is_refused(tmp_path, capsys, task):
 
 @pytest.mark.parametrize("task", ["ablation", "completeness", "debias", "textspan"])
 def test_a_folder_that_is_not_there(tmp_path, capsys, task):
-    refused(tmp_path, capsys, ["--task", task, "--data", "no/such/folder"], "no folder no/such/folder", "--data")
+    refused(
+        tmp_path, capsys, ["--task", task, "--data", "no/such/folder"], "no folder no/such/folder", "--data"
+    )
 
 
 def test_a_file_in_place_of_a_folder(tmp_path, capsys):
     paint(tmp_path / "duck.png")
-    refused(tmp_path, capsys, ["--task", "ablation", "--data", str(tmp_path / "duck.png")], "no folder", "duck.png")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "ablation", "--data", str(tmp_path / "duck.png")],
+        "no folder",
+        "duck.png",
+    )
 
 
 def test_a_folder_without_images(tmp_path, capsys):
     (tmp_path / "data" / "duck").mkdir(parents=True)
     (tmp_path / "data" / "duck" / "notes.txt").write_text("no image")
-    refused(tmp_path, capsys, ["--task", "ablation", "--data", str(tmp_path / "data")], "no images in", str(tmp_path / "data"), ".png")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "ablation", "--data", str(tmp_path / "data")],
+        "no images in",
+        str(tmp_path / "data"),
+        ".png",
+    )
 
 
 def test_a_reference_split_that_is_not_there(tmp_path, capsys):
@@ -394,7 +444,13 @@ def test_an_image_cut_short_is_named(tmp_path, capsys, birds):
     path = birds / "duck" / "b_crow.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:2000])
-    refused(tmp_path, capsys, ["--task", "ablation", "--data", str(birds), "--workers", "0"], str(path), "cannot read")
+    refused(
+        tmp_path,
+        capsys,
+        ["--task", "ablation", "--data", str(birds), "--workers", "0"],
+        str(path),
+        "cannot read",
+    )
 
 
 def test_pictures_that_cannot_be_read_are_refused_when_shown(tmp_path):

@@ -16,7 +16,9 @@ CPU = torch.device("cpu")
 
 
 def transform_to(size=32, mode="shortest"):
-    return image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode)  # pixels stay in 0..1
+    return image_transform(
+        size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode
+    )  # pixels stay in 0..1
 
 
 PLAIN = transform_to(8)  # leaves pictures of 8 x 8 as they are
@@ -81,7 +83,9 @@ def write_mat(path, pictures, masks):
 def some_mat(tmp_path, count=5):
     """Pictures of different shapes, each with its own patch."""
     pairs = [patch(20 + 3 * i, 30 - 2 * i, 4 + i, 9, 14, 16 + i) for i in range(count)]
-    return write_mat(tmp_path / "some.mat", [np.array(picture) for picture, _ in pairs], [mask for _, mask in pairs]), pairs
+    return write_mat(
+        tmp_path / "some.mat", [np.array(picture) for picture, _ in pairs], [mask for _, mask in pairs]
+    ), pairs
 
 
 # Geometry: a mask goes where its image goes.
@@ -101,7 +105,9 @@ def overlap(image, mask):
 def through(tmp_path, size, model, mode, protocol):
     width, height = size
     # Off the centre, but inside the crop of every mode.
-    picture, mask = patch(width, height, int(0.52 * width), int(0.42 * height), int(0.72 * width), int(0.7 * height))
+    picture, mask = patch(
+        width, height, int(0.52 * width), int(0.42 * height), int(0.72 * width), int(0.7 * height)
+    )
     root = save_folder(tmp_path / "data", {"one": (picture, Image.fromarray(mask))})
     return item(MaskFolder(root, transform_to(model, mode), protocol=protocol))
 
@@ -121,7 +127,8 @@ def test_an_aligned_mask_lies_on_its_object(tmp_path, size, model, mode):
 
 
 @pytest.mark.parametrize(
-    ("size", "model", "mode"), [(WIDE, (32, 32), "shortest"), (TALL, (32, 32), "shortest"), (WIDE, (32, 32), "longest")]
+    ("size", "model", "mode"),
+    [(WIDE, (32, 32), "shortest"), (TALL, (32, 32), "shortest"), (WIDE, (32, 32), "longest")],
 )
 def test_the_authors_protocol_misplaces_the_mask_of_an_image_that_is_not_square(tmp_path, size, model, mode):
     image, mask, _ = through(tmp_path, size, model, mode, "authors")
@@ -131,13 +138,16 @@ def test_the_authors_protocol_misplaces_the_mask_of_an_image_that_is_not_square(
 
 
 @pytest.mark.parametrize(
-    ("size", "model", "mode"), [((120, 120), (32, 32), "shortest"), (WIDE, (32, 32), "squash"), (TALL, (24, 40), "squash")]
+    ("size", "model", "mode"),
+    [((120, 120), (32, 32), "shortest"), (WIDE, (32, 32), "squash"), (TALL, (24, 40), "squash")],
 )
 def test_the_protocols_agree_where_nothing_is_cropped(tmp_path, size, model, mode):
     authors = through(tmp_path / "authors", size, model, mode, "authors")
     aligned = through(tmp_path / "aligned", size, model, mode, "aligned")
     assert torch.equal(authors[0], aligned[0])
-    assert (authors[1] != aligned[1]).float().mean() < 0.01  # Pillow's and torchvision's call may round an edge apart
+    assert (
+        authors[1] != aligned[1]
+    ).float().mean() < 0.01  # Pillow's and torchvision's call may round an edge apart
 
 
 def test_the_authors_protocol_squashes_the_whole_mask(tmp_path):
@@ -191,10 +201,16 @@ def test_a_transform_of_one_step_is_known_too():
     assert mask_geometry(transforms.Resize((6, 4)))(Image.new("L", (20, 20))).size == (4, 6)
 
 
-@pytest.mark.parametrize("step", [transforms.RandomHorizontalFlip(), transforms.Pad(3), transforms.TenCrop(8)])
+@pytest.mark.parametrize(
+    "step", [transforms.RandomHorizontalFlip(), transforms.Pad(3), transforms.TenCrop(8)]
+)
 def test_a_step_that_moves_pixels_in_another_way_is_refused_by_name(step):
     transform = transforms.Compose([*PLAIN.transforms[:2], step, *PLAIN.transforms[2:]])
-    for refuses in (mask_geometry, lambda transform: DemoMasks(transform, 1), lambda transform: seen(transform, (9, 9), (8, 8))):
+    for refuses in (
+        mask_geometry,
+        lambda transform: DemoMasks(transform, 1),
+        lambda transform: seen(transform, (9, 9), (8, 8)),
+    ):
         with pytest.raises(InputError, match=type(step).__name__):
             refuses(transform)
 
@@ -281,11 +297,22 @@ def sixteen_bits(mask):
 
 
 @pytest.mark.parametrize(
-    ("write", "foreground"), [(as_is, 1), (times_255, 255), (palette, 1), (one_bit, 1), (equal_channels, 200), (sixteen_bits, 4000)]
+    ("write", "foreground"),
+    [(as_is, 1), (times_255, 255), (palette, 1), (one_bit, 1), (equal_channels, 200), (sixteen_bits, 4000)],
 )
 def test_a_mask_may_mark_foreground_in_many_ways(tmp_path, write, foreground):
     image = write(left_half())
-    assert image.mode == {as_is: "L", times_255: "L", palette: "P", one_bit: "1", equal_channels: "RGB", sixteen_bits: "I;16"}[write]
+    assert (
+        image.mode
+        == {
+            as_is: "L",
+            times_255: "L",
+            palette: "P",
+            one_bit: "1",
+            equal_channels: "RGB",
+            sixteen_bits: "I;16",
+        }[write]
+    )
     _, mask, value = item(MaskFolder(one_pair(tmp_path, image), PLAIN))
     assert torch.equal(mask, torch.from_numpy(left_half()).to(torch.int8))
     assert value == foreground
@@ -335,7 +362,9 @@ def test_a_mask_that_is_all_foreground_is_valid(tmp_path):
 def numbered(tmp_path, count=9, prefix=""):
     """Pictures and masks that tell which one they are: i + 1 columns of foreground of 16."""
     pairs = {f"{prefix}{i:02d}": patch(16, 16, 0, 0, i + 1, 16) for i in range(count)}
-    return save_folder(tmp_path / "data", {name: (picture, Image.fromarray(mask)) for name, (picture, mask) in pairs.items()})
+    return save_folder(
+        tmp_path / "data", {name: (picture, Image.fromarray(mask)) for name, (picture, mask) in pairs.items()}
+    )
 
 
 def columns(data):
@@ -381,7 +410,9 @@ def test_image_and_mask_may_be_of_different_kinds_of_files(tmp_path):
 def test_class_folders_say_what_an_image_shows(tmp_path):
     mask = Image.fromarray(left_half())
     pairs = {
-        f"{name}/{i}": (Image.new("RGB", (8, 8)), mask) for name, count in (("gull", 2), ("crow", 1), ("duck", 3)) for i in range(count)
+        f"{name}/{i}": (Image.new("RGB", (8, 8)), mask)
+        for name, count in (("gull", 2), ("crow", 1), ("duck", 3))
+        for i in range(count)
     }
     data = MaskFolder(save_folder(tmp_path, pairs), PLAIN)
     assert data.names == ["crow", "duck", "gull"]
@@ -391,14 +422,21 @@ def test_class_folders_say_what_an_image_shows(tmp_path):
 
 def test_without_class_folders_there_are_no_labels(tmp_path):
     mask = Image.fromarray(left_half())
-    data = MaskFolder(save_folder(tmp_path, {"gull/1": (Image.new("RGB", (8, 8)), mask), "2": (Image.new("RGB", (8, 8)), mask)}), PLAIN)
+    data = MaskFolder(
+        save_folder(
+            tmp_path, {"gull/1": (Image.new("RGB", (8, 8)), mask), "2": (Image.new("RGB", (8, 8)), mask)}
+        ),
+        PLAIN,
+    )
     assert data.labels is None
     assert data.names is None
 
 
 def test_a_limit_draws_images_and_leaves_the_classes(tmp_path):
     mask = Image.fromarray(left_half())
-    root = save_folder(tmp_path, {f"{name}/1": (Image.new("RGB", (8, 8)), mask) for name in ("crow", "duck", "gull")})
+    root = save_folder(
+        tmp_path, {f"{name}/1": (Image.new("RGB", (8, 8)), mask) for name in ("crow", "duck", "gull")}
+    )
     for seed in range(3):
         data = MaskFolder(root, PLAIN, limit=1, seed=seed)
         assert data.names == ["crow", "duck", "gull"]
@@ -412,7 +450,10 @@ def test_a_limit_draws_images_and_leaves_the_classes(tmp_path):
         (Image.new("RGBA", (8, 8), (255, 0, 0, 255)), (1, 0, 0)),
         (Image.new("L", (8, 8), 51), (0.2, 0.2, 0.2)),
         (Image.new("1", (8, 8), 1), (1, 1, 1)),
-        (Image.fromarray(np.full((8, 8), 32896, dtype=np.uint16)), (128 / 255,) * 3),  # Pillow alone would clip it to white
+        (
+            Image.fromarray(np.full((8, 8), 32896, dtype=np.uint16)),
+            (128 / 255,) * 3,
+        ),  # Pillow alone would clip it to white
     ],
 )
 def test_an_image_of_any_kind_comes_as_three_channels(tmp_path, picture, expected):
@@ -423,7 +464,9 @@ def test_an_image_of_any_kind_comes_as_three_channels(tmp_path, picture, expecte
 
 def loaded(data, workers, batch_size=2):
     found = list(batches(data, batch_size, workers, "test", CPU))
-    return [torch.cat([part[0][k] for part in found]) for k in range(3)] + [torch.cat([part[1] for part in found])]
+    return [torch.cat([part[0][k] for part in found]) for k in range(3)] + [
+        torch.cat([part[1] for part in found])
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:This process")  # forking a process with threads
@@ -585,7 +628,8 @@ def test_an_empty_folder_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "build", [lambda **options: DemoMasks(PLAIN, 1, **options), lambda **options: MaskFolder("x", PLAIN, **options)]
+    "build",
+    [lambda **options: DemoMasks(PLAIN, 1, **options), lambda **options: MaskFolder("x", PLAIN, **options)],
 )
 def test_zero_cannot_be_void(build):
     with pytest.raises(InputError, match="--void 0"):
@@ -596,7 +640,10 @@ def test_zero_cannot_be_void(build):
 
 
 def test_the_demos_masks_are_its_birds():
-    data, birds = DemoMasks(transform_to(64), limit=6, seed=1), DemoBirds("test", lambda image: image, limit=6, seed=1)
+    data, birds = (
+        DemoMasks(transform_to(64), limit=6, seed=1),
+        DemoBirds("test", lambda image: image, limit=6, seed=1),
+    )
     for i in range(6):
         image, mask, foreground = item(data, i)
         picture, soft = birds.render(i)
@@ -629,7 +676,10 @@ def test_the_demos_limit_is_drawn_with_the_seed():
 def test_a_mat_file_gives_images_and_masks_upright(tmp_path):
     path, pairs = some_mat(tmp_path)
     data = ImageNetSegmentation(path, transform_to(16, "squash"))
-    folder = save_folder(tmp_path / "data", {str(i): (picture, Image.fromarray(mask)) for i, (picture, mask) in enumerate(pairs)})
+    folder = save_folder(
+        tmp_path / "data",
+        {str(i): (picture, Image.fromarray(mask)) for i, (picture, mask) in enumerate(pairs)},
+    )
     same = MaskFolder(folder, transform_to(16, "squash"))
     assert len(data) == 5
     for i in range(5):
@@ -687,7 +737,9 @@ def test_a_mask_of_logical_values_in_a_mat_file_is_read(tmp_path):
 def test_a_limit_draws_from_a_mat_file_with_the_seed(tmp_path):
     path, _ = some_mat(tmp_path, 9)
     whole = ImageNetSegmentation(path, transform_to(16))
-    first, again, other = (ImageNetSegmentation(path, transform_to(16), limit=3, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (
+        ImageNetSegmentation(path, transform_to(16), limit=3, seed=seed) for seed in (0, 0, 1)
+    )
     assert first.rows == again.rows != other.rows
     assert len(first) == 3
     for i, row in enumerate(first.rows):
@@ -699,7 +751,11 @@ def test_a_limit_draws_from_a_mat_file_with_the_seed(tmp_path):
 @pytest.mark.filterwarnings("ignore:This process")
 def test_workers_change_nothing_in_a_mat_file(tmp_path):
     data = ImageNetSegmentation(some_mat(tmp_path)[0], transform_to(16))
-    alone, together, again = loaded(data, 0), loaded(data, 2), loaded(data, 2)  # the second time the file is open here
+    alone, together, again = (
+        loaded(data, 0),
+        loaded(data, 2),
+        loaded(data, 2),
+    )  # the second time the file is open here
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
     assert alone[3].tolist() == list(range(5))

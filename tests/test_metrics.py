@@ -12,7 +12,10 @@ from torch.testing import assert_close
 
 from metrics import Segmentation, average_precision, scale
 
-EXACT = {"rtol": 0, "atol": 1e-12}  # float64 sums of some thousand numbers up to 1: only the order of adding differs
+EXACT = {
+    "rtol": 0,
+    "atol": 1e-12,
+}  # float64 sums of some thousand numbers up to 1: only the order of adding differs
 
 
 # The independent route: numpy, plain loops, one pixel or one threshold at a time.
@@ -108,7 +111,9 @@ def test_average_precision_is_the_mean_precision_at_the_positives(rows):
     scores, positive, counted = (list(column) for column in zip(*rows, strict=True))
     if not any(p and c for p, c in zip(positive, counted, strict=True)):
         positive[0] = counted[0] = True
-    found = average_precision(torch.tensor([scores]).double(), torch.tensor([positive]), torch.tensor([counted]))
+    found = average_precision(
+        torch.tensor([scores]).double(), torch.tensor([positive]), torch.tensor([counted])
+    )
     assert found.item() == pytest.approx(naive_precision(scores, positive, counted), abs=1e-12)
 
 
@@ -143,7 +148,12 @@ def test_average_precision_by_hand(scores, positive, expected):
 def test_the_order_of_tied_entries_changes_nothing(order):
     scores = torch.tensor([[3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1]]).double()
     positive = torch.tensor([[1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0]]).bool()
-    assert_close(average_precision(scores[:, order], positive[:, order]), average_precision(scores, positive), rtol=0, atol=0)
+    assert_close(
+        average_precision(scores[:, order], positive[:, order]),
+        average_precision(scores, positive),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_a_ranking_that_breaks_ties_by_position_would_differ():
@@ -169,7 +179,11 @@ def test_what_is_not_counted_may_have_any_score():
 
 
 def test_the_arguments_are_left_as_they_were():
-    scores, positive, counted = torch.tensor([[1.0, 3, 2]]), torch.tensor([[True, False, True]]), torch.tensor([[True, True, False]])
+    scores, positive, counted = (
+        torch.tensor([[1.0, 3, 2]]),
+        torch.tensor([[True, False, True]]),
+        torch.tensor([[True, True, False]]),
+    )
     copies = [x.clone() for x in (scores, positive, counted)]
     average_precision(scores, positive, counted)
     assert all(torch.equal(x, copy) for x, copy in zip((scores, positive, counted), copies, strict=True))
@@ -266,7 +280,9 @@ def test_a_constant_map_is_all_background():
 
 def test_an_image_that_is_all_foreground():
     # The pixel at 0 is missed: foreground 2 of 3, background 0 of 1. Ranked: 1, .75 and .25, 0 for foreground; positives first.
-    assert one([0, 0.75, 1], [1, 1, 1]) == pytest.approx((2 / 3, (2 / 3 + 0) / 2, (1 / 2 + 2 / 3 + 3 / 6) / 3))
+    assert one([0, 0.75, 1], [1, 1, 1]) == pytest.approx(
+        (2 / 3, (2 / 3 + 0) / 2, (1 / 2 + 2 / 3 + 3 / 6) / 3)
+    )
 
 
 def test_an_image_without_foreground():
@@ -344,15 +360,21 @@ def test_clipping_leaves_a_map_without_negative_values_as_it_is():
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(0, 1000), st.floats(0.01, 100), st.floats(-100, 100))
 def test_average_precision_does_not_see_scale_and_offset(seed, factor, offset):
-    maps, masks = problem(seed, grid=(9, 7))  # as large as the masks: resizing would make values that are equal up to rounding
+    maps, masks = problem(
+        seed, grid=(9, 7)
+    )  # as large as the masks: resizing would make values that are equal up to rounding
     maps = maps.double()
-    assert measured(factor * maps + offset, masks).mean_ap == pytest.approx(measured(maps, masks).mean_ap, abs=1e-9)
+    assert measured(factor * maps + offset, masks).mean_ap == pytest.approx(
+        measured(maps, masks).mean_ap, abs=1e-9
+    )
 
 
 def test_average_precision_of_a_resized_map_hardly_sees_them():
     maps, masks = problem(8, b=4, grid=(8, 8), size=(64, 64))
     before, after = measured(maps.double(), masks).mean_ap, measured(0.3 * maps.double() + 7, masks).mean_ap
-    assert before == pytest.approx(after, abs=1e-4)  # two of a map's edges repeat values up to rounding: such pairs change places
+    assert before == pytest.approx(
+        after, abs=1e-4
+    )  # two of a map's edges repeat values up to rounding: such pairs change places
 
 
 def test_average_precision_sees_the_sign():
@@ -362,7 +384,9 @@ def test_average_precision_sees_the_sign():
 
 def test_swapping_foreground_and_background_with_the_map_inverted_changes_no_average_precision():
     maps, masks = problem(9, grid=(9, 7))
-    assert measured(-maps.double(), 1 - masks).mean_ap == pytest.approx(measured(maps, masks).mean_ap, abs=1e-12)
+    assert measured(-maps.double(), 1 - masks).mean_ap == pytest.approx(
+        measured(maps, masks).mean_ap, abs=1e-12
+    )
     assert measured(maps, 1 - masks).mean_ap != pytest.approx(measured(maps, masks).mean_ap, abs=1e-3)
 
 
@@ -388,7 +412,9 @@ def test_masks_of_different_sizes_can_come_in_batches_of_their_own():
     first, second = problem(11), problem(12, size=(5, 12))
     total = Segmentation().update(*first).update(*second)
     assert total.labelled == 5 * (9 * 7 + 5 * 12)
-    assert total.mean_ap == pytest.approx((measured(*first).mean_ap + measured(*second).mean_ap) / 2, abs=1e-12)
+    assert total.mean_ap == pytest.approx(
+        (measured(*first).mean_ap + measured(*second).mean_ap) / 2, abs=1e-12
+    )
 
 
 def test_the_order_of_images_changes_nothing():
@@ -448,7 +474,10 @@ def test_masks_may_be_of_any_signed_integers(dtype):
 
 def test_random_maps_have_an_average_precision_of_about_a_half():
     generator = torch.Generator().manual_seed(0)
-    maps, masks = torch.rand(200, 16, 16, generator=generator), torch.randint(0, 2, (200, 16, 16), generator=generator)
+    maps, masks = (
+        torch.rand(200, 16, 16, generator=generator),
+        torch.randint(0, 2, (200, 16, 16), generator=generator),
+    )
     random = measured(maps, masks)
     # Few pixels rank a little above chance by luck: about (log n) / 2n with n = 512 entries, 0.006; and four standard errors.
     assert abs(random.mean_ap - 0.5) < 0.006 + 4 * random.mean_ap_error
@@ -465,7 +494,9 @@ def test_the_standard_error_is_numpys(b):
 
 def test_images_that_are_all_alike_have_no_spread():
     maps, masks = problem(21, b=1)
-    assert measured(maps.expand(7, -1, -1), masks.expand(7, -1, -1)).mean_ap_error < 1e-8  # the root of a rounded 0
+    assert (
+        measured(maps.expand(7, -1, -1), masks.expand(7, -1, -1)).mean_ap_error < 1e-8
+    )  # the root of a rounded 0
     assert measured(maps, masks).mean_ap_error == 0
 
 
@@ -498,7 +529,12 @@ def no_labelled_pixel(maps, masks):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(nan_map, "NaN"), (infinite_map, "infinity"), (label_two, "up to 2"), (no_labelled_pixel, "no labelled pixel")],
+    [
+        (nan_map, "NaN"),
+        (infinite_map, "infinity"),
+        (label_two, "up to 2"),
+        (no_labelled_pixel, "no labelled pixel"),
+    ],
 )
 def test_a_bad_image_leaves_the_sums_as_they_were(damage, message):
     total = measured(*problem(22))

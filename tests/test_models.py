@@ -66,7 +66,9 @@ def test_a_small_copy_is_of_its_family_and_sums_to_its_embedding(name, kind):
     with torch.no_grad():
         stock = model.encode_image(images)
     stock = stock[0] if isinstance(stock, tuple) else stock
-    assert torch.allclose(decompose(model, images).embedding, stock, rtol=EXACT, atol=EXACT * float(stock.abs().max()))
+    assert torch.allclose(
+        decompose(model, images).embedding, stock, rtol=EXACT, atol=EXACT * float(stock.abs().max())
+    )
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP"])
@@ -82,7 +84,9 @@ def test_small_errors_are_not_small_once_a_block_is_spoilt(monkeypatch):
 
     def spoilt(name):
         model = small(name)
-        model.visual.transformer.resblocks[1].attn.register_forward_hook(lambda m, args, output: (output[0] * 1.1, *output[1:]))
+        model.visual.transformer.resblocks[1].attn.register_forward_hook(
+            lambda m, args, output: (output[0] * 1.1, *output[1:])
+        )
         return model
 
     monkeypatch.setattr(models, "small", spoilt)
@@ -90,7 +94,9 @@ def test_small_errors_are_not_small_once_a_block_is_spoilt(monkeypatch):
 
 
 def test_check_all_prints_families_and_refusals(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(open_clip, "list_models", lambda: ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "convnext_base"])
+    monkeypatch.setattr(
+        open_clip, "list_models", lambda: ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "convnext_base"]
+    )
     code, results = run(tmp_path, "--task", "check", "--model", "all")
     out = capsys.readouterr().out
     assert code == 0
@@ -135,14 +141,18 @@ def tower(request, tmp_path_factory):
     """--model, --pretrained and the number of layers of a small model with that read-out."""
     folder = tmp_path_factory.mktemp(request.param)
     name = f"tiny-{request.param}"
-    (folder / f"{name}.json").write_text(json.dumps({"embed_dim": 64, "vision_cfg": TOWERS[request.param], "text_cfg": TEXT}))
+    (folder / f"{name}.json").write_text(
+        json.dumps({"embed_dim": 64, "vision_cfg": TOWERS[request.param], "text_cfg": TEXT})
+    )
     open_clip.add_model_config(folder / f"{name}.json")
     torch.manual_seed(0)
     model = open_clip.create_model(name)
     with torch.no_grad():
         for parameter in model.visual.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors"
+    )
     return ["--model", name, "--pretrained", str(folder / "weights.safetensors"), "--workers", "0"]
 
 
@@ -154,7 +164,9 @@ def bank(tmp_path_factory):
         "birds": ["a duck", "a gull"],
         "colours": ["red", "blue"],
     }
-    path.write_text("\n".join(line for category, texts in words.items() for line in (f"# {category}", *texts)))
+    path.write_text(
+        "\n".join(line for category, texts in words.items() for line in (f"# {category}", *texts))
+    )
     return ["--text-bank", str(path)]
 
 
@@ -199,7 +211,9 @@ def test_neurons_under_attention_pooling_are_summed_up_rightly(tmp_path, tower, 
     images = torch.stack([data[i][0] for i in range(len(data))])
     found = neurons(clip.model, images, 1)
     terms = found.terms().double()
-    spread = terms.var(dim=0, correction=0).sum(dim=1) / found.embedding.double().var(dim=0, correction=0).sum()
+    spread = (
+        terms.var(dim=0, correction=0).sum(dim=1) / found.embedding.double().var(dim=0, correction=0).sum()
+    )
     assert torch.allclose(activity.spread(), spread, rtol=1e-4)
     j = int(spread.argmax())
     away = terms[:, j] - terms[:, j].mean(dim=0)
@@ -223,10 +237,15 @@ def test_another_image_size_is_another_grid_of_the_same_weights(tmp_path, pixels
     assert heatmap(clip.model, images, texts).shape == (2, 1, pixels // 8, pixels // 8)
     theirs = load_clip(device="cpu").model.state_dict()
     ours = clip.model.state_dict()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == ["visual.positional_embedding"]
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == [
+        "visual.positional_embedding"
+    ]
     argv = ["--task", "waterbirds", "--image-size", str(pixels), "--limit", "64", "--out", str(tmp_path)]
     assert main(argv) == 0
-    assert f"images of {pixels} pixels" in json.loads((tmp_path / "waterbirds" / "results.json").read_text())["settings"]["model"]
+    assert (
+        f"images of {pixels} pixels"
+        in json.loads((tmp_path / "waterbirds" / "results.json").read_text())["settings"]["model"]
+    )
 
 
 def test_another_image_size_through_timm_and_with_a_pooler():
@@ -248,7 +267,9 @@ def test_other_weights_of_the_demo_are_the_demo(tmp_path):
     ours, theirs = load_clip(device="cpu"), load_clip(demo.NAME, str(tmp_path / "mine.safetensors"), "cpu")
     images = torch.randn(2, 3, 64, 64)
     assert theirs.is_demo
-    assert torch.allclose(decompose(theirs.model, images).embedding, 2 * decompose(ours.model, images).embedding, atol=1e-5)
+    assert torch.allclose(
+        decompose(theirs.model, images).embedding, 2 * decompose(ours.model, images).embedding, atol=1e-5
+    )
 
 
 def refusal(tmp_path, capsys, *argv):
@@ -262,7 +283,9 @@ def test_a_checkpoint_of_another_architecture_is_told_by_its_first_keys(tmp_path
     state["another.weight"] = state.pop("visual.proj")
     state["visual.ln_post.weight"] = state["visual.ln_post.weight"][:5].clone()
     save_file(state, tmp_path / "other.safetensors")
-    message = refusal(tmp_path, capsys, "--model", demo.NAME, "--pretrained", str(tmp_path / "other.safetensors"))
+    message = refusal(
+        tmp_path, capsys, "--model", demo.NAME, "--pretrained", str(tmp_path / "other.safetensors")
+    )
     assert "lacks visual.proj" in message
     assert "has besides another.weight" in message
     assert "1 of other shapes, first visual.ln_post.weight [5], expected [128]" in message
@@ -290,5 +313,7 @@ def test_no_tokenizer_is_needed_to_check_and_its_absence_is_said_where_it_is(tmp
     assert token_scores(clip.model, images, torch.randn(1, 512)).shape[-1] == 1
     from datasets import InputError
 
-    with pytest.raises(InputError, match=r"cannot open the tokenizer of ViT-B-32: .*pip install transformers"):
+    with pytest.raises(
+        InputError, match=r"cannot open the tokenizer of ViT-B-32: .*pip install transformers"
+    ):
         clip.tokenizer(["a bird"])

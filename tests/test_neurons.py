@@ -59,7 +59,9 @@ CASES = {(name, 1): OPTIONS[name] for name in OPTIONS} | {
     (name, end): OPTIONS[name] for name in ("plain", "all of them") for end in (0, 2)
 }
 every_case = pytest.mark.parametrize(
-    ("options", "layer"), [(o, layer) for (_, layer), o in CASES.items()], ids=[f"{name}, {i}" for name, i in CASES]
+    ("options", "layer"),
+    [(o, layer) for (_, layer), o in CASES.items()],
+    ids=[f"{name}, {i}" for name, i in CASES],
 )
 
 
@@ -73,7 +75,9 @@ def streams(model, images, layer):
     gelu, norm = blocks(model)[layer].mlp.gelu, model.visual.ln_post
     handles = [
         gelu.register_forward_hook(lambda m, args, output: seen.update(hidden=output[:, 0])),
-        norm.register_forward_pre_hook(lambda m, args: seen.update(last=args[0][:, 0] if args[0].ndim == 3 else args[0])),
+        norm.register_forward_pre_hook(
+            lambda m, args: seen.update(last=args[0][:, 0] if args[0].ndim == 3 else args[0])
+        ),
     ]
     embedding = model.encode_image(images)
     for handle in handles:
@@ -142,7 +146,11 @@ def test_the_term_kept_is_that_of_decompose(options):
 
 def of(**more):
     """Neurons of small whole numbers."""
-    parts = {"activations": [[1.0, 2.0]], "maps": [[1.0, 0.0, 3.0], [0.0, 1.0, -1.0]], "constant": [[0.5, 0.5, 0.0]]}
+    parts = {
+        "activations": [[1.0, 2.0]],
+        "maps": [[1.0, 0.0, 3.0], [0.0, 1.0, -1.0]],
+        "constant": [[0.5, 0.5, 0.0]],
+    }
     parts |= {"embedding": [[0.0, 0.0, 0.0]], "term": [[1.5, 2.5, 1.0]]} | more
     return Neurons(**{key: torch.tensor(value) for key, value in parts.items()})
 
@@ -160,7 +168,9 @@ def test_the_error_is_the_largest_difference_over_the_largest_entry_of_the_term(
     assert of(term=[[1.5, 2.5, -4.0]]).error() == 5 / 4
 
 
-@pytest.mark.parametrize("part", [{"term": [[torch.nan, 1.0, 1.0]]}, {"constant": [[torch.nan, 1.0, 1.0]]}], ids=["term", "sum"])
+@pytest.mark.parametrize(
+    "part", [{"term": [[torch.nan, 1.0, 1.0]]}, {"constant": [[torch.nan, 1.0, 1.0]]}], ids=["term", "sum"]
+)
 def test_the_error_is_nan_where_one_number_is(part):
     error = of(**part).error()
     assert error != error
@@ -182,7 +192,9 @@ def test_each_neuron_is_that_of_the_long_way(options, layer):
 @every_option
 def test_the_constant_is_that_of_the_long_way(options):
     model = build(**options)
-    assert far(neurons(model, pictures(model), 1).constant, long_way(model, pictures(model), 1).constant) < EXACT
+    assert (
+        far(neurons(model, pictures(model), 1).constant, long_way(model, pictures(model), 1).constant) < EXACT
+    )
 
 
 def test_a_map_of_the_plain_block_is_its_row_of_the_out_projection_read_out():
@@ -202,13 +214,23 @@ def test_the_maps_are_the_same_for_all_images(options):
 def test_nothing_as_large_as_the_terms_is_kept():
     split = neurons(build(), pictures(build(), batch=3), 1)
     shapes = {key: tuple(value.shape) for key, value in fields(split).items()}
-    assert shapes == {"embedding": (3, d), "term": (3, d), "activations": (3, n), "maps": (n, d), "constant": (3, d)}
+    assert shapes == {
+        "embedding": (3, d),
+        "term": (3, d),
+        "activations": (3, n),
+        "maps": (n, d),
+        "constant": (3, d),
+    }
 
 
 @torch.no_grad()
 def permute(model, layer, order):
     mlp = blocks(model)[layer].mlp
-    for x in (mlp.c_fc.weight, mlp.c_fc.bias, *(mlp.ln.parameters() if "ln" in dict(mlp.named_children()) else ())):
+    for x in (
+        mlp.c_fc.weight,
+        mlp.c_fc.bias,
+        *(mlp.ln.parameters() if "ln" in dict(mlp.named_children()) else ()),
+    ):
         x.copy_(x[order])
     mlp.c_proj.weight.copy_(mlp.c_proj.weight[:, order])
     return model
@@ -243,7 +265,10 @@ def test_negative_layers_count_from_the_end(layer):
 
 def test_layers_differ():
     model = build()
-    assert far(neurons(model, pictures(model), 0).activations, neurons(model, pictures(model), 1).activations) > FAR
+    assert (
+        far(neurons(model, pictures(model), 0).activations, neurons(model, pictures(model), 1).activations)
+        > FAR
+    )
 
 
 # An intervention: the neuron's direct effect, with norms frozen and what later blocks write held as it was.
@@ -257,7 +282,8 @@ def intervene(model, images, layer, j, value=None, hold=True, freeze=True):
     inner = [block.mlp.ln] if isinstance(getattr(block.mlp, "ln", None), nn.LayerNorm) else []
     handles = [x.register_forward_hook(lambda m, args, output: written.update({m: output})) for x in places]
     handles += [
-        x.register_forward_hook(lambda m, args, output: norms.update({m: std(m, args[0])})) for x in [*inner, model.visual.ln_post]
+        x.register_forward_hook(lambda m, args, output: norms.update({m: std(m, args[0])}))
+        for x in [*inner, model.visual.ln_post]
     ]
     model.encode_image(images)
     for handle in handles:
@@ -297,16 +323,22 @@ def test_a_neuron_at_its_mean_adds_the_mean_less_its_term(options):
     images = pictures(model, batch=3)
     split, hidden = neurons(model, images, layer), streams(model, images, layer)[0][:, j]
     divisor = hidden / split.activations[:, j]
-    at = split.activations[:, j].mean() * divisor  # the raw activation that is the mean once it reaches the embedding
+    at = (
+        split.activations[:, j].mean() * divisor
+    )  # the raw activation that is the mean once it reaches the embedding
     change = intervene(model, images, layer, j, value=at) - split.embedding
-    assert far(change, split.terms()[:, j].mean(dim=0) - split.terms()[:, j]) < 1e-8  # a difference of near numbers
+    assert (
+        far(change, split.terms()[:, j].mean(dim=0) - split.terms()[:, j]) < 1e-8
+    )  # a difference of near numbers
 
 
 @pytest.mark.parametrize("way", ["hold", "freeze"])
 def test_a_silenced_neuron_changes_more_where_the_rest_may_answer(way):
     model, j, layer = build(**INNER), 5, 1
     images = pictures(model)
-    change = intervene(model, images, layer, j, value=0.0, **{way: False}) - intervene(model, images, layer, j)
+    change = intervene(model, images, layer, j, value=0.0, **{way: False}) - intervene(
+        model, images, layer, j
+    )
     assert far(change, -neurons(model, images, layer).terms()[:, j]) > FAR
 
 
@@ -390,7 +422,9 @@ def test_a_norm_without_gamma_and_beta_is_split(dtype):
 def test_a_tower_without_projection_is_split_at_its_norm():
     model = build()
     model.visual.proj = None
-    assert far(neurons(model, pictures(model), 1).total(), decompose(model, pictures(model)).mlps[:, 1]) < EXACT
+    assert (
+        far(neurons(model, pictures(model), 1).total(), decompose(model, pictures(model)).mlps[:, 1]) < EXACT
+    )
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -400,7 +434,9 @@ def test_gradient_checkpointing_changes_nothing():
     assert torch.equal(neurons(model, pictures(model), 1).activations, plain)
 
 
-@pytest.mark.parametrize(("mixed", "options"), [(False, {}), (True, {}), (False, INNER)], ids=["pure", "mixed", "custom"])
+@pytest.mark.parametrize(
+    ("mixed", "options"), [(False, {}), (True, {}), (False, INNER)], ids=["pure", "mixed", "custom"]
+)
 def test_a_model_in_half_precision_is_split_in_float32(mixed, options):
     model = half(torch.bfloat16, mixed, **options)
     split = neurons(model, pictures(model), 1)
@@ -414,7 +450,10 @@ def test_a_model_in_half_precision_is_split_in_float32(mixed, options):
 @pytest.mark.parametrize("options", [{}, INNER], ids=["plain", "custom"])
 def test_autocast_does_not_reach_the_sums(options):
     model = build(torch.float32, **options)
-    plain, cast = neurons(model, pictures(model), 1), under_autocast(lambda: neurons(model, pictures(model), 1))
+    plain, cast = (
+        neurons(model, pictures(model), 1),
+        under_autocast(lambda: neurons(model, pictures(model), 1)),
+    )
     assert far(cast.maps, plain.maps) < SINGLE
     assert far(under_autocast(cast.total), cast.terms().sum(dim=1) + cast.constant) < SINGLE
     assert under_autocast(cast.error) == cast.error() < HALF
@@ -485,16 +524,24 @@ def test_a_block_without_mlp_is_refused():
 def test_an_mlp_of_another_kind_elsewhere_is_no_obstacle():
     model = build()
     blocks(model)[0].mlp = nn.Sequential(linear(32, 32))
-    assert far(neurons(model, pictures(model), 1).total(), decompose(model, pictures(model)).mlps[:, 1]) < EXACT
+    assert (
+        far(neurons(model, pictures(model), 1).total(), decompose(model, pictures(model)).mlps[:, 1]) < EXACT
+    )
 
 
 def test_other_towers_are_refused_as_by_decompose():
-    with pytest.raises(DecompositionError, match=r"cannot decompose CLIP with image tower VisionTransformer: .*pooling 'none'"):
+    with pytest.raises(
+        DecompositionError,
+        match=r"cannot decompose CLIP with image tower VisionTransformer: .*pooling 'none'",
+    ):
         neurons(build(pool_type="none"), pictures(build()), 0)
 
 
 def test_an_object_without_image_tower_is_refused():
-    with pytest.raises(DecompositionError, match="cannot decompose Linear with image tower NoneType: it has no attribute `visual`"):
+    with pytest.raises(
+        DecompositionError,
+        match="cannot decompose Linear with image tower NoneType: it has no attribute `visual`",
+    ):
         neurons(nn.Linear(2, 2), pictures(build()), 0)
 
 
@@ -505,7 +552,10 @@ def some(images, seed=0, size=7, width=5, dtype=torch.float32):
     """Neurons of many images, with ties among the activations."""
     g = torch.Generator().manual_seed(seed)
     activations = torch.randint(-3, 4, (images, size), generator=g).to(dtype)
-    maps, embedding = torch.randn(size, width, generator=g, dtype=dtype), torch.randn(images, width, generator=g, dtype=dtype)
+    maps, embedding = (
+        torch.randn(size, width, generator=g, dtype=dtype),
+        torch.randn(images, width, generator=g, dtype=dtype),
+    )
     constant = torch.zeros(images, width, dtype=dtype)
     return Neurons(embedding, activations @ maps, activations, maps, constant)
 
@@ -516,7 +566,9 @@ def in_batches(all_of, sizes, kept=4):
         rows = slice(start, start + size)
         start += size
         parts = (getattr(all_of, key)[rows] for key in ("embedding", "term", "activations"))
-        activity.update(Neurons(*parts, all_of.maps, all_of.constant[rows]), torch.arange(start - size, start))
+        activity.update(
+            Neurons(*parts, all_of.maps, all_of.constant[rows]), torch.arange(start - size, start)
+        )
     return activity
 
 
@@ -526,7 +578,9 @@ def test_the_images_kept_are_the_first_of_all_sorted(sizes, kept, seed):
     whole = some(sum(sizes), seed)
     activity = in_batches(whole, sizes, kept)
     for j in range(7):
-        order = sorted(range(sum(sizes)), key=lambda i, j=j: (-float(whole.activations[i, j]), i))[:kept]  # of equals the earlier
+        order = sorted(range(sum(sizes)), key=lambda i, j=j: (-float(whole.activations[i, j]), i))[
+            :kept
+        ]  # of equals the earlier
         assert activity.images[j].tolist() == order
         assert activity.top[j].tolist() == whole.activations[order, j].tolist()
 
@@ -563,13 +617,19 @@ def test_the_layer_counts_from_either_end_and_is_the_last_by_default(asked, laye
 
 @pytest.mark.parametrize("asked", [4, -5])
 def test_a_layer_that_is_not_there_is_an_input_error_of_one_line(asked):
-    with pytest.raises(InputError, match=f"^--layer {asked}: the model has layers 0 to 3, or -4 to -1 from the end$"):
+    with pytest.raises(
+        InputError, match=f"^--layer {asked}: the model has layers 0 to 3, or -4 to -1 from the end$"
+    ):
         choose_layer(asked, 4)
 
 
 def test_what_all_texts_share_does_not_count():
     g = torch.Generator().manual_seed(4)
-    texts, direction, shared = torch.randn(9, 6, generator=g), torch.randn(6, generator=g), 5 * torch.randn(6, generator=g)
+    texts, direction, shared = (
+        torch.randn(9, 6, generator=g),
+        torch.randn(6, generator=g),
+        5 * torch.randn(6, generator=g),
+    )
     assert torch.allclose(likeness(direction, texts + shared), likeness(direction, texts), atol=1e-5)
     plain, moved = (F.cosine_similarity(rows, direction[None]) for rows in (texts, texts + shared))
     assert not torch.allclose(moved, plain, atol=0.1)
@@ -592,9 +652,31 @@ def test_a_change_of_nothing_has_no_minus():
 
 
 def options(**more):
-    defaults = {"task": "neurons", "layer": None, "neurons": 5, "text_bank": None, "limit": 96, "seed": 0, "reference": "train"}
-    defaults |= {"model": None, "pretrained": None, "device": "cpu", "precision": "fp32", "batch_size": 40, "workers": 0, "data": None}
-    defaults |= {"out": Path("results"), "image_size": None, "resume": False, "save_every": 60.0, "started": time.monotonic()}
+    defaults = {
+        "task": "neurons",
+        "layer": None,
+        "neurons": 5,
+        "text_bank": None,
+        "limit": 96,
+        "seed": 0,
+        "reference": "train",
+    }
+    defaults |= {
+        "model": None,
+        "pretrained": None,
+        "device": "cpu",
+        "precision": "fp32",
+        "batch_size": 40,
+        "workers": 0,
+        "data": None,
+    }
+    defaults |= {
+        "out": Path("results"),
+        "image_size": None,
+        "resume": False,
+        "save_every": 60.0,
+        "started": time.monotonic(),
+    }
     return Namespace(**defaults | more)
 
 
@@ -615,7 +697,8 @@ def truth():
     clip = load_clip(device="cpu")
     sets = {split: DemoBirds(split, clip.preprocess, 96, seed=0) for split in ("train", "test")}
     splits = {
-        split: long_way(clip.model, torch.stack([x for x, _ in (data[i] for i in range(96))]), -1) for split, data in sets.items()
+        split: long_way(clip.model, torch.stack([x for x, _ in (data[i] for i in range(96))]), -1)
+        for split, data in sets.items()
     }
     bank = load_bank(default_bank(clip))
     rows = clip.model.visual.transformer.resblocks[-1].mlp.c_proj.weight.T
@@ -637,13 +720,17 @@ def test_the_neurons_shown_are_those_of_largest_spread(ran, truth):
     spread = seen.terms.double().var(0).sum(1) / seen.embedding.double().var(0).sum()
     assert numbers(ran) == spread.argsort(descending=True)[:5].tolist()
     assert all(row["neuron"].startswith("3.") for row in ran.results["neurons"])
-    assert [row["spread"] for row in ran.results["neurons"]] == pytest.approx(spread[numbers(ran)].tolist(), rel=1e-4)
+    assert [row["spread"] for row in ran.results["neurons"]] == pytest.approx(
+        spread[numbers(ran)].tolist(), rel=1e-4
+    )
 
 
 def test_mean_and_variance_are_of_the_activation_as_it_reaches_the_embedding(ran, truth):
     mine = truth.seen["train"].activations[:, numbers(ran)].double()
     assert [row["mean"] for row in ran.results["neurons"]] == pytest.approx(mine.mean(0).tolist(), rel=1e-4)
-    assert [row["variance"] for row in ran.results["neurons"]] == pytest.approx(mine.var(0, correction=0).tolist(), rel=1e-4)
+    assert [row["variance"] for row in ran.results["neurons"]] == pytest.approx(
+        mine.var(0, correction=0).tolist(), rel=1e-4
+    )
 
 
 def test_the_images_are_those_of_largest_activation_with_their_facts_in_words(ran, truth):
@@ -652,7 +739,9 @@ def test_the_images_are_those_of_largest_activation_with_their_facts_in_words(ra
         order = activations.argsort(descending=True)[: task.KEPT].tolist()
         assert [i for i, _, _ in row["images"]] == order
         assert [caption for _, caption, _ in row["images"]] == [truth.train.caption(i) for i in order]
-        assert [value for _, _, value in row["images"]] == pytest.approx(activations[order].tolist(), rel=1e-4)
+        assert [value for _, _, value in row["images"]] == pytest.approx(
+            activations[order].tolist(), rel=1e-4
+        )
 
 
 def test_the_texts_are_the_nearest_and_the_farthest_by_cosine_less_the_mean_text(ran, truth):
@@ -665,7 +754,9 @@ def test_the_texts_are_the_nearest_and_the_farthest_by_cosine_less_the_mean_text
         for sign, picked in (("towards", order[: task.SHOWN]), ("away from", order[::-1][: task.SHOWN])):
             assert [value for _, value in row[sign]] == pytest.approx([fit[i] for i in picked], abs=1e-5)
             by_name = dict(zip(truth.bank.texts, fit, strict=True))  # equal texts may change places
-            assert [by_name[text] for text, _ in row[sign]] == pytest.approx([value for _, value in row[sign]], abs=1e-5)
+            assert [by_name[text] for text, _ in row[sign]] == pytest.approx(
+                [value for _, value in row[sign]], abs=1e-5
+            )
         assert row["towards"][0][1] > 0 > row["away from"][0][1]
 
 
@@ -682,7 +773,9 @@ def test_the_base_is_the_stock_model(ran, truth):
 
 
 def test_accuracies_are_of_embeddings_with_those_terms_at_their_reference_mean(ran, truth):
-    assert [row["accuracy without it"] for row in ran.results["neurons"]] == pytest.approx([without(truth, [j]) for j in numbers(ran)])
+    assert [row["accuracy without it"] for row in ran.results["neurons"]] == pytest.approx(
+        [without(truth, [j]) for j in numbers(ran)]
+    )
     assert ran.results["accuracy"]["without the neurons shown"] == pytest.approx(without(truth, numbers(ran)))
 
 
@@ -704,10 +797,13 @@ def test_ablations_that_matter_are_counted_exactly(truth):
     moved = []
     for chosen in sets:
         embedding = truth.seen["test"].embedding + (
-            (truth.seen["train"].activations.mean(0) + 3 - truth.seen["test"].activations)[:, chosen] @ truth.maps[chosen]
+            (truth.seen["train"].activations.mean(0) + 3 - truth.seen["test"].activations)[:, chosen]
+            @ truth.maps[chosen]
         )
         moved.append(((embedding @ truth.classes.T).argmax(1) == labels).double().mean().item())
-    assert ablate(truth.clip, options(), truth.test, labels, truth.classes, activity, sets)[0] == pytest.approx(moved)
+    assert ablate(truth.clip, options(), truth.test, labels, truth.classes, activity, sets)[
+        0
+    ] == pytest.approx(moved)
     assert moved != pytest.approx(accuracy)
 
 
@@ -715,7 +811,9 @@ def test_the_factors_are_epsilon_squared_on_the_test_images(ran, truth):
     for j, row in zip(numbers(ran), ran.results["neurons"], strict=True):
         activations = truth.seen["test"].activations[:, [j]].numpy()
         for factor, values in truth.test.facts.items():
-            assert row["factors"][factor] == pytest.approx(epsilon_squared(activations, values.numpy())[1], abs=1e-4)
+            assert row["factors"][factor] == pytest.approx(
+                epsilon_squared(activations, values.numpy())[1], abs=1e-4
+            )
         best = max(row["factors"], key=row["factors"].get)
         assert f"   factor {best} {row['factors'][best]:.0%}\n" in ran.out
 
@@ -727,9 +825,15 @@ def test_everything_printed_is_in_the_results(ran):
     base = ran.results["accuracy"]["base"]
     for row in ran.results["neurons"]:
         at = lines.index(f"neuron {in_words(row, base)}")
-        assert lines[at + 1] == "  towards    " + "; ".join(f"{text} {fit:+.2f}" for text, fit in row["towards"])
-        assert lines[at + 2] == "  away from  " + "; ".join(f"{text} {fit:+.2f}" for text, fit in row["away from"])
-        assert lines[at + 3] == "  fired by   " + "; ".join(f"{i}: {caption}" for i, caption, _ in row["images"][:3])
+        assert lines[at + 1] == "  towards    " + "; ".join(
+            f"{text} {fit:+.2f}" for text, fit in row["towards"]
+        )
+        assert lines[at + 2] == "  away from  " + "; ".join(
+            f"{text} {fit:+.2f}" for text, fit in row["away from"]
+        )
+        assert lines[at + 3] == "  fired by   " + "; ".join(
+            f"{i}: {caption}" for i, caption, _ in row["images"][:3]
+        )
     random = 100 * torch.tensor(ran.results["random"], dtype=torch.float64)
     table = lines[lines.index(next(line for line in lines if line.startswith("mean-ablated"))) :]
     assert table[2].split(maxsplit=1) == ["base", task.percent(base, 96)]
@@ -815,7 +919,9 @@ def test_a_bank_of_one_text_is_refused(tmp_path):
 def test_embeddings_that_are_not_numbers_are_refused(truth, monkeypatch):
     bad = Neurons(torch.full((1, 96), torch.nan), *[torch.zeros(1, 1)] * 4)
     monkeypatch.setattr(task, "neurons", lambda model, images, layer: bad)
-    with pytest.raises(InputError, match="demo-vit in fp32 gives embeddings that are not numbers; try --precision fp32"):
+    with pytest.raises(
+        InputError, match="demo-vit in fp32 gives embeddings that are not numbers; try --precision fp32"
+    ):
         task.watch(truth.clip, options(), truth.train, 3)
 
 
@@ -843,7 +949,9 @@ def test_waterbirds_are_told_as_landbird_and_waterbird(folder, truth, capsys):
     assert "factors" not in results["neurons"][0]
     assert results["neurons"][0]["images"][0][1].startswith("plain/")
     assert "Factor" not in capsys.readouterr().out
-    pixels = torch.stack([truth.clip.preprocess(Image.open(folder / "plain" / f"{i}.png")) for i in range(12, 24)])
+    pixels = torch.stack(
+        [truth.clip.preprocess(Image.open(folder / "plain" / f"{i}.png")) for i in range(12, 24)]
+    )
     classes = classifier(truth.clip, ["landbird", "waterbird"], templates(truth.clip))
     with torch.no_grad():
         told = (truth.clip.model.encode_image(pixels) @ classes.T).argmax(1)
@@ -862,4 +970,7 @@ def test_the_command_line_runs_it(tmp_path, capsys):
     assert json.loads((tmp_path / "neurons" / "results.json").read_text())["layer"] == 0
     capsys.readouterr()
     assert main(["--task", "neurons", "--layer", "9", *quick]) == 2
-    assert capsys.readouterr().err == "evaluate.py: --layer 9: the model has layers 0 to 3, or -4 to -1 from the end\n"
+    assert (
+        capsys.readouterr().err
+        == "evaluate.py: --layer 9: the model has layers 0 to 3, or -4 to -1 from the end\n"
+    )

@@ -71,7 +71,9 @@ def test_the_page_is_whole_and_needs_nothing_else(pages, task):
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     assert len(set(page.ids)) == len(page.ids)
     assert all(page.alts)
-    assert not re.search(r"https?://(?!www\.w3\.org/)", (pages / task / "report.html").read_text(encoding="utf-8"))
+    assert not re.search(
+        r"https?://(?!www\.w3\.org/)", (pages / task / "report.html").read_text(encoding="utf-8")
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -75,7 +75,11 @@ class Terms:
 
 class Firing:
     def __init__(self, rows):
-        self.activations, self.embedding, self.error = X[rows, 0, :, 0], X[rows, 1, 0], lambda: float(X[rows, 0, 0, 0].max())
+        self.activations, self.embedding, self.error = (
+            X[rows, 0, :, 0],
+            X[rows, 1, 0],
+            lambda: float(X[rows, 0, 0, 0].max()),
+        )
 
 
 PARTS = {
@@ -85,11 +89,20 @@ PARTS = {
     "Moments": (lambda: Moments(4, (2, 3)), lambda part, rows: part.update(X[rows])),
     "CueVotes": (lambda: CueVotes(torch.eye(24)[:7], torch.ones(2, 3, 4, 24), torch.zeros(24)), votes),
     "Segmentation": (lambda: Segmentation(clip=True), segmentation),
-    "Reference": (lambda: Reference(Moments(4, (2, 3)), None, None, None, Moments(4), None, 0.0, ""), reference),
+    "Reference": (
+        lambda: Reference(Moments(4, (2, 3)), None, None, None, Moments(4), None, 0.0, ""),
+        reference,
+    ),
     "Kept": (lambda: Kept(40, 9, 0, slice(1, 2)), lambda part, rows: part.update(Terms(rows), rows)),
-    "Activity": (lambda: Activity(0, torch.eye(3, 4), kept=9), lambda part, rows: part.update(Firing(rows), rows)),
+    "Activity": (
+        lambda: Activity(0, torch.eye(3, 4), kept=9),
+        lambda part, rows: part.update(Firing(rows), rows),
+    ),
     "Groups": (lambda: Groups(Birds), lambda part, rows: part.update(SCORES[:, rows], rows)),
-    "Outcomes": (lambda: Outcomes(3, LABELS, GROUP), lambda part, rows: part.update(SCORES[:, rows], TEXT[rows], rows)),
+    "Outcomes": (
+        lambda: Outcomes(3, LABELS, GROUP),
+        lambda part, rows: part.update(SCORES[:, rows], TEXT[rows], rows),
+    ),
 }
 
 
@@ -98,7 +111,11 @@ def flat(state):
     if isinstance(state, dict):
         return [x for key in sorted(state, key=str) for x in flat(state[key])]
     if isinstance(state, list):
-        return [torch.cat(state)] if state and isinstance(state[0], torch.Tensor) else [x for one in state for x in flat(one)]
+        return (
+            [torch.cat(state)]
+            if state and isinstance(state[0], torch.Tensor)
+            else [x for one in state for x in flat(one)]
+        )
     return [] if state is None or isinstance(state, str) else [torch.as_tensor(state)]
 
 
@@ -204,7 +221,18 @@ JOBS = {
     "completeness": FAST,
     "neurons": FAST,
     "retrieval": [*FAST, "--role", "places", "--text", "a bird"],
-    "segmentation": ["--limit", "31", "--batch-size", "16", "--workers", "0", "--methods", "decomposition", "rollout", "random"],
+    "segmentation": [
+        "--limit",
+        "31",
+        "--batch-size",
+        "16",
+        "--workers",
+        "0",
+        "--methods",
+        "decomposition",
+        "rollout",
+        "random",
+    ],
     "check": ["--limit", "1"],  # one of the processes has no images
 }
 
@@ -270,17 +298,43 @@ def test_two_processes_give_the_results_of_one(tmp_path, alone):
 
 def test_one_process_shows_how_far_it_is(tmp_path):
     """This is not the first; tqdm asks when it is imported."""
-    command = [sys.executable, "evaluate.py", "--task", "check", "--limit", "2", "--workers", "0", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"RANK": "1"}, cwd=ROOT, timeout=100)
+    command = [
+        sys.executable,
+        "evaluate.py",
+        "--task",
+        "check",
+        "--limit",
+        "2",
+        "--workers",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"RANK": "1"}, cwd=ROOT, timeout=100
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_processes_that_were_stopped_go_on_together(tmp_path, alone):
     """The second process has 3 batches of each pass, and dies after the first of the reference."""
-    jobs = [["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--resume", "--out", str(tmp_path / "out")]]
+    jobs = [
+        [
+            "--task",
+            "waterbirds",
+            *JOBS["waterbirds"],
+            "--save-every",
+            "0",
+            "--resume",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    ]
     died = several(tmp_path, 2, jobs, DIES)
     assert died.returncode != 0
-    assert {"centre.pt", "reference-train.1.pt"} <= {path.name for path in (tmp_path / "out" / "waterbirds" / ".state").iterdir()}
+    assert {"centre.pt", "reference-train.1.pt"} <= {
+        path.name for path in (tmp_path / "out" / "waterbirds" / ".state").iterdir()
+    }
     other = several(tmp_path, 2, [[*jobs[0], "--heads", "3.4"]])
     assert other.returncode != 0
     assert other.stderr.count("--heads differs: 'auto' then, '3.4' now") == 1
@@ -295,7 +349,18 @@ def test_what_is_wrong_is_said_once(tmp_path, waterbirds):
     (waterbirds.root / broken).write_bytes(b"no image")
     jobs = [
         ["--task", "textspan", "--limit", "1", "--workers", "0", "--out", str(tmp_path / "out")],
-        ["--task", "waterbirds", "--data", str(waterbirds.root), "--heads", "3.4", "--workers", "0", "--out", str(tmp_path / "out")],
+        [
+            "--task",
+            "waterbirds",
+            "--data",
+            str(waterbirds.root),
+            "--heads",
+            "3.4",
+            "--workers",
+            "0",
+            "--out",
+            str(tmp_path / "out"),
+        ],
     ]
     done = several(tmp_path, 2, jobs)
     assert done.returncode != 0
@@ -316,7 +381,9 @@ def waterbirds(tmp_path):
         name = f"bird_{i:02d}.png"
         (tmp_path / "birds").mkdir(exist_ok=True)
         data.picture(i).save(tmp_path / "birds" / name)
-        rows.append({"img_filename": name, "y": int(data.y[i]), "split": (0, 2)[i % 2], "place": int(data.place[i])})
+        rows.append(
+            {"img_filename": name, "y": int(data.y[i]), "split": (0, 2)[i % 2], "place": int(data.place[i])}
+        )
     write_metadata(tmp_path / "birds", rows)
     return SimpleNamespace(root=tmp_path / "birds", rows=rows)
 
@@ -356,9 +423,22 @@ print(json.dumps(codes))
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path):
-    argv = ["--task", "waterbirds", "--limit", "200", "--batch-size", "8", "--workers", "0", "--save-every", "0.1"]
+    argv = [
+        "--task",
+        "waterbirds",
+        "--limit",
+        "200",
+        "--batch-size",
+        "8",
+        "--workers",
+        "0",
+        "--save-every",
+        "0.1",
+    ]
     command = [sys.executable, "-c", KILLED, str(tmp_path / "through"), str(tmp_path / "killed"), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     codes = json.loads(done.stdout.splitlines()[-1])
     assert codes[0] == codes[-1] == 0
@@ -384,7 +464,18 @@ def stopped(tmp_path, monkeypatch, after=5, *more):
     with monkeypatch.context() as patch:
         patch.setattr(passes.Book, "_write", counted)
         with pytest.raises(Stop):
-            main(["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--out", str(tmp_path), *more])
+            main(
+                [
+                    "--task",
+                    "waterbirds",
+                    *JOBS["waterbirds"],
+                    "--save-every",
+                    "0",
+                    "--out",
+                    str(tmp_path),
+                    *more,
+                ]
+            )
     return tmp_path / "waterbirds" / ".state"
 
 
@@ -396,8 +487,24 @@ def test_what_is_saved_is_not_done_again(tmp_path, monkeypatch, alone, capsys):
         "reference-train.0.pt",
     ]
     seen, batches = [], passes.batches
-    monkeypatch.setattr(passes, "batches", lambda data, *more: seen.append((len(data), more[-1])) or batches(data, *more))
-    assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--resume", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(
+        passes, "batches", lambda data, *more: seen.append((len(data), more[-1])) or batches(data, *more)
+    )
+    assert (
+        main(
+            [
+                "--task",
+                "waterbirds",
+                *JOBS["waterbirds"],
+                "--save-every",
+                "0",
+                "--resume",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     assert seen == [(131 - 2 * 32, 2 * 32), (131, 0)]  # to do, done
     assert results(tmp_path, "waterbirds") == results(alone, "waterbirds")
 
@@ -415,7 +522,17 @@ def test_the_state_of_another_run_is_refused_and_left(tmp_path, monkeypatch, cap
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     more, words = OTHERS[other]
     capsys.readouterr()
-    argv = ["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--resume", "--out", str(tmp_path), *more]
+    argv = [
+        "--task",
+        "waterbirds",
+        *JOBS["waterbirds"],
+        "--save-every",
+        "0",
+        "--resume",
+        "--out",
+        str(tmp_path),
+        *more,
+    ]
     assert main(argv) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert words in error
@@ -429,10 +546,15 @@ def test_other_labels_or_another_model_are_another_run(waterbirds):
 
     clip, found = load_clip(device="cpu"), []
     for change, more in ((False, []), (False, []), (True, []), (False, ["--model", "another"])):
-        rows = [row | {"place": 1 - row["place"]} if change and not i else row for i, row in enumerate(waterbirds.rows)]
+        rows = [
+            row | {"place": 1 - row["place"]} if change and not i else row
+            for i, row in enumerate(waterbirds.rows)
+        ]
         write_metadata(waterbirds.root, rows)
         args = parse_args(["--task", "waterbirds", "--data", str(waterbirds.root), *more])
-        found.append(passes.fingerprint(args, clip, Waterbirds(waterbirds.root, "train", clip.preprocess), "test"))
+        found.append(
+            passes.fingerprint(args, clip, Waterbirds(waterbirds.root, "train", clip.preprocess), "test")
+        )
     differ = [{key for key in found[0] if found[0][key] != other[key]} for other in found[1:]]
     assert differ == [set(), {"images"}, {"--model"}]
 
@@ -494,14 +616,20 @@ def test_what_tells_one_run_from_another(tmp_path, monkeypatch):
 
 def test_a_picture_that_was_replaced_is_another_run(tmp_path):
     files = [tmp_path / name for name in ("a.png", "a mask.png")]
-    plain, masked = Pictures(root=tmp_path, files=["a.png"]), Pictures(root=tmp_path, files=["a.png"], masks=[files[1]])
+    plain, masked = (
+        Pictures(root=tmp_path, files=["a.png"]),
+        Pictures(root=tmp_path, files=["a.png"], masks=[files[1]]),
+    )
     seen = []
     for change in (None, *files):
         for file in files:
             file.write_bytes(b"other" if file == change else b"one")
         seen.append((str(passes._names(plain)), str(passes._names(masked))))
     before, *after = seen
-    assert [(plain != before[0], masked != before[1]) for plain, masked in after] == [(True, True), (False, True)]
+    assert [(plain != before[0], masked != before[1]) for plain, masked in after] == [
+        (True, True),
+        (False, True),
+    ]
 
 
 def test_other_weights_are_another_run(tmp_path):
@@ -516,7 +644,10 @@ def test_other_weights_are_another_run(tmp_path):
 
 def test_another_bank_of_the_same_name_is_another_run(tmp_path):
     clip, bank = load_clip(device="cpu"), tmp_path / "bank.txt"
-    args, data = parse_args(["--task", "waterbirds", "--text-bank", str(bank)]), DemoBirds("train", clip.preprocess)
+    args, data = (
+        parse_args(["--task", "waterbirds", "--text-bank", str(bank)]),
+        DemoBirds("train", clip.preprocess),
+    )
     found = []
     for text in ("a bird\na dog\n", "a bird\na dog\n", "a bird\na cat\n"):
         bank.write_text(text)
@@ -544,7 +675,9 @@ def test_a_run_that_does_not_resume_starts_anew_and_says_so(tmp_path, monkeypatc
 
 def test_a_run_stopped_twice_keeps_nothing_of_the_first(tmp_path, monkeypatch, alone):
     """The first gets farther, with another seed; the second does not resume it."""
-    assert "reference-train.0.pt" in {path.name for path in stopped(tmp_path, monkeypatch, 8, "--seed", "1").iterdir()}
+    assert "reference-train.0.pt" in {
+        path.name for path in stopped(tmp_path, monkeypatch, 8, "--seed", "1").iterdir()
+    }
     assert [path.name for path in stopped(tmp_path, monkeypatch, 2).iterdir()] == ["centre.0.pt"]
     assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--resume", "--out", str(tmp_path)]) == 0
     assert results(tmp_path, "waterbirds") == results(alone, "waterbirds")
@@ -555,7 +688,9 @@ def test_resuming_nothing_says_so(tmp_path, capsys):
     assert "nothing to resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")]
+)
 def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypatch, capsys, error):
     folder = stopped(tmp_path, monkeypatch)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -565,7 +700,21 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypat
         raise error
 
     monkeypatch.setattr(torch, "save", full)
-    assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--resume", "--out", str(tmp_path)]) == 2
+    assert (
+        main(
+            [
+                "--task",
+                "waterbirds",
+                *JOBS["waterbirds"],
+                "--save-every",
+                "0",
+                "--resume",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 2
+    )
     line = capsys.readouterr().err.splitlines()[-1]
     assert "cannot save the state" in line
     assert "--resume" in line
@@ -612,7 +761,12 @@ def test_a_state_is_saved_when_its_time_has_come(tmp_path, monkeypatch):
 def test_a_file_where_the_state_should_be(tmp_path, capsys):
     (tmp_path / "check").mkdir()
     (tmp_path / "check" / ".state").touch()
-    assert main(["--task", "check", "--limit", "4", "--save-every", "0", "--workers", "0", "--out", str(tmp_path)]) == 2
+    assert (
+        main(
+            ["--task", "check", "--limit", "4", "--save-every", "0", "--workers", "0", "--out", str(tmp_path)]
+        )
+        == 2
+    )
     assert "cannot save the state" in capsys.readouterr().err
 
 
@@ -622,7 +776,9 @@ def test_a_short_run_leaves_no_state(tmp_path, monkeypatch):
 
 
 def test_the_demos_weights_hash_does_not_depend_on_who_loaded_them():
-    hashes = {weights_hash(clip.model) for clip in (load_clip(device="cpu"), load_clip(demo.NAME, device="cpu"))}
+    hashes = {
+        weights_hash(clip.model) for clip in (load_clip(device="cpu"), load_clip(demo.NAME, device="cpu"))
+    }
     assert len(hashes) == 1
 
 

@@ -16,7 +16,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import report
-from report import Axis, Head, Html, curves, head_grid, histogram, intervals, page, pictures, section, table, write
+from report import (
+    Axis,
+    Head,
+    Html,
+    curves,
+    head_grid,
+    histogram,
+    intervals,
+    page,
+    pictures,
+    section,
+    table,
+    write,
+)
 
 NASTY = "<script>alert('1')</script> \"quoted\" & <b>bold</b> </title> ]]> \x00 \ud800"
 VOID = {"meta", "img"}
@@ -50,7 +63,11 @@ class Reader(HTMLParser):
     def all(self, name, **attributes):
         """(attributes, text) of elements of this name with these attributes."""
         wanted = {key.rstrip("_"): value for key, value in attributes.items()}
-        return [(have, "".join(text)) for found, have, text in self.elements if found == name and wanted.items() <= have.items()]
+        return [
+            (have, "".join(text))
+            for found, have, text in self.elements
+            if found == name and wanted.items() <= have.items()
+        ]
 
 
 def image(width=8, height=8, mode="RGB"):
@@ -61,7 +78,18 @@ def image(width=8, height=8, mode="RGB"):
 def heads(text="places", layers=2, across=3):
     kinds = {text: 0.5, "light": 0.2, "none": float("nan")}
     return [
-        Head(i, j, text if j else "", 0.5, kinds, [(f"{text} {k}", 0.1) for k in range(8)], 0.01, None, [image()] * 2, 0.9)
+        Head(
+            i,
+            j,
+            text if j else "",
+            0.5,
+            kinds,
+            [(f"{text} {k}", 0.1) for k in range(8)],
+            0.01,
+            None,
+            [image()] * 2,
+            0.9,
+        )
         for i in range(layers)
         for j in range(across)
     ]
@@ -77,8 +105,17 @@ def everything(text="a plain word"):
             section(text, text, table([text, text], [[text, 1.5], [text, None]], text), note=text),
             section(
                 "Charts",
-                curves({text: points, "b": [(0, 3)]}, text, text, text, bands={text: [(0, 0, 2), (1, 1, 3)]}, lines={text: 2}),
-                intervals({text: [(text, 0.5, 0.4, 0.6), (text, None, None, None)]}, text, text, lines={text: 0.5}),
+                curves(
+                    {text: points, "b": [(0, 3)]},
+                    text,
+                    text,
+                    text,
+                    bands={text: [(0, 0, 2), (1, 1, 3)]},
+                    lines={text: 2},
+                ),
+                intervals(
+                    {text: [(text, 0.5, 0.4, 0.6), (text, None, None, None)]}, text, text, lines={text: 0.5}
+                ),
                 histogram([1, 2, 2, 3], {text: 2.5}, text, text),
             ),
             section("Heads", head_grid(heads(text))),
@@ -134,7 +171,9 @@ def test_drawings_are_well_formed_xml(text):
 
 def test_text_is_escaped_wherever_it_stands():
     plain, nasty = everything(), everything(NASTY)
-    shapes = [[(name, sorted(have)) for name, have, _ in Reader(document).elements] for document in (plain, nasty)]
+    shapes = [
+        [(name, sorted(have)) for name, have, _ in Reader(document).elements] for document in (plain, nasty)
+    ]
     assert shapes[0] == shapes[1]  # not one element or attribute more
     assert nasty.count("&lt;script&gt;") > 30
     assert "<script" not in nasty
@@ -143,7 +182,10 @@ def test_text_is_escaped_wherever_it_stands():
 
 def test_the_check_sees_text_that_is_not_escaped():
     shapes = [
-        [(name, sorted(have)) for name, have, _ in Reader(page("t", {}, [section("h", Html(f"<p>{text}</p>"))])).elements]
+        [
+            (name, sorted(have))
+            for name, have, _ in Reader(page("t", {}, [section("h", Html(f"<p>{text}</p>"))])).elements
+        ]
         for text in ("plain", "<b>bold</b>")
     ]
     assert shapes[0] != shapes[1]
@@ -162,11 +204,15 @@ def test_sums_of_markup_are_text_again_and_so_escaped():
 
 def test_a_page_asks_for_nothing_from_elsewhere():
     document = everything()
-    assert not re.findall(r"https?:|url\(|@import|//[a-z]|\bsrcset|<link|<script|<iframe| on[a-z]+=", document)
+    assert not re.findall(
+        r"https?:|url\(|@import|//[a-z]|\bsrcset|<link|<script|<iframe| on[a-z]+=", document
+    )
     for name, have, _ in Reader(document).elements:
         assert not (name == "img" and not have["src"].startswith("data:image/"))
         assert have.get("href", "#").startswith("#")
-    assert "default-src 'none'" in "".join(have.get("content", "") for have, _ in Reader(document).all("meta"))
+    assert "default-src 'none'" in "".join(
+        have.get("content", "") for have, _ in Reader(document).all("meta")
+    )
 
 
 def test_every_picture_has_a_text_and_every_drawing_a_title():
@@ -228,7 +274,10 @@ def full(tone):
 
 @pytest.mark.parametrize(("scheme", "tones"), [(0, report.LIGHT), (1, report.DARK)])
 def test_text_has_the_contrast_that_wcag_asks_for(scheme, tones):
-    css = {key: full(value) for key, value in re.findall(r"--(\w+):(#\w+)", report.STYLE.split(":root")[1 + scheme])}
+    css = {
+        key: full(value)
+        for key, value in re.findall(r"--(\w+):(#\w+)", report.STYLE.split(":root")[1 + scheme])
+    }
     assert len(tones.split()) == report.TONES
     for ground in ("page", "card"):
         assert min(contrast(css[ink], css[ground]) for ink in ("ink", "soft", "link")) >= 4.5
@@ -244,8 +293,14 @@ def test_black_on_white_has_the_largest_contrast():  # the check of the check
 
 
 def test_the_first_series_differ_in_colour_dash_and_shape():
-    read = Reader(curves({f"s{i}": [(0, i), (1, i)] for i in range(8)}, "x", "y", "t").split('<svg viewBox="0 0 400')[0] + "</figure>")
-    looks = [have for have, _ in read.all("path", class_="line")], [have for have, _ in read.all("path", class_="dot")]
+    read = Reader(
+        curves({f"s{i}": [(0, i), (1, i)] for i in range(8)}, "x", "y", "t").split('<svg viewBox="0 0 400')[0]
+        + "</figure>"
+    )
+    looks = (
+        [have for have, _ in read.all("path", class_="line")],
+        [have for have, _ in read.all("path", class_="dot")],
+    )
     assert len({have["stroke-dasharray"] for have in looks[0]}) == 8 == len({have["d"] for have in looks[1]})
     assert len({have["style"] for have, _ in read.all("svg")}) == 8
 
@@ -284,13 +339,21 @@ def test_ticks_are_round_and_cover_the_values(a, b, about):
 def test_ticks_are_the_numbers_one_would_write():
     assert Axis([0, 100], 0, 1).ticks == [0, 20, 40, 60, 80, 100]
     assert Axis([0.12, 0.48], 0, 1).ticks == [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert [Axis([-1, 1], 0, 1).tell(tick) for tick in Axis([-1, 1], 0, 1).ticks] == ["-1.0", "-0.5", "0.0", "0.5", "1.0"]
+    assert [Axis([-1, 1], 0, 1).tell(tick) for tick in Axis([-1, 1], 0, 1).ticks] == [
+        "-1.0",
+        "-0.5",
+        "0.0",
+        "0.5",
+        "1.0",
+    ]
 
 
 @settings(max_examples=30)
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 def test_a_value_twice_as_far_is_drawn_twice_as_far(x, step, y, rise):
-    (a, b, c) = positions(curves({"s": [(x, y), (x + step, y + rise), (x + 2 * step, y + 2 * rise)]}, "x", "y", "t"))
+    (a, b, c) = positions(
+        curves({"s": [(x, y), (x + step, y + rise), (x + 2 * step, y + 2 * rise)]}, "x", "y", "t")
+    )
     assert c[0] - a[0] == pytest.approx(2 * (b[0] - a[0]), abs=0.03)  # positions have two decimals
     assert c[1] - a[1] == pytest.approx(2 * (b[1] - a[1]), abs=0.03)
 
@@ -344,7 +407,9 @@ def test_everything_drawn_lies_on_the_paper():
 
 def test_names_of_near_lines_do_not_collide():
     chart = curves({"s": [(0, 0), (1, 100)]}, "x", "y", "t", lines={"a": 50, "b": 50.1, "c": 49.9, "d": 99})
-    spots = sorted(float(text.get("y")) for text in drawing(chart).iter("text") if re.match("[abcd] ", text.text))
+    spots = sorted(
+        float(text.get("y")) for text in drawing(chart).iter("text") if re.match("[abcd] ", text.text)
+    )
     assert len(spots) == 4
     assert min(np.diff(spots)) >= 13
 
@@ -352,7 +417,11 @@ def test_names_of_near_lines_do_not_collide():
 def test_intervals_are_in_order_and_around_their_dots():
     rows = [("a", 0.5, 0.4, 0.7), ("b", 0.9, 0.8, 0.95), ("c", -0.1, -0.4, 0.0)]
     chart = intervals({"": rows}, "t", "x")
-    ends = [re.match(r"M(\S+) .*H([\d.-]+?)m", path.get("d")) for path in drawing(chart).iter("path") if path.get("class") == "whisker"]
+    ends = [
+        re.match(r"M(\S+) .*H([\d.-]+?)m", path.get("d"))
+        for path in drawing(chart).iter("path")
+        if path.get("class") == "whisker"
+    ]
     dots = [x for x, _ in positions(chart)]
     assert [float(end[1]) < dot < float(end[2]) for end, dot in zip(ends, dots, strict=True)] == [True] * 3
     assert dots[2] < dots[0] < dots[1]
@@ -384,14 +453,22 @@ def test_the_counts_of_a_histogram_sum_to_the_number_of_values(values):
 
 def test_a_histogram_counts_as_numpy_does():
     values = np.random.default_rng(0).normal(size=200).tolist()
-    columns = [path for path in drawing(histogram(values, {}, "t", "x")).iter("path") if path.get("class") == "column"]
+    columns = [
+        path
+        for path in drawing(histogram(values, {}, "t", "x")).iter("path")
+        if path.get("class") == "column"
+    ]
     edges = Axis(values, 0, 1, about=min(24, 5 + math.isqrt(200))).ticks
     assert [int(path[0].text.split(": ")[1]) for path in columns] == np.histogram(values, edges)[0].tolist()
 
 
 def test_a_column_twice_as_high_counts_twice_as_many():
     chart = histogram([0.5] * 4 + [1.5] * 8, {"mark": 1.5}, "t", "x")
-    columns = [path.get("d") for path in drawing(chart).iter("path") if path.get("class") == "column" and ": 0" not in path[0].text]
+    columns = [
+        path.get("d")
+        for path in drawing(chart).iter("path")
+        if path.get("class") == "column" and ": 0" not in path[0].text
+    ]
     ends = [re.match(r"M(\S+) (\S+?)V(\S+?)H(\S+?)V", column) for column in columns]
     low, high = (float(end[2]) - float(end[3]) for end in ends)
     assert high == pytest.approx(2 * low, abs=0.02)
@@ -418,7 +495,17 @@ def test_a_chart_of_nothing_says_so(chart):
 
 
 @pytest.mark.parametrize(
-    "values", [[0], [5.0], [-3, -3], [1e300], [2, 2, 2, 1e-12], [1e-9, 2e-9], [-1e12, 1e12], [np.float32(0.5), np.int64(2)]]
+    "values",
+    [
+        [0],
+        [5.0],
+        [-3, -3],
+        [1e300],
+        [2, 2, 2, 1e-12],
+        [1e-9, 2e-9],
+        [-1e12, 1e12],
+        [np.float32(0.5), np.int64(2)],
+    ],
 )
 def test_odd_values_are_drawn_or_left_out(values):
     for chart in (
@@ -443,7 +530,9 @@ def test_long_labels_are_cut_and_stand_whole_in_the_table():
 
 
 def test_the_numbers_of_a_chart_are_in_its_table():
-    read = Reader(curves({"s": [(0, 1.25), (1, None), (2, 3)], "t": [(0, -7)]}, "x", "y", "t", bands={"s": [(0, 1, 2)]}))
+    read = Reader(
+        curves({"s": [(0, 1.25), (1, None), (2, 3)], "t": [(0, -7)]}, "x", "y", "t", bands={"s": [(0, 1, 2)]})
+    )
     rows = [text for _, text in read.all("tr")]
     assert rows == ["xylowhigh", "s01.2512", f"s23{2 * report.MISSING}", f"t0-7{2 * report.MISSING}"]
 
@@ -453,10 +542,24 @@ def test_the_numbers_of_a_chart_are_in_its_table():
 
 def test_cells_are_written_as_numbers_or_a_dash():
     read = Reader(
-        table(["a", "b"], [["x", value] for value in (None, float("nan"), 1234567, 0.123456, 12345.6, "as it is", np.float32(0.5))])
+        table(
+            ["a", "b"],
+            [
+                ["x", value]
+                for value in (None, float("nan"), 1234567, 0.123456, 12345.6, "as it is", np.float32(0.5))
+            ],
+        )
     )
     dash = report.MISSING
-    assert [text for _, text in read.all("td")] == [dash, dash, "1,234,567", "0.1235", "12,346", "as it is", "0.5"]
+    assert [text for _, text in read.all("td")] == [
+        dash,
+        dash,
+        "1,234,567",
+        "0.1235",
+        "12,346",
+        "as it is",
+        "0.5",
+    ]
     with pytest.raises(ValueError, match="2 cells like the header, got 3"):
         table(["a", "b"], [["x", 1, 2]])
     assert "nothing to show" in table(["a", "b"], [])
@@ -465,7 +568,9 @@ def test_cells_are_written_as_numbers_or_a_dash():
 def test_a_cell_for_every_head_in_its_row_and_column():
     some = [head for head in heads(layers=3, across=4) if (head.layer, head.head) != (1, 2)]
     read = Reader(head_grid(some))
-    assert [have["href"] for have, _ in read.all("a", class_="cell")] == [f"#head-{head.layer}-{head.head}" for head in some]
+    assert [have["href"] for have, _ in read.all("a", class_="cell")] == [
+        f"#head-{head.layer}-{head.head}" for head in some
+    ]
     assert len(read.all("article", class_="card")) == len(some)
     inside = head_grid(some).split('class="heads"')[1].split('class="cards"')[0]
     assert inside.count('class="layer"') == 3
@@ -491,7 +596,13 @@ def test_bars_are_as_long_as_shares():
     shares = {"half": 0.5, "all": 1.0, "too much": 1.5, "negative": -1, "missing": None}
     card = head_grid([Head(0, 0, categories=shares)]).split("<article")[1]
     lengths = re.findall(r"<li [^>]*>(\S+?)(?: much)? <b>.*?--w:([\d.]+)%", card)
-    assert dict(lengths) == {"half": "50.0", "all": "100.0", "too": "100.0", "negative": "0.0", "missing": "0.0"}
+    assert dict(lengths) == {
+        "half": "50.0",
+        "all": "100.0",
+        "too": "100.0",
+        "negative": "0.0",
+        "missing": "0.0",
+    }
 
 
 def test_stability_is_shown_where_some_head_has_it():
@@ -509,7 +620,10 @@ def test_odd_sets_of_heads():
 
 
 def decoded(html):
-    return [Image.open(io.BytesIO(base64.b64decode(have["src"].split(",")[1]))) for have, _ in Reader(html).all("img")]
+    return [
+        Image.open(io.BytesIO(base64.b64decode(have["src"].split(",")[1])))
+        for have, _ in Reader(html).all("img")
+    ]
 
 
 def test_small_pictures_keep_every_pixel_and_large_ones_become_small():
@@ -524,7 +638,11 @@ def test_small_pictures_keep_every_pixel_and_large_ones_become_small():
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I", "F", "I;16"])
 def test_every_kind_of_picture_is_shown(mode):
-    picture = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 900) if mode == "I;16" else image(mode=mode)
+    picture = (
+        Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 900)
+        if mode == "I;16"
+        else image(mode=mode)
+    )
     before = picture.tobytes()
     (shown,) = decoded(pictures([(picture, "p")]))
     assert shown.mode == "RGB"

@@ -22,7 +22,9 @@ L, H, E, D = 2, 3, 4, 7
 
 
 def close(a: Tensor | float, b: Tensor | float) -> None:
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), **CLOSE)
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), **CLOSE
+    )
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -53,7 +55,9 @@ def epsilon_squared(rows: np.ndarray, label: np.ndarray) -> tuple[float, float]:
 def explicit(written: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """[L, H] raw shares, [L, H] corrected ones."""
     rows, label = written.numpy(), label.numpy()
-    both = [[epsilon_squared(rows[:, i, j], label) for j in range(rows.shape[2])] for i in range(rows.shape[1])]
+    both = [
+        [epsilon_squared(rows[:, i, j], label) for j in range(rows.shape[2])] for i in range(rows.shape[1])
+    ]
     return torch.tensor(both, dtype=torch.float64).unbind(dim=-1)
 
 
@@ -117,7 +121,9 @@ def test_a_rotation_of_what_is_written_does_not_matter(seed):
 
 def test_stretching_one_axis_matters():
     written, label = labelled(0)
-    assert (explained(written * torch.tensor([9.0, 1, 1, 1]), label) - explained(written, label)).abs().max() > 0.05
+    assert (
+        explained(written * torch.tensor([9.0, 1, 1, 1]), label) - explained(written, label)
+    ).abs().max() > 0.05
 
 
 @few
@@ -137,7 +143,9 @@ def test_the_scale_of_what_is_written_does_not_matter(scale):
 @given(seed=SEEDS, names=st.permutations(range(9)))
 def test_the_names_of_the_labels_do_not_matter(seed, names):
     written, label = labelled(seed)
-    close(explained(written, torch.tensor(names)[label]), explained(written, label))  # 4 of 9 names: the others have no image
+    close(
+        explained(written, torch.tensor(names)[label]), explained(written, label)
+    )  # 4 of 9 names: the others have no image
 
 
 def test_joining_two_labels_matters():
@@ -167,7 +175,9 @@ def test_a_head_that_writes_nothing_has_no_share():
 
 
 @pytest.mark.parametrize("n", [60, 1000])
-@pytest.mark.parametrize("constant", [0.1, 0.3, 1.7, 1e-3, -0.3])  # no binary fractions: a mean in float32 is off by rounding
+@pytest.mark.parametrize(
+    "constant", [0.1, 0.3, 1.7, 1e-3, -0.3]
+)  # no binary fractions: a mean in float32 is off by rounding
 def test_a_head_that_writes_a_constant_has_no_share(n, constant):
     written, label = labelled(0, n)
     written[:, 0, 1] = constant
@@ -175,7 +185,9 @@ def test_a_head_that_writes_a_constant_has_no_share(n, constant):
 
 
 def test_a_small_variance_around_a_large_constant_still_counts():
-    written, label = labelled(0)  # 1e-3 of the norm; float32 rounds at 6e-8, and so moves the share by some 1e-4
+    written, label = labelled(
+        0
+    )  # 1e-3 of the norm; float32 rounds at 6e-8, and so moves the share by some 1e-4
     far = torch.randint(900, 1100, (L, H, E), generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(explained(written + far, label), explained(written, label), rtol=0, atol=1e-3)
 
@@ -249,13 +261,19 @@ def world(seed: int = 0, n: int = 400, unrelated: int = 60):
     """
     colour, shape = integers(seed, 5, n), integers(seed + 1, 4, n)
     axes = torch.eye(WIDE)
-    embedding = axes[colour] + axes[5 + shape] + torch.cat([torch.zeros(n, 20), 0.3 * normal(seed + 2, n, 20)], dim=1)
+    embedding = (
+        axes[colour] + axes[5 + shape] + torch.cat([torch.zeros(n, 20), 0.3 * normal(seed + 2, n, 20)], dim=1)
+    )
     embedding = embedding + 3 * axes[9] + 0.05 * normal(seed + 3, n, WIDE)
     away = torch.cat([torch.zeros(unrelated, 20), normal(seed + 4, unrelated, 20)], dim=1)
     texts = normalize(torch.cat([axes[:5], axes[5:9], away]), dim=1)
     categories = ["colours"] * 5 + ["shapes"] * 4 + ["unrelated"] * unrelated
     mixed = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed + 5))
-    by_colour, by_shape, noise = normal(seed + 6, 5, E)[colour], normal(seed + 7, 4, E)[shape], normal(seed + 8, n, E)
+    by_colour, by_shape, noise = (
+        normal(seed + 6, 5, E)[colour],
+        normal(seed + 7, 4, E)[shape],
+        normal(seed + 8, n, E),
+    )
     heads = {
         "colour": by_colour + 0.2 * noise,
         "shape": by_shape + 0.2 * noise,
@@ -306,7 +324,10 @@ def test_categories_stand_in_the_order_in_which_they_come():
 def test_shares_are_epsilon_squared_of_the_terms_between_true_factors():
     values, maps, embedding, texts, categories, truth, _ = world()
     roles = find_roles(values, maps, embedding, texts, categories, bootstraps=0)
-    for category, label in truth.items():  # texts and images are so clear here that every image gets its own factor's text
+    for (
+        category,
+        label,
+    ) in truth.items():  # texts and images are so clear here that every image gets its own factor's text
         share = roles.share[roles.categories.index(category)]
         drop = [0, 1, 2, 4, 5]  # "nothing" has no variance to divide by
         close(share[:, drop], explicit(terms(values, maps)[:, :, drop], label)[1])
@@ -323,7 +344,9 @@ def test_images_are_told_by_the_text_that_fits_them_better_than_it_fits_the_mean
 def test_a_large_category_of_unrelated_texts_does_not_win_by_size():
     *given, _, heads = world(n=120)
     values, maps, embedding, texts, categories = given
-    unrelated = (embedding - embedding.mean(dim=0)) @ texts[[i for i, name in enumerate(categories) if name == "unrelated"]].T
+    unrelated = (embedding - embedding.mean(dim=0)) @ texts[
+        [i for i, name in enumerate(categories) if name == "unrelated"]
+    ].T
     raw = explicit(terms(values, maps)[:, :, :3], unrelated.argmax(dim=1))[0]
     assert raw[0, 2] > 0.3  # of noise, above the threshold by size alone
     found = named(find_roles(*given), heads)
@@ -338,16 +361,25 @@ def test_a_category_that_explains_no_more_than_random_texts_gives_no_role():
 
 @pytest.mark.parametrize(("share", "role"), [(0.29, None), (0.3, None), (0.31, "a")])
 def test_a_category_must_explain_over_30_percent(share, role):
-    assert Roles(["a", "b"], torch.tensor([[[share]], [[0.0]]]), torch.zeros(2, 1, 1), torch.ones(1, 1)).name(0, 0) == role
+    assert (
+        Roles(["a", "b"], torch.tensor([[[share]], [[0.0]]]), torch.zeros(2, 1, 1), torch.ones(1, 1)).name(
+            0, 0
+        )
+        == role
+    )
 
 
 def test_the_role_is_the_category_that_explains_most_not_the_one_furthest_above_chance():
-    roles = Roles(["a", "b"], torch.tensor([[[0.6]], [[0.5]]]), torch.tensor([[[0.5]], [[0.1]]]), torch.ones(1, 1))
+    roles = Roles(
+        ["a", "b"], torch.tensor([[[0.6]], [[0.5]]]), torch.tensor([[[0.5]], [[0.1]]]), torch.ones(1, 1)
+    )
     assert roles.name(0, 0) == "a"
 
 
 def test_the_best_category_is_held_against_its_own_chance():
-    roles = Roles(["a", "b"], torch.tensor([[[0.5]], [[0.6]]]), torch.tensor([[[0.9]], [[0.1]]]), torch.ones(1, 1))
+    roles = Roles(
+        ["a", "b"], torch.tensor([[[0.5]], [[0.6]]]), torch.tensor([[[0.9]], [[0.1]]]), torch.ones(1, 1)
+    )
     assert roles.name(0, 0) == "b"
 
 
@@ -415,7 +447,9 @@ def test_clear_heads_keep_their_role_in_every_sample():
     *given, _, heads = world()
     stable = dict(zip(heads, find_roles(*given).stable[0].tolist(), strict=True))
     # 20 twentieths, summed in float32.
-    assert [stable[head] for head in ("colour", "shape", "mostly shape", "nothing")] == pytest.approx([1] * 4, abs=1e-5)
+    assert [stable[head] for head in ("colour", "shape", "mostly shape", "nothing")] == pytest.approx(
+        [1] * 4, abs=1e-5
+    )
 
 
 def test_a_head_without_a_role_for_the_sake_of_chance_keeps_none_in_every_sample():
@@ -434,7 +468,9 @@ def test_a_head_at_the_threshold_does_not_keep_its_role():
     strengths = torch.linspace(0.3, 3, 28)
     shares = [float(explicit(terms(colour + s * noise, maps[:, :1]), truth["colours"])[1]) for s in strengths]
     at = min(range(28), key=lambda i: abs(shares[i] - 0.3))
-    roles = find_roles(colour + strengths[at] * noise, maps[:, :1], embedding, texts, categories, bootstraps=40)
+    roles = find_roles(
+        colour + strengths[at] * noise, maps[:, :1], embedding, texts, categories, bootstraps=40
+    )
     assert 0.05 < float(roles.stable) < 0.95
 
 
@@ -459,7 +495,10 @@ def test_roles_are_of_layer_and_head():
 
 def test_what_is_given_may_be_in_float64():
     *given, categories, _, _ = world(n=100)
-    a, b = find_roles(*given, categories, bootstraps=0), find_roles(*(x.double() for x in given), categories, bootstraps=0)
+    a, b = (
+        find_roles(*given, categories, bootstraps=0),
+        find_roles(*(x.double() for x in given), categories, bootstraps=0),
+    )
     close(a.share, b.share)
 
 
@@ -475,4 +514,6 @@ def test_groups_as_many_as_images_explain_nothing():
     written = torch.randn(50, 1, 3, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(explained(written, torch.arange(50)), torch.zeros(1, 3))
     assert (explained(written, torch.arange(50) // 25) < 0.2).all()
-    assert (explained(torch.arange(50.0).view(50, 1, 1, 1).expand_as(written), torch.arange(50) // 25) > 0.7).all()
+    assert (
+        explained(torch.arange(50.0).view(50, 1, 1, 1).expand_as(written), torch.arange(50) // 25) > 0.7
+    ).all()

@@ -106,7 +106,10 @@ def cut_out(count, size):
         box = (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1)
         factor = size / max(box[2] - box[0], box[3] - box[1])
         shape = max(1, round((box[2] - box[0]) * factor)), max(1, round((box[3] - box[1]) * factor))
-        parts = [Image.fromarray(part).crop(box).resize(shape, Image.Resampling.BICUBIC) for part in (picture, mask)]
+        parts = [
+            Image.fromarray(part).crop(box).resize(shape, Image.Resampling.BICUBIC)
+            for part in (picture, mask)
+        ]
         found.append((*parts, int(data.facts["kind"][i])))
     return found
 
@@ -157,9 +160,17 @@ def birds(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scenes(clip):
     """(images, classes, corners): 20 birds, each in all four corners."""
-    pictures = [(in_corner(bird, mask, corner)[0], kind, corner) for bird, mask, kind in cut_out(20, 28) for corner in CORNERS]
+    pictures = [
+        (in_corner(bird, mask, corner)[0], kind, corner)
+        for bird, mask, kind in cut_out(20, 28)
+        for corner in CORNERS
+    ]
     images = torch.stack([clip.preprocess(picture) for picture, _, _ in pictures])
-    return images, torch.tensor([kind for _, kind, _ in pictures]), torch.tensor([corner for _, _, corner in pictures])
+    return (
+        images,
+        torch.tensor([kind for _, kind, _ in pictures]),
+        torch.tensor([corner for _, _, corner in pictures]),
+    )
 
 
 def share_in_corner(maps, corners):
@@ -169,8 +180,22 @@ def share_in_corner(maps, corners):
     return float((quarter == corners).all(dim=1).float().mean())
 
 
-SHARP = ["decomposition", "decomposition-abs", "raw-attention", "rollout", "partial-lrp", "chefer2021", "chefer2021-mm"]
-BLUNT = ["gradcam", "lrp", "lrp-conserving", "legrad", "grad-eclip"]  # see the bird less well on this model; chance is a quarter
+SHARP = [
+    "decomposition",
+    "decomposition-abs",
+    "raw-attention",
+    "rollout",
+    "partial-lrp",
+    "chefer2021",
+    "chefer2021-mm",
+]
+BLUNT = [
+    "gradcam",
+    "lrp",
+    "lrp-conserving",
+    "legrad",
+    "grad-eclip",
+]  # see the bird less well on this model; chance is a quarter
 
 
 @pytest.mark.parametrize("method", SHARP + BLUNT)
@@ -195,21 +220,36 @@ def found_of_the_birds(clip, root):
     data, total = MaskFolder(root, clip.preprocess), Segmentation()
     for i in range(len(data)):
         (image, mask, _), _ = data[i]
-        total.update(attribute("chefer2021", clip.model, image[None], embed_texts(clip, ["a bird"])), mask[None])
+        total.update(
+            attribute("chefer2021", clip.model, image[None], embed_texts(clip, ["a bird"])), mask[None]
+        )
     return total.shared[1] / total.either[1]
 
 
-@pytest.mark.parametrize("turn", [Image.Transpose.ROTATE_180, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM])
+@pytest.mark.parametrize(
+    "turn", [Image.Transpose.ROTATE_180, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM]
+)
 def test_a_map_finds_the_bird_of_its_mask_and_not_that_of_a_turned_one(clip, birds, tmp_path, turn):
     for path in sorted((birds / "images").rglob("*.png")):
         name = path.relative_to(birds / "images").with_suffix("")
-        save_pair(tmp_path, name, Image.open(path), Image.open(birds / "masks" / f"{name}.png").transpose(turn))
+        save_pair(
+            tmp_path, name, Image.open(path), Image.open(birds / "masks" / f"{name}.png").transpose(turn)
+        )
     assert found_of_the_birds(clip, birds) > 4 * found_of_the_birds(clip, tmp_path)
 
 
 # Segmentation on the demo: the table, and every figure by another route.
 
-TABLE = ["--limit", "96", "--methods", "decomposition", "raw-attention", "chefer2021", "centred blob", "random"]
+TABLE = [
+    "--limit",
+    "96",
+    "--methods",
+    "decomposition",
+    "raw-attention",
+    "chefer2021",
+    "centred blob",
+    "random",
+]
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +296,9 @@ def measured(maps, masks, clip=False):
     total = Segmentation(clip)
     for grid, mask in zip(maps, masks, strict=True):
         total.update(grid[None], mask[None])
-    return dict(zip(MEASURES, (total.pixel_accuracy, total.mean_iou, total.mean_ap, total.mean_ap_error), strict=True))
+    return dict(
+        zip(MEASURES, (total.pixel_accuracy, total.mean_iou, total.mean_ap, total.mean_ap_error), strict=True)
+    )
 
 
 def assert_same_row(row, expected):
@@ -273,10 +315,19 @@ def ten(clip):
     data = DemoMasks(clip.preprocess, limit=10, seed=2)
     items = [data[i][0] for i in range(10)]
     classes = classifier(clip, KINDS, templates(clip))
-    return torch.stack([image for image, _, _ in items]), torch.stack([mask for _, mask, _ in items]), data.labels, classes
+    return (
+        torch.stack([image for image, _, _ in items]),
+        torch.stack([mask for _, mask, _ in items]),
+        data.labels,
+        classes,
+    )
 
 
-CONTRASTED = {"all": lambda method: True, "paper": lambda method: method.startswith("decomposition"), "none": lambda method: False}
+CONTRASTED = {
+    "all": lambda method: True,
+    "paper": lambda method: method.startswith("decomposition"),
+    "none": lambda method: False,
+}
 MIXED = ["decomposition", "decomposition-abs", "gradcam", "legrad", "chefer2021-mm", "raw-attention"]
 
 
@@ -293,16 +344,36 @@ MIXED = ["decomposition", "decomposition-abs", "gradcam", "legrad", "chefer2021-
 )
 def test_every_figure_is_that_of_the_methods_themselves(tmp_path, clip, ten, prompt, contrast, score):
     images, masks, true, classes = ten
-    argv = ["--limit", "10", "--seed", "2", "--prompt", prompt, "--contrast", contrast, "--score", score, "--methods", *MIXED]
+    argv = [
+        "--limit",
+        "10",
+        "--seed",
+        "2",
+        "--prompt",
+        prompt,
+        "--contrast",
+        contrast,
+        "--score",
+        score,
+        "--methods",
+        *MIXED,
+    ]
     rows = segment(tmp_path, *argv)
     with torch.no_grad():
         predicted = (clip.model.encode_image(images) @ classes.T).argmax(dim=1)
     shown = {"predicted": predicted, "true": true, "heron": torch.full((10,), KINDS.index("heron"))}[prompt]
-    assert len({tuple(x.tolist()) for x in (predicted, true, torch.full((10,), 6))}) == 3  # else the prompts could not be told apart
+    assert (
+        len({tuple(x.tolist()) for x in (predicted, true, torch.full((10,), 6))}) == 3
+    )  # else the prompts could not be told apart
     for method in MIXED:
         texts = classes[shown] - classes.mean(dim=0) if CONTRASTED[contrast](method) else classes[shown]
         if method.startswith("decomposition"):
-            maps = torch.stack([heatmap(clip.model, image[None], text[None])[0, 0] for image, text in zip(images, texts, strict=True)])
+            maps = torch.stack(
+                [
+                    heatmap(clip.model, image[None], text[None])[0, 0]
+                    for image, text in zip(images, texts, strict=True)
+                ]
+            )
             maps = maps.abs() if method.endswith("abs") else maps
         else:
             options = {} if score == "published" else {"score": score}
@@ -313,7 +384,11 @@ def test_every_figure_is_that_of_the_methods_themselves(tmp_path, clip, ten, pro
 def test_the_options_change_the_figures_of_those_that_see_them(tmp_path):
     methods = ["decomposition", "decomposition-abs", "chefer2021-mm", "raw-attention", "random"]
     argv = ["--limit", "10", "--seed", "2", "--methods", *methods]
-    base, blind, ours = segment(tmp_path, *argv), {"raw-attention", "random"}, {"decomposition", "decomposition-abs"}
+    base, blind, ours = (
+        segment(tmp_path, *argv),
+        {"raw-attention", "random"},
+        {"decomposition", "decomposition-abs"},
+    )
     for change, same in [
         (["--prompt", "true"], blind),
         (["--prompt", "heron"], blind),
@@ -322,11 +397,22 @@ def test_the_options_change_the_figures_of_those_that_see_them(tmp_path):
         (["--score", "dot"], blind | ours),
     ]:
         rows = segment(tmp_path, *argv, *change)
-        assert {name for name in methods if all(rows[name][key] == base[name][key] for key in MEASURES)} == same
+        assert {
+            name for name in methods if all(rows[name][key] == base[name][key] for key in MEASURES)
+        } == same
 
 
 def test_each_row_says_what_it_explains(tmp_path):
-    methods = ["decomposition", "decomposition-abs", "raw-attention", "rollout", "gradcam", "legrad", "chefer2021-mm", "random"]
+    methods = [
+        "decomposition",
+        "decomposition-abs",
+        "raw-attention",
+        "rollout",
+        "gradcam",
+        "legrad",
+        "chefer2021-mm",
+        "random",
+    ]
     expected = {
         ("all", "published"): [("dot", "class - mean")] * 2 + [("-", "-")] * 2
         + [("dot", "class - mean"), ("cosine", "class - mean"), ("logit", "class - mean"), ("-", "-")],
@@ -334,7 +420,9 @@ def test_each_row_says_what_it_explains(tmp_path):
         ("none", "cosine"): [("dot", "class")] * 2 + [("-", "-")] * 2 + [("cosine", "class")] * 3 + [("-", "-")],
     }  # fmt: skip
     for (contrast, score), cells in expected.items():
-        rows = segment(tmp_path, "--limit", "2", "--contrast", contrast, "--score", score, "--methods", *methods)
+        rows = segment(
+            tmp_path, "--limit", "2", "--contrast", contrast, "--score", score, "--methods", *methods
+        )
         assert [(row["score"], row["text"]) for row in rows.values()] == cells
 
 
@@ -370,7 +458,18 @@ def test_a_method_that_does_not_support_the_model_is_refused_when_asked_for(tmp_
 
 def test_what_is_explained_is_said(tmp_path):
     for prompt, words in (("true", "the true class"), ("gull", "'gull', whatever the image shows")):
-        _, results = run(tmp_path, "segmentation", "--limit", "1", "--workers", "0", "--methods", "random", "--prompt", prompt)
+        _, results = run(
+            tmp_path,
+            "segmentation",
+            "--limit",
+            "1",
+            "--workers",
+            "0",
+            "--methods",
+            "random",
+            "--prompt",
+            prompt,
+        )
         assert results["settings"]["explained"] == words
 
 
@@ -385,7 +484,9 @@ def some_rows(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:This process")  # forking a process with threads
-@pytest.mark.parametrize("change", [["--batch-size", "7"], ["--batch-size", "1"], ["--workers", "2", "--batch-size", "6"]])
+@pytest.mark.parametrize(
+    "change", [["--batch-size", "7"], ["--batch-size", "1"], ["--workers", "2", "--batch-size", "6"]]
+)
 def test_batch_size_and_workers_change_nothing(tmp_path, some_rows, change):
     again = segment(tmp_path, *SOME, *change)
     for method, row in some_rows.items():
@@ -395,11 +496,15 @@ def test_batch_size_and_workers_change_nothing(tmp_path, some_rows, change):
 def test_half_precision_gives_nearly_the_same(tmp_path, some_rows):
     rows = segment(tmp_path, *SOME, "--precision", "bf16")
     for method in ("decomposition", "chefer2021"):
-        assert rows[method]["mAP"] == pytest.approx(some_rows[method]["mAP"], abs=0.02)  # three digits of every activation
+        assert rows[method]["mAP"] == pytest.approx(
+            some_rows[method]["mAP"], abs=0.02
+        )  # three digits of every activation
         assert rows[method]["mAP"] != some_rows[method]["mAP"]
 
 
-@pytest.mark.parametrize("argv", [["--batch-size", "3"], ["--prompt", "crow"], ["--methods", "random"], ["--score", "dot"]])
+@pytest.mark.parametrize(
+    "argv", [["--batch-size", "3"], ["--prompt", "crow"], ["--methods", "random"], ["--score", "dot"]]
+)
 def test_the_random_row_depends_on_nothing_but_the_seed(tmp_path, some_rows, argv):
     assert_same_row(segment(tmp_path, *SOME, *argv)["random"], some_rows["random"])
 
@@ -424,7 +529,11 @@ def test_every_image_has_a_random_map_of_its_own(clip):
 
 
 def test_images_and_seeds_share_no_random_map(clip):
-    draw = lambda index, seed: tasks.segmentation.sanity("random", torch.zeros(1, 3, 64, 64), clip, torch.tensor([index]), seed)  # noqa: E731
+    def draw(index, seed):
+        return tasks.segmentation.sanity(
+            "random", torch.zeros(1, 3, 64, 64), clip, torch.tensor([index]), seed
+        )
+
     maps = [draw(index, seed) for index in range(4) for seed in range(4)]
     assert len({tuple(grid.flatten().tolist()) for grid in maps}) == 16
 
@@ -444,7 +553,9 @@ def test_the_centred_blob_is_a_gaussian_of_a_quarter_of_the_side(clip):
 
 
 def test_a_folder_with_folders_of_classes_is_told_among_them(tmp_path, birds):
-    code, results = run(tmp_path, "segmentation", "--data", birds, "--workers", "0", "--methods", "decomposition", "rollout")
+    code, results = run(
+        tmp_path, "segmentation", "--data", birds, "--workers", "0", "--methods", "decomposition", "rollout"
+    )
     assert code == 0
     assert f"{len(list((birds / 'images').iterdir()))} classes" in results["settings"]["prompts"]
     assert str(birds) in results["settings"]["images"]
@@ -463,7 +574,9 @@ def test_a_folder_gives_the_figures_of_its_pictures(tmp_path, clip, birds, contr
         masks.append(torch.from_numpy(mask[top : top + 64, left : left + 64] > 0).long())
         image = clip.preprocess(Image.open(path))[None]
         maps.append(heatmap(clip.model, image, classes[names.index(path.parent.name)][None])[0, 0])
-    rows = segment(tmp_path, "--data", birds, "--prompt", "true", "--contrast", contrast, "--methods", "decomposition")
+    rows = segment(
+        tmp_path, "--data", birds, "--prompt", "true", "--contrast", contrast, "--methods", "decomposition"
+    )
     assert_same_row(rows["decomposition"], measured(torch.stack(maps), torch.stack(masks), clip=True))
 
 
@@ -481,7 +594,9 @@ def test_classes_come_as_a_list_or_as_a_file(tmp_path, birds):
     (tmp_path / "names.txt").write_text("\n".join(["duck", "  heron ", "", "gull", ""]), encoding="utf-8-sig")
     argv = ["--data", birds, "--methods", "decomposition"]
     listed = segment(tmp_path, *argv, "--classes", "duck", "heron", "gull")
-    code, results = run(tmp_path, "segmentation", "--workers", "0", *argv, "--classes", tmp_path / "names.txt")
+    code, results = run(
+        tmp_path, "segmentation", "--workers", "0", *argv, "--classes", tmp_path / "names.txt"
+    )
     assert code == 0
     assert results["rows"] == listed
     assert "3 classes" in results["settings"]["prompts"]
@@ -496,7 +611,19 @@ def test_the_true_class_is_found_by_its_name_and_not_by_its_place(tmp_path, bird
 
 
 def test_a_class_may_be_explained_that_only_the_list_knows(tmp_path, birds):
-    rows = segment(tmp_path, "--data", birds, "--classes", "bird", "forest", "lake", "--prompt", "forest", "--methods", "decomposition")
+    rows = segment(
+        tmp_path,
+        "--data",
+        birds,
+        "--classes",
+        "bird",
+        "forest",
+        "lake",
+        "--prompt",
+        "forest",
+        "--methods",
+        "decomposition",
+    )
     assert 0 <= rows["decomposition"]["mAP"] <= 1
 
 
@@ -534,7 +661,9 @@ def test_a_mat_file_gives_the_figures_of_the_same_folder(tmp_path, birds):
                 array = np.array(Image.open(birds / folder / path))
                 cells[i, 0] = file.create_dataset(f"#refs#/{name}{i}", data=array.T).ref
     argv = ["--classes", *KINDS, "--methods", "decomposition", "rollout"]
-    assert segment(tmp_path, "--data", tmp_path / "some.mat", *argv) == segment(tmp_path, "--data", birds, *argv)
+    assert segment(tmp_path, "--data", tmp_path / "some.mat", *argv) == segment(
+        tmp_path, "--data", birds, *argv
+    )
 
 
 # What segmentation refuses.
@@ -564,7 +693,8 @@ def test_bad_arguments(tmp_path, capsys, argv, fragments):
 
 
 @pytest.mark.parametrize(
-    ("content", "fragment"), [("duck\n\nduck\n", "'duck' twice"), ("duck\n", "at least two names"), ("\n\n", "at least two names")]
+    ("content", "fragment"),
+    [("duck\n\nduck\n", "'duck' twice"), ("duck\n", "at least two names"), ("\n\n", "at least two names")],
 )
 def test_a_file_of_classes_that_cannot_be_used(tmp_path, capsys, content, fragment):
     (tmp_path / "names.txt").write_text(content)
@@ -573,7 +703,9 @@ def test_a_file_of_classes_that_cannot_be_used(tmp_path, capsys, content, fragme
 
 def test_a_file_of_classes_in_another_encoding(tmp_path, capsys):
     (tmp_path / "names.txt").write_bytes(b"K\xefnd\nduck\n")
-    refused(tmp_path, capsys, "segmentation", ["--classes", tmp_path / "names.txt"], "names.txt", "cannot read")
+    refused(
+        tmp_path, capsys, "segmentation", ["--classes", tmp_path / "names.txt"], "names.txt", "cannot read"
+    )
 
 
 @pytest.fixture
@@ -592,7 +724,14 @@ def test_a_flat_folder_runs_with_classes(tmp_path, flat):
 
 
 def test_the_true_class_without_labels(tmp_path, capsys, flat):
-    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED, "--prompt", "true"], "no labels", "images/CLASS/")
+    refused(
+        tmp_path,
+        capsys,
+        "segmentation",
+        ["--data", flat, *LISTED, "--prompt", "true"],
+        "no labels",
+        "images/CLASS/",
+    )
 
 
 def test_classes_in_words_that_the_demo_does_not_know(tmp_path, capsys, flat):
@@ -614,17 +753,29 @@ def test_a_mask_without_foreground_has_no_value_to_disagree_with(tmp_path, flat)
 
 @pytest.mark.filterwarnings("ignore:This process")
 @pytest.mark.parametrize("workers", ["0", "2"])
-@pytest.mark.parametrize(("folder", "damage"), [("images", b"not an image"), ("masks", b"not an image"), ("masks", b"")])
+@pytest.mark.parametrize(
+    ("folder", "damage"), [("images", b"not an image"), ("masks", b"not an image"), ("masks", b"")]
+)
 def test_a_broken_file_is_named(tmp_path, capsys, flat, folder, damage, workers):
     (flat / folder / "3.png").write_bytes(damage)
-    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED, "--workers", workers], f"{folder}/3.png", "not an image")
+    refused(
+        tmp_path,
+        capsys,
+        "segmentation",
+        ["--data", flat, *LISTED, "--workers", workers],
+        f"{folder}/3.png",
+        "not an image",
+    )
 
 
 @pytest.mark.parametrize(
     ("mask", "fragments"),
     [
         (Image.new("L", (64, 63)), ["64 x 63", "64 x 64", "3.png"]),
-        (Image.fromarray(np.arange(64 * 64, dtype=np.int64).reshape(64, 64).astype(np.uint8)), ["3.png", "256 values", "--void"]),
+        (
+            Image.fromarray(np.arange(64 * 64, dtype=np.int64).reshape(64, 64).astype(np.uint8)),
+            ["3.png", "256 values", "--void"],
+        ),
         (Image.new("RGB", (64, 64), (200, 0, 0)), ["3.png", "colours"]),
     ],
 )
@@ -635,7 +786,14 @@ def test_a_mask_that_cannot_be_used_is_named(tmp_path, capsys, flat, mask, fragm
 
 def test_a_mask_of_nothing_but_void_is_named(tmp_path, capsys, flat):
     Image.new("L", (64, 64), 7).save(flat / "masks" / "3.png")
-    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED, "--void", "7"], "3.png", "no labelled pixel")
+    refused(
+        tmp_path,
+        capsys,
+        "segmentation",
+        ["--data", flat, *LISTED, "--void", "7"],
+        "3.png",
+        "no labelled pixel",
+    )
 
 
 def test_a_missing_mask_is_named(tmp_path, capsys, flat):
@@ -652,37 +810,68 @@ def test_a_missing_folder_is_named(tmp_path, capsys, flat, missing):
 def test_a_folder_of_no_images_is_named(tmp_path, capsys):
     for folder in ("images", "masks"):
         (tmp_path / "data" / folder).mkdir(parents=True)
-    refused(tmp_path, capsys, "segmentation", ["--data", tmp_path / "data", *LISTED], "no images", "data/images")
+    refused(
+        tmp_path, capsys, "segmentation", ["--data", tmp_path / "data", *LISTED], "no images", "data/images"
+    )
 
 
 def test_a_single_class_leaves_nothing_to_tell_it_from(tmp_path, capsys):
     """Its contrast with the mean over classes would be zero everywhere."""
     bird, mask, _ = cut_out(1, 28)[0]
     save_pair(tmp_path / "data", "duck/1", *in_corner(bird, mask, (0, 0)))
-    refused(tmp_path, capsys, "segmentation", ["--data", tmp_path / "data", "--workers", "0", "--methods", "decomposition"], "two")
+    refused(
+        tmp_path,
+        capsys,
+        "segmentation",
+        ["--data", tmp_path / "data", "--workers", "0", "--methods", "decomposition"],
+        "two",
+    )
 
 
 def test_random_bytes_as_a_mat_file(tmp_path, capsys):
     pytest.importorskip("h5py")
     (tmp_path / "some.mat").write_bytes(np.random.default_rng(0).bytes(4000))
-    refused(tmp_path, capsys, "segmentation", ["--data", tmp_path / "some.mat", *LISTED], "some.mat", "gtsegs_ijcv.mat")
+    refused(
+        tmp_path,
+        capsys,
+        "segmentation",
+        ["--data", tmp_path / "some.mat", *LISTED],
+        "some.mat",
+        "gtsegs_ijcv.mat",
+    )
 
 
 def test_a_mat_file_without_h5py(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     (tmp_path / "some.mat").write_bytes(b"\x89HDF\r\n\x1a\n")
-    refused(tmp_path, capsys, "segmentation", ["--data", tmp_path / "some.mat", *LISTED], "some.mat", "pip install h5py")
+    refused(
+        tmp_path,
+        capsys,
+        "segmentation",
+        ["--data", tmp_path / "some.mat", *LISTED],
+        "some.mat",
+        "pip install h5py",
+    )
 
 
 def test_a_path_that_is_not_there_is_missing_with_and_without_h5py(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    refused(tmp_path, capsys, "segmentation", ["--data", tmp_path / "nowhere", *LISTED], "nowhere", "images/ and masks/")
+    refused(
+        tmp_path,
+        capsys,
+        "segmentation",
+        ["--data", tmp_path / "nowhere", *LISTED],
+        "nowhere",
+        "images/ and masks/",
+    )
 
 
 # Heatmaps: one picture per text and method, and one of them all.
 
 
-def draw(tmp_path, picture, *texts, methods=("decomposition", "raw-attention"), options=(), name="picture.png"):
+def draw(
+    tmp_path, picture, *texts, methods=("decomposition", "raw-attention"), options=(), name="picture.png"
+):
     """Run the task on a picture: {name of a file: picture}."""
     path = picture
     if isinstance(picture, Image.Image):
@@ -724,8 +913,15 @@ def test_every_text_has_a_picture_per_method_and_one_of_them_all(tmp_path):
         assert picture.format == "PNG"
         assert picture.mode == "RGB"
         assert name.endswith("-all.png") or picture.size == (LONG_SIDE, LONG_SIDE)
-    assert np.abs(values(found["1-a-sparrow-decomposition.png"]) - values(found["2-a-red-bird-decomposition.png"])).max() > 10
-    assert np.array_equal(values(found["1-a-sparrow-raw-attention.png"]), values(found["2-a-red-bird-raw-attention.png"]))
+    assert (
+        np.abs(
+            values(found["1-a-sparrow-decomposition.png"]) - values(found["2-a-red-bird-decomposition.png"])
+        ).max()
+        > 10
+    )
+    assert np.array_equal(
+        values(found["1-a-sparrow-raw-attention.png"]), values(found["2-a-red-bird-raw-attention.png"])
+    )
 
 
 def test_without_methods_all_are_drawn(tmp_path):
@@ -744,7 +940,13 @@ def test_a_method_that_does_not_support_the_model_is_not_drawn_but_named(tmp_pat
     assert code == 0
     assert len(results["files"]) == 2 + len(METHODS)
     assert "Without gradcam: this method does not read such a model" in capsys.readouterr().out
-    refused(tmp_path / "again", capsys, "heatmap", [*argv, "--methods", "rollout", "gradcam"], "does not read such a model")
+    refused(
+        tmp_path / "again",
+        capsys,
+        "heatmap",
+        [*argv, "--methods", "rollout", "gradcam"],
+        "does not read such a model",
+    )
 
 
 def test_the_cosine_is_that_of_image_and_text(tmp_path, clip, capsys):
@@ -752,7 +954,16 @@ def test_the_cosine_is_that_of_image_and_text(tmp_path, clip, capsys):
     picture.save(tmp_path / "picture.png")
     texts = ["a sparrow", "a pelican at night"]
     _, results = run(
-        tmp_path, "heatmap", "--image", tmp_path / "picture.png", "--text", texts[0], "--text", texts[1], "--methods", "rollout"
+        tmp_path,
+        "heatmap",
+        "--image",
+        tmp_path / "picture.png",
+        "--text",
+        texts[0],
+        "--text",
+        texts[1],
+        "--methods",
+        "rollout",
     )
     with torch.no_grad():
         embedding = F.normalize(clip.model.encode_image(clip.preprocess(picture)[None]), dim=-1)
@@ -763,7 +974,9 @@ def test_the_cosine_is_that_of_image_and_text(tmp_path, clip, capsys):
         assert re.search(rf"^{text} +{expected:.3f} ", printed, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("size", "canvas"), [((128, 64), (512, 256)), ((60, 150), (205, 512)), ((700, 900), (398, 512))])
+@pytest.mark.parametrize(
+    ("size", "canvas"), [((128, 64), (512, 256)), ((60, 150), (205, 512)), ((700, 900), (398, 512))]
+)
 @pytest.mark.parametrize("method", ["decomposition", "chefer2021"])
 def test_a_picture_is_the_methods_map_laid_on_what_the_model_sees(tmp_path, clip, size, canvas, method):
     picture = noise(*size)
@@ -771,11 +984,25 @@ def test_a_picture_is_the_methods_map_laid_on_what_the_model_sees(tmp_path, clip
     found = draw(tmp_path, picture, "a duck", methods=[method])[f"1-a-duck-{method}.png"]
     assert found.size == canvas
     image = clip.preprocess(picture)[None]
-    heat = heatmap(clip.model, image, text)[:, 0] if method == "decomposition" else METHODS[method](clip.model, image, text)
-    box = ((size[0] - min(size)) / 2, (size[1] - min(size)) / 2, (size[0] + min(size)) / 2, (size[1] + min(size)) / 2)
+    heat = (
+        heatmap(clip.model, image, text)[:, 0]
+        if method == "decomposition"
+        else METHODS[method](clip.model, image, text)
+    )
+    box = (
+        (size[0] - min(size)) / 2,
+        (size[1] - min(size)) / 2,
+        (size[0] + min(size)) / 2,
+        (size[1] + min(size)) / 2,
+    )
     expected = overlay(picture, heat, box, clip=method == "decomposition")
     assert np.abs(values(found) - values(expected)).max() <= 1
-    assert np.abs(values(found) - values(overlay(picture, heat.flip(2), box, clip=method == "decomposition"))).max() > 20
+    assert (
+        np.abs(
+            values(found) - values(overlay(picture, heat.flip(2), box, clip=method == "decomposition"))
+        ).max()
+        > 20
+    )
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -795,9 +1022,22 @@ def test_what_the_model_does_not_see_is_dimmed_and_has_no_heat(tmp_path, turned)
 
 
 def test_it_says_whether_the_model_sees_the_whole_image(tmp_path):
-    for size, words in (((64, 64), "all of it"), ((90, 64), "cropping leaves"), ((64, 90), "cropping leaves")):
+    for size, words in (
+        ((64, 64), "all of it"),
+        ((90, 64), "cropping leaves"),
+        ((64, 90), "cropping leaves"),
+    ):
         noise(*size).save(tmp_path / "picture.png")
-        _, results = run(tmp_path, "heatmap", "--image", tmp_path / "picture.png", "--text", "a duck", "--methods", "rollout")
+        _, results = run(
+            tmp_path,
+            "heatmap",
+            "--image",
+            tmp_path / "picture.png",
+            "--text",
+            "a duck",
+            "--methods",
+            "rollout",
+        )
         assert words in results["settings"]["seen"]
         assert f"{size[0]} x {size[1]}" in results["settings"]["image"]
 
@@ -815,17 +1055,23 @@ def test_an_image_of_any_kind_is_drawn_as_what_it_shows(tmp_path, mode):
     ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64).round().astype(np.uint8)
     if mode == "RGBA":  # half of it see-through: white
         image = noise(64, 64).convert("RGBA")
-        image.putalpha(Image.fromarray(np.where(np.arange(64) < 32, 255, 0).astype(np.uint8)[None].repeat(64, axis=0)))
+        image.putalpha(
+            Image.fromarray(np.where(np.arange(64) < 32, 255, 0).astype(np.uint8)[None].repeat(64, axis=0))
+        )
         same = np.where((np.arange(64) < 32)[None, :, None], np.asarray(noise(64, 64)), 255)
     elif mode == "I;16":
         image, same = Image.fromarray(ramp.astype(np.uint16) * 257), np.repeat(ramp[..., None], 3, axis=-1)
     else:
         image = Image.fromarray(ramp).convert("RGB" if mode == "CMYK" else "L").convert(mode)
         same = np.asarray(image.convert("RGB"))
-    found = draw(tmp_path, image, "a duck", methods=["rollout"], name="any.tif" if mode == "CMYK" else "any.png")
+    found = draw(
+        tmp_path, image, "a duck", methods=["rollout"], name="any.tif" if mode == "CMYK" else "any.png"
+    )
     expected = draw(tmp_path / "plain", save_as(tmp_path, same), "a duck", methods=["rollout"])
     for name, picture in expected.items():
-        assert np.abs(values(found[name]) - values(picture)).max() <= 3  # 16 bits are cut to 8, which may be off by one
+        assert (
+            np.abs(values(found[name]) - values(picture)).max() <= 3
+        )  # 16 bits are cut to 8, which may be off by one
 
 
 def save_as(tmp_path, array):
@@ -855,13 +1101,24 @@ def test_a_jpeg_taken_on_its_side_comes_out_upright(tmp_path):
     picture = Image.new("RGB", (90, 60), "black")
     picture.paste("white", (0, 0, 45, 60))  # stored left is shown on top
     picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    found = values(draw(tmp_path, tmp_path / "turned.jpg", "a duck", methods=["rollout"])["1-a-duck-rollout.png"])
+    found = values(
+        draw(tmp_path, tmp_path / "turned.jpg", "a duck", methods=["rollout"])["1-a-duck-rollout.png"]
+    )
     assert found.shape[:2] == (512, 341)
     assert found[:80].mean() > found[-80:].mean() + 50
 
 
 def test_a_text_of_any_characters_gives_a_safe_name(tmp_path, tiny):
-    texts = ["../../escape", "/etc/passwd", 'a\\b:c*?"<>|', "鳥", "x" * 300, "two\nlines", "..", "Ünïcode Bird"]
+    texts = [
+        "../../escape",
+        "/etc/passwd",
+        'a\\b:c*?"<>|',
+        "鳥",
+        "x" * 300,
+        "two\nlines",
+        "..",
+        "Ünïcode Bird",
+    ]
     noise(40, 40).save(tmp_path / "picture.png")
     inside = tmp_path / "work" / "deep"
     argv = ["--image", tmp_path / "picture.png", "--methods", "rollout", *tiny]
@@ -873,7 +1130,9 @@ def test_a_text_of_any_characters_gives_a_safe_name(tmp_path, tiny):
         (tmp_path / "picture.png").relative_to(tmp_path)
     }
     folder = (inside / "results" / "heatmap").relative_to(tmp_path)
-    assert written - {folder / "report.html"} == {folder / name for name in [*results["files"], "results.json"]}
+    assert written - {folder / "report.html"} == {
+        folder / name for name in [*results["files"], "results.json"]
+    }
     assert len(results["files"]) == 2 * len(texts)
     for name in results["files"]:
         assert re.fullmatch(r"[0-9]+-[a-z0-9-]{1,40}-(rollout|all)\.png", name)
@@ -897,21 +1156,45 @@ def test_slugs(text, expected):
 
 def test_two_texts_of_one_name_have_pictures_of_their_own(tmp_path):
     found = draw(tmp_path, bird_picture(), "a duck", "A duck.", methods=["rollout"])
-    assert sorted(found) == ["1-a-duck-all.png", "1-a-duck-rollout.png", "2-a-duck-all.png", "2-a-duck-rollout.png"]
+    assert sorted(found) == [
+        "1-a-duck-all.png",
+        "1-a-duck-rollout.png",
+        "2-a-duck-all.png",
+        "2-a-duck-rollout.png",
+    ]
 
 
 def test_the_score_of_every_method_is_said(tmp_path):
     noise(64, 64).save(tmp_path / "picture.png")
-    argv = ["--image", tmp_path / "picture.png", "--text", "a duck", "--methods", "decomposition", "rollout", "legrad", "gradcam"]
+    argv = [
+        "--image",
+        tmp_path / "picture.png",
+        "--text",
+        "a duck",
+        "--methods",
+        "decomposition",
+        "rollout",
+        "legrad",
+        "gradcam",
+    ]
     _, results = run(tmp_path, "heatmap", *argv)
     assert results["scores"] == {"decomposition": "dot", "rollout": "-", "legrad": "cosine", "gradcam": "dot"}
     _, results = run(tmp_path, "heatmap", *argv, "--score", "logit")
-    assert results["scores"] == {"decomposition": "dot", "rollout": "-", "legrad": "logit", "gradcam": "logit"}
+    assert results["scores"] == {
+        "decomposition": "dot",
+        "rollout": "-",
+        "legrad": "logit",
+        "gradcam": "logit",
+    }
 
 
 # Drawing.
 
-BOXES = {"wide": ((400, 200), (100, 0, 300, 200)), "tall": ((150, 300), (0, 75, 150, 225)), "padded": ((400, 200), (0, -100, 400, 300))}
+BOXES = {
+    "wide": ((400, 200), (100, 0, 300, 200)),
+    "tall": ((150, 300), (0, 75, 150, 225)),
+    "padded": ((400, 200), (0, -100, 400, 300)),
+}
 
 
 @pytest.mark.parametrize("shape", BOXES)
@@ -920,7 +1203,9 @@ def test_a_single_hot_patch_lies_at_its_place_in_the_picture(shape, row, col):
     size, (left, top, right, bottom) = BOXES[shape]
     heat = torch.zeros(1, 8, 10)
     heat[0, row, col] = 1
-    light = values(overlay(Image.new("RGB", size, (90, 90, 90)), heat, (left, top, right, bottom))).mean(axis=-1)
+    light = values(overlay(Image.new("RGB", size, (90, 90, 90)), heat, (left, top, right, bottom))).mean(
+        axis=-1
+    )
     light = np.maximum(light - np.median(light), 0)  # what one patch adds to the rest
     factor = LONG_SIDE / max(size)
     rows, cols = np.mgrid[: light.shape[0], : light.shape[1]] + 0.5
@@ -934,7 +1219,9 @@ def test_a_single_hot_patch_lies_at_its_place_in_the_picture(shape, row, col):
 def test_heat_in_a_corner_of_what_the_model_sees_lies_there_and_not_in_the_pictures_corner(row, col):
     heat = torch.zeros(1, 8, 8)
     heat[0, row, col] = 1
-    light = values(overlay(Image.new("RGB", (512, 256), (90, 90, 90)), heat, (128, 0, 384, 256))).mean(axis=-1)
+    light = values(overlay(Image.new("RGB", (512, 256), (90, 90, 90)), heat, (128, 0, 384, 256))).mean(
+        axis=-1
+    )
     y, x = np.unravel_index(light.argmax(), light.shape)
     assert (128 <= x < 160) if col == 0 else (352 <= x < 384)
     assert (y < 32) if row == 0 else (y >= 224)
@@ -944,7 +1231,10 @@ def test_heat_in_a_corner_of_what_the_model_sees_lies_there_and_not_in_the_pictu
 def test_negative_heat_is_cold_where_it_is_clipped():
     picture = noise(64, 64)
     heat, positive = torch.tensor([[[-5.0, -1.0], [0.0, 2.0]]]), torch.tensor([[[0.0, 0.0], [0.0, 2.0]]])
-    same = overlay(picture, heat[:, 1:], (0, 0, 64, 64), clip=True), overlay(picture, positive[:, 1:], (0, 0, 64, 64), clip=True)
+    same = (
+        overlay(picture, heat[:, 1:], (0, 0, 64, 64), clip=True),
+        overlay(picture, positive[:, 1:], (0, 0, 64, 64), clip=True),
+    )
     assert np.array_equal(values(same[0]), values(same[1]))
     clipped, whole = (values(overlay(picture, heat, (0, 0, 64, 64), clip=clip)) for clip in (True, False))
     assert np.abs(clipped - whole).max() > 10
@@ -975,7 +1265,8 @@ def test_a_hotter_pixel_is_brighter_also_without_colour():
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [((64, 64), (512, 512)), ((1000, 500), (512, 256)), ((3, 1000), (2, 512)), ((1, 2000), (1, 512))]
+    ("size", "expected"),
+    [((64, 64), (512, 512)), ((1000, 500), (512, 256)), ((3, 1000), (2, 512)), ((1, 2000), (1, 512))],
 )
 def test_pictures_have_one_long_side(size, expected):
     assert resized(Image.new("RGB", size)).size == expected
@@ -991,9 +1282,16 @@ def test_the_sheet_shows_every_tile_six_in_a_row():
     tiles = {f"tile {k}": Image.new("RGB", (50, 25), (10 + 15 * k, 0, 200 - 10 * k)) for k in range(13)}
     picture = values(sheet("title", tiles))
     for k in range(13):
-        x, y = 8 + k % 6 * 208 + 100, 32 + k // 6 * (100 + 24 + 8) + 22 + 50  # the middle of a tile of 200 x 100
+        x, y = (
+            8 + k % 6 * 208 + 100,
+            32 + k // 6 * (100 + 24 + 8) + 22 + 50,
+        )  # the middle of a tile of 200 x 100
         assert picture[y, x].tolist() == [10 + 15 * k, 0, 200 - 10 * k]
-        assert picture[y - 48, x - 98].tolist() == picture[y + 48, x + 98].tolist() == [10 + 15 * k, 0, 200 - 10 * k]
+        assert (
+            picture[y - 48, x - 98].tolist()
+            == picture[y + 48, x + 98].tolist()
+            == [10 + 15 * k, 0, 200 - 10 * k]
+        )
         assert (picture[y - 71 : y - 51, x - 100 : x].min()) < 100  # its name above it
     assert (picture[:28, :60].min()) < 100  # the title
     assert picture.shape == (32 + 3 * 132, 6 * 208 + 8, 3)
@@ -1037,7 +1335,10 @@ def test_the_box_is_what_the_demo_sees(clip):
         (["--image", "TEXT", "--text", "a duck"], ["notes.txt", "not an image"]),
         (["--image", "CUT", "--text", "a duck"], ["cut.png", "truncated"]),
         (["--image", "FOLDER", "--text", "a duck"], ["cannot read image", "folder"]),
-        (["--image", "IMAGE", "--text", "a duck", "--methods", "magic"], ["'magic'", "decomposition", "rollout"]),
+        (
+            ["--image", "IMAGE", "--text", "a duck", "--methods", "magic"],
+            ["'magic'", "decomposition", "rollout"],
+        ),
         (["--image", "IMAGE", "--text", "a duck", "--methods", "random"], ["'random'"]),
     ],
 )
@@ -1047,4 +1348,10 @@ def test_what_cannot_be_drawn(tmp_path, capsys, argv, fragments):
     (tmp_path / "notes.txt").write_text("words")
     (tmp_path / "folder").mkdir()
     given = {"IMAGE": "image.png", "TEXT": "notes.txt", "CUT": "cut.png", "FOLDER": "folder"}
-    refused(tmp_path, capsys, "heatmap", [tmp_path / given[word] if word in given else word for word in argv], *fragments)
+    refused(
+        tmp_path,
+        capsys,
+        "heatmap",
+        [tmp_path / given[word] if word in given else word for word in argv],
+        *fragments,
+    )

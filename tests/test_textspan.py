@@ -21,7 +21,9 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def close(a: Tensor | float, b: Tensor | float) -> None:
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), **CLOSE)
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), **CLOSE
+    )
 
 
 def same(a: TextSpan, b: TextSpan) -> None:
@@ -419,7 +421,9 @@ def far(dtype: torch.dtype) -> Tensor:
 def test_float32_rows_are_summed_in_float64():
     moments = moments_of(list(far(torch.float32).split(7)))
     # Squares of 1e6 in float64 carry 1e-4; deviations are taken first, so 1e6 * 1e-16 * a few hundred rows is left: below 1e-7.
-    torch.testing.assert_close(moments.covariance, torch.cov(far(torch.float64).T, correction=0), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        moments.covariance, torch.cov(far(torch.float64).T, correction=0), rtol=0, atol=1e-7
+    )
     torch.testing.assert_close(moments.mean, far(torch.float64).mean(dim=0), rtol=0, atol=1e-7)
 
 
@@ -618,7 +622,9 @@ def test_broken_texts_are_refused(bad):
 
 
 @pytest.mark.parametrize("rank", [None, 80])
-@pytest.mark.parametrize("C", [torch.ones(30, 6), torch.full((30, 6), 0.1), torch.zeros(30, 6), head(0)[:1], head(0)[:0]])
+@pytest.mark.parametrize(
+    "C", [torch.ones(30, 6), torch.full((30, 6), 0.1), torch.zeros(30, 6), head(0)[:1], head(0)[:0]]
+)
 def test_contributions_without_variance_are_refused(C, rank):
     with pytest.raises(ValueError, match=f"no variance over {len(C)} images"):
         textspan(C, bank(0), 1, rank)
@@ -655,7 +661,9 @@ def mirrored(seed: int, width: int, d: int = 6) -> Tensor:
 @given(seed=SEEDS)
 def test_more_texts_than_the_rank_of_the_contributions_are_refused(seed):
     assert len(textspan(mirrored(seed, 3), bank(seed), 3).indices) == 3
-    with pytest.raises(ValueError, match="hold 3 independent directions that a text can name; size=4 is too many"):
+    with pytest.raises(
+        ValueError, match="hold 3 independent directions that a text can name; size=4 is too many"
+    ):
         textspan(mirrored(seed, 3), bank(seed), 4)
 
 
@@ -805,7 +813,9 @@ def test_rounding_about_a_mean_is_no_direction(mean):
 
 def test_a_factor_is_one_of_the_covariance_and_has_its_rank():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 4, generator=generator, dtype=torch.float64) @ torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    x = torch.randn(60, 4, generator=generator, dtype=torch.float64) @ torch.randn(
+        4, 9, generator=generator, dtype=torch.float64
+    )
     moments = Moments(9).update(x)
     F = moments.factor()
     assert F.shape == (4, 9)

@@ -35,10 +35,19 @@ from towers import Rows, attention_calls
 
 EXACT = 1e-10  # float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this
 SINGLE = 1e-5  # float32 rounds at 6e-8; the longest sums here lose one digit more
-HALF = 3e-2  # bfloat16 rounds at 4e-3 in every step of a forward pass; the docstring of `check` allows this much
+HALF = (
+    3e-2  # bfloat16 rounds at 4e-3 in every step of a forward pass; the docstring of `check` allows this much
+)
 FAR = 1e-3  # what a negative control must differ by at least: far from any rounding error
 TEXT_TOWER = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
-INNER = {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True, "ls_init_value": 0.3}
+INNER = {
+    "qk_norm": True,
+    "scale_heads": True,
+    "scale_attn_inner": True,
+    "scale_attn": True,
+    "scale_fc": True,
+    "ls_init_value": 0.3,
+}
 
 
 @torch.no_grad()
@@ -50,7 +59,11 @@ def perturbed(model):
         elif p.ndim == 3 or "positional" in name:  # tokens, positions, latents, scales of heads
             p.add_(0.5 * torch.randn_like(p))
         else:
-            p.copy_((1.5 if "in_proj" in name or "qkv" in name else 0.9) * torch.randn_like(p) * p[0].numel() ** -0.5)
+            p.copy_(
+                (1.5 if "in_proj" in name or "qkv" in name else 0.9)
+                * torch.randn_like(p)
+                * p[0].numel() ** -0.5
+            )
     for name, buffer in model.visual.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             buffer.add_(0.2 * torch.rand_like(buffer))
@@ -59,14 +72,29 @@ def perturbed(model):
 
 def native(embed=24, **vision):
     """open_clip's own ViT: three blocks, four heads, 2 x 3 patches."""
-    vision = {"layers": 3, "width": 32, "head_width": 8, "patch_size": 4, "image_size": (8, 12), "mlp_ratio": 2.0, **vision}
+    vision = {
+        "layers": 3,
+        "width": 32,
+        "head_width": 8,
+        "patch_size": 4,
+        "image_size": (8, 12),
+        "mlp_ratio": 2.0,
+        **vision,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return perturbed(CLIP(embed, vision, TEXT_TOWER))
 
 
 def coca():
-    vision = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 4, "image_size": (8, 12), "output_tokens": True}
+    vision = {
+        "layers": 2,
+        "width": 32,
+        "head_width": 8,
+        "patch_size": 4,
+        "image_size": (8, 12),
+        "output_tokens": True,
+    }
     vision |= {"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 2}
     text = {**TEXT_TOWER, "embed_cls": True, "output_tokens": True}
     with torch.random.fork_rng():
@@ -79,8 +107,17 @@ def of_timm(name, pool, proj=None, size=(32, 48), embed=24, proj_bias=False, **o
     small = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": size, **overrides}
     small = {key: value for key, value in small.items() if value is not None}
     create = timm.create_model
-    vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "timm_proj_bias": proj_bias, "image_size": size}
-    with torch.random.fork_rng(), mock.patch.object(timm, "create_model", lambda name, **more: create(name, **{**more, **small})):
+    vision = {
+        "timm_model_name": name,
+        "timm_pool": pool,
+        "timm_proj": proj,
+        "timm_proj_bias": proj_bias,
+        "image_size": size,
+    }
+    with (
+        torch.random.fork_rng(),
+        mock.patch.object(timm, "create_model", lambda name, **more: create(name, **{**more, **small})),
+    ):
         torch.manual_seed(0)
         return perturbed(CLIP(embed, vision, TEXT_TOWER))
 
@@ -95,7 +132,16 @@ def altered_siglip(change, **options):
 
 def latents(pool, **options):
     """A tower of timm with two latents that pool, normed queries and keys."""
-    pooler = partial(AttentionPoolLatent, 48, num_heads=4, mlp_ratio=2.0, latent_len=2, pool_type=pool, qk_norm=True, **options)
+    pooler = partial(
+        AttentionPoolLatent,
+        48,
+        num_heads=4,
+        mlp_ratio=2.0,
+        latent_len=2,
+        pool_type=pool,
+        qk_norm=True,
+        **options,
+    )
     return altered_siglip(lambda trunk: setattr(trunk, "attn_pool", pooler()))
 
 
@@ -112,21 +158,33 @@ FAMILIES = {
     "mean, norm first": partial(native, pool_type="avg"),
     "mean, norm last": partial(native, pool_type="avg", final_ln_after_pool=True),
     "mean, every norm": partial(native, pool_type="avg", **INNER),
-    "mean, every norm, norm last": partial(native, pool_type="avg", final_ln_after_pool=True, no_ln_pre=True, **INNER),
+    "mean, every norm, norm last": partial(
+        native, pool_type="avg", final_ln_after_pool=True, no_ln_pre=True, **INNER
+    ),
     "queries, first": partial(native, attentional_pool=True, attn_pooler_queries=3, attn_pooler_heads=2),
     "queries, first, tokens returned": partial(
         native, attentional_pool=True, attn_pooler_queries=3, attn_pooler_heads=2, output_tokens=True
     ),
-    "queries, mean": partial(native, attentional_pool=True, attn_pooler_queries=3, attn_pooler_heads=2, pool_type="avg"),
-    "queries, same width": partial(native, embed=32, attentional_pool=True, attn_pooler_queries=2, attn_pooler_heads=4),
-    "queries, every norm": partial(native, attentional_pool=True, attn_pooler_queries=3, attn_pooler_heads=2, **INNER),
+    "queries, mean": partial(
+        native, attentional_pool=True, attn_pooler_queries=3, attn_pooler_heads=2, pool_type="avg"
+    ),
+    "queries, same width": partial(
+        native, embed=32, attentional_pool=True, attn_pooler_queries=2, attn_pooler_heads=4
+    ),
+    "queries, every norm": partial(
+        native, attentional_pool=True, attn_pooler_queries=3, attn_pooler_heads=2, **INNER
+    ),
     "CoCa": coca,
     "queries, norms without beta": partial(
         native, attentional_pool=True, attn_pooler_queries=3, attn_pooler_heads=2, norm_kwargs=PLAIN
     ),
     "mean, norms without beta": partial(native, pool_type="avg", norm_kwargs=PLAIN),
-    "parallel": partial(native, embed=32, attentional_pool="parallel", attn_pooler_queries=3, attn_pooler_heads=2),
-    "cascade": partial(native, embed=32, attentional_pool="cascade", attn_pooler_queries=3, attn_pooler_heads=2),
+    "parallel": partial(
+        native, embed=32, attentional_pool="parallel", attn_pooler_queries=3, attn_pooler_heads=2
+    ),
+    "cascade": partial(
+        native, embed=32, attentional_pool="cascade", attn_pooler_queries=3, attn_pooler_heads=2
+    ),
     # timm's
     "SigLIP": SIGLIP,
     "SigLIP with registers": partial(SIGLIP, reg_tokens=2, class_token=True),
@@ -136,12 +194,16 @@ FAMILIES = {
     "two latents, first": partial(latents, "token"),
     "two latents, mean": partial(latents, "avg", qkv_bias=False),
     "SigLIP with a last norm": partial(SIGLIP, fc_norm=True),
-    "SigLIP, projected twice": partial(altered_siglip, lambda trunk: setattr(trunk, "head", nn.Linear(48, 48)), proj="linear"),
+    "SigLIP, projected twice": partial(
+        altered_siglip, lambda trunk: setattr(trunk, "head", nn.Linear(48, 48)), proj="linear"
+    ),
     "SigLIP without biases": partial(SIGLIP, qkv_bias=False, proj_bias=False),
     "PE-Core": PE,
     "PE-Core with a last norm": partial(PE, use_fc_norm=True),
     "PE-Core without class token": partial(PE, class_token=False),
-    "ViTamin": partial(of_timm, "vitamin_small_224", "", "linear", embed_dim=None, num_heads=4, mlp_ratio=0.1),
+    "ViTamin": partial(
+        of_timm, "vitamin_small_224", "", "linear", embed_dim=None, num_heads=4, mlp_ratio=0.1
+    ),
     "MobileCLIP-B": partial(of_timm, "vit_base_mci_224", "token", embed_dim=None, num_heads=4, mlp_ratio=0.1),
     "MobileCLIP2-L": partial(of_timm, "vit_large_patch14_clip_224", "token", size=FOURTEEN),
     "EVA01": partial(of_timm, "eva_giant_patch14_224", "token", size=FOURTEEN),
@@ -153,32 +215,48 @@ FAMILIES = {
     ),
     "EVA02-E": partial(of_timm, "eva02_enormous_patch14_clip_224", "token", size=FOURTEEN, mlp_ratio=2.0),
     "EVA02, norms before and after": partial(EVA, "token", use_fc_norm=True, use_post_transformer_norm=True),
-    "EVA02, norms before and after mean": partial(EVA, "avg", use_fc_norm=True, use_post_transformer_norm=True),
+    "EVA02, norms before and after mean": partial(
+        EVA, "avg", use_fc_norm=True, use_post_transformer_norm=True
+    ),
     "EVA02 without last norm": partial(EVA, "token", use_post_transformer_norm=False),
     "PE-Core with shared values": partial(PE, num_kv_heads=1, qkv_fused=False),
     "DINOv3": partial(of_timm, "vit_base_patch16_dinov3", "avg"),
     "BEiT": partial(of_timm, "beit_base_patch16_224", "avg"),
     "ViT-M by mean": partial(of_timm, "vit_medium_patch16_gap_256", "", "linear"),
     "relative positions": RELPOS,
-    "relative positions, norms after": partial(of_timm, "vit_relpos_medium_patch16_rpn_224", "", "linear", rel_pos_dim=16),
+    "relative positions, norms after": partial(
+        of_timm, "vit_relpos_medium_patch16_rpn_224", "", "linear", rel_pos_dim=16
+    ),
     "registers": partial(VIT, "token", reg_tokens=2, init_values=0.3),
     "registers, mean": partial(VIT, "avg", reg_tokens=2, init_values=0.3, pool_include_prefix=True),
     "registers, mean of patches": partial(VIT, "avg", "linear", reg_tokens=2, proj_bias=True, fc_norm=True),
-    "every norm": partial(VIT, "token", qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True, init_values=0.3),
+    "every norm": partial(
+        VIT, "token", qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True, init_values=0.3
+    ),
     "norms after": partial(VIT, "token", block_fn=ResPostBlock),
     "registers and rotation": partial(of_timm, "vit_medium_patch16_rope_reg1_gap_256", "avg"),
     "rotation by head": partial(of_timm, "vit_small_patch16_rope_mixed_224", "avg"),
 }
 model_of = cache(lambda family: FAMILIES[family]())
 every_family = pytest.mark.parametrize("family", FAMILIES)
-ATTENDED = [name for name in FAMILIES if name.startswith(("queries", "two latents", "CoCa", "parallel", "cascade", "SigLIP", "PE"))]
+ATTENDED = [
+    name
+    for name in FAMILIES
+    if name.startswith(("queries", "two latents", "CoCa", "parallel", "cascade", "SigLIP", "PE"))
+]
 ATTENDED.remove("SigLIP by mean")
 FEW = ["mean, norm first", "queries, mean", "SigLIP", "PE-Core", "EVA02", "registers, mean of patches"]
 some_families = pytest.mark.parametrize("family", FEW)
 
 
 def pictures(model, batch=2, seed=1, size=None):
-    x = torch.randn(batch, 3, *(size or model.visual.image_size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(
+        batch,
+        3,
+        *(size or model.visual.image_size),
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
+    )
     return x.to(next(model.visual.parameters()).dtype)
 
 
@@ -197,7 +275,9 @@ def sentences(model, count=5, seed=2):
 
 
 def blocks(model):
-    return list(model.visual.trunk.blocks if hasattr(model.visual, "trunk") else model.visual.transformer.resblocks)
+    return list(
+        model.visual.trunk.blocks if hasattr(model.visual, "trunk") else model.visual.transformer.resblocks
+    )
 
 
 @torch.no_grad()
@@ -228,7 +308,9 @@ class Split:
     whole: Tensor  # [b, T, D]
     parts: Tensor  # [p, b, T, D]
     scale: Tensor | None = None  # [b, T, 1] one over the divisors of the norms so far
-    centred: bool = True  # whether a norm takes every part's own mean from it, or the whole's from the last part
+    centred: bool = (
+        True  # whether a norm takes every part's own mean from it, or the whole's from the last part
+    )
 
     def __post_init__(self):
         self.scale = torch.ones_like(self.whole[..., :1]) if self.scale is None else self.scale
@@ -241,12 +323,18 @@ class Split:
                 continue
             if isinstance(step, nn.LayerNorm):
                 divisor, mean = std(step, whole), whole.mean(-1, keepdim=True)
-                parts = parts - parts.mean(-1, keepdim=True) if split.centred else torch.cat([parts[:-1], parts[-1:] - mean])
+                parts = (
+                    parts - parts.mean(-1, keepdim=True)
+                    if split.centred
+                    else torch.cat([parts[:-1], parts[-1:] - mean])
+                )
                 whole, parts, scale = step(whole), parts / divisor * step.weight, scale / divisor
             elif isinstance(step, nn.Linear):
                 whole, parts = step(whole), parts @ step.weight.T
             elif isinstance(step, Tensor):
-                whole, parts = (whole @ step, parts @ step) if step.ndim == 2 else (whole * step, parts * step)
+                whole, parts = (
+                    (whole @ step, parts @ step) if step.ndim == 2 else (whole * step, parts * step)
+                )
             else:
                 assert type(step).__name__ == "LayerScale", step
                 gamma = next(step.parameters())
@@ -264,7 +352,9 @@ class Split:
             return torch.einsum("bhqt,...bthe->...bqhe", A, x.unflatten(-1, (heads, -1))).flatten(-2)
 
         parts = self.parts @ W.T
-        return Split(mix(self.whole @ W.T + bias), mix(torch.cat([parts[:-1], parts[-1:] + bias]))).through(*steps)
+        return Split(mix(self.whole @ W.T + bias), mix(torch.cat([parts[:-1], parts[-1:] + bias]))).through(
+            *steps
+        )
 
     def pooled(self, tokens, weight):
         """The sum of some tokens, times weight; one token is left."""
@@ -312,7 +402,11 @@ def values_of(attn, y):
         v = F.linear(y, attn.qkv.weight, attn.qkv.bias).chunk(3, -1)[2]
         v = v if getattr(attn, "v_bias", None) is None else v + attn.v_bias
     width = attn.proj.in_features // attn.num_heads
-    return v.unflatten(-1, (-1, width)).transpose(1, 2).repeat_interleave(attn.proj.in_features // v.shape[-1], dim=1)
+    return (
+        v.unflatten(-1, (-1, width))
+        .transpose(1, 2)
+        .repeat_interleave(attn.proj.in_features // v.shape[-1], dim=1)
+    )
 
 
 def anatomy(block):
@@ -361,7 +455,11 @@ def heads_of(A, v):
 def by_queries(pool, split):
     """open_clip's attention pooling."""
     split, q, attn = split.through(pool.ln_k), pool.ln_q(pool.query), pool.attn
-    W = [attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight] if attn.in_proj_weight is None else attn.in_proj_weight.chunk(3)
+    W = (
+        [attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight]
+        if attn.in_proj_weight is None
+        else attn.in_proj_weight.chunk(3)
+    )
     c = attn.in_proj_bias.chunk(3)
     q = (q @ W[0].T + c[0]).expand(len(split.whole), -1, -1)
     return split.attended(of_heads(q, split.whole @ W[1].T + c[1], attn.num_heads), W[2], c[2], attn.out_proj)
@@ -373,7 +471,10 @@ def by_latent(pool, split):
     c, d = (0, 0) if pool.kv.bias is None else pool.kv.bias.chunk(2)
     q = pool.q(pool.latent).expand(len(split.whole), -1, -1)
     A = of_heads(q, split.whole @ k.T + c, pool.num_heads, pool.q_norm, pool.k_norm)
-    split, tokens = split.attended(A, v, d, pool.proj), [0] if pool.pool == "token" else list(range(pool.latent_len))
+    split, tokens = (
+        split.attended(A, v, d, pool.proj),
+        [0] if pool.pool == "token" else list(range(pool.latent_len)),
+    )
     more = pool.mlp(pool.norm(split.whole))
     return Split(split.whole + more, torch.cat([more[None], split.parts])).pooled(tokens, 1 / len(tokens))
 
@@ -383,9 +484,21 @@ def read_out(model, split):
     visual, N = model.visual, split.whole.shape[1]
     if hasattr(visual, "trunk"):
         trunk = visual.trunk
-        with_prefix = trunk.global_pool == "map" if isinstance(trunk, Eva) else getattr(trunk, "pool_include_prefix", False)
-        tokens = [0] if trunk.global_pool == "token" else list(range(0 if with_prefix else trunk.num_prefix_tokens, N))
-        split, pool, last = split.through(trunk.norm), getattr(trunk, "attn_pool", None), [trunk.fc_norm, trunk.head, *visual.head]
+        with_prefix = (
+            trunk.global_pool == "map"
+            if isinstance(trunk, Eva)
+            else getattr(trunk, "pool_include_prefix", False)
+        )
+        tokens = (
+            [0]
+            if trunk.global_pool == "token"
+            else list(range(0 if with_prefix else trunk.num_prefix_tokens, N))
+        )
+        split, pool, last = (
+            split.through(trunk.norm),
+            getattr(trunk, "attn_pool", None),
+            [trunk.fc_norm, trunk.head, *visual.head],
+        )
         if pool is not None:
             split = Split(split.whole[:, tokens], split.parts[:, :, tokens])
             return by_latent(pool, split).through(*last), None
@@ -431,20 +544,32 @@ def by_hand(model, images, centred=True):
         mixed.append(A @ v * out.scale[:, None])
         own.append((A[:, :, 0, :1] * v[:, :, 0]) * out.scale[:, :1])
         neurons.append((features * mlp.scale, mlp.parts))
-    parts = torch.cat([stream[0][None], torch.stack(mlps), *heads, torch.stack(biases), torch.zeros_like(biases[0])[None]])
+    parts = torch.cat(
+        [stream[0][None], torch.stack(mlps), *heads, torch.stack(biases), torch.zeros_like(biases[0])[None]]
+    )
     pooled, weights = read_out(model, Split(stream[-1], parts, centred=centred))
     parts, L, (H, N) = pooled.parts[:, :, 0].transpose(0, 1), len(heads), A.shape[1:3]
-    pool, stem, mlps, sources, biases, rest = parts.split([parts.shape[1] - 2 - 2 * L - L * H * N, 1, L, L * H * N, L, 1], dim=1)
+    pool, stem, mlps, sources, biases, rest = parts.split(
+        [parts.shape[1] - 2 - 2 * L - L * H * N, 1, L, L * H * N, L, 1], dim=1
+    )
     sources = sources.unflatten(1, (L, H, N))
-    hand = SimpleNamespace(embedding=pooled.whole[:, 0], stem=stem[:, 0], mlps=mlps, sources=sources, heads=sources.sum(3))
+    hand = SimpleNamespace(
+        embedding=pooled.whole[:, 0], stem=stem[:, 0], mlps=mlps, sources=sources, heads=sources.sum(3)
+    )
     hand.biases, hand.rest, hand.constant = biases, rest[:, 0], biases.sum(1) + rest[:, 0]
     hand.pool, hand.values, hand.own = pool[:, 0] if pool.shape[1] else None, None, None
     hand.neurons = []
     for activations, parts in neurons:
-        parts = read_out(model, Split(stream[-1], torch.cat([parts, torch.zeros_like(parts[:1])])))[0].parts[:, :, 0].transpose(0, 1)
+        parts = (
+            read_out(model, Split(stream[-1], torch.cat([parts, torch.zeros_like(parts[:1])])))[0]
+            .parts[:, :, 0]
+            .transpose(0, 1)
+        )
         parts = parts[:, pool.shape[1] :]
         activations = None if weights is None else torch.einsum("bn,bnj->bj", weights, activations)
-        hand.neurons.append(SimpleNamespace(terms=parts[:, :-2], constant=parts[:, -2], activations=activations))
+        hand.neurons.append(
+            SimpleNamespace(terms=parts[:, :-2], constant=parts[:, -2], activations=activations)
+        )
     if weights is not None:
         hand.values = torch.stack([torch.einsum("bn,bhne->bhe", weights, x) for x in mixed], 1)
         hand.own = torch.stack(own, 1) * weights[:, 0, None, None, None] if not weights[:, 1:].any() else None
@@ -472,7 +597,13 @@ def test_the_long_way_ends_at_the_stock_embedding(family):
 @every_family
 def test_the_parts_of_the_long_way_sum_to_its_embedding(family):
     hand = truth_of(family)
-    total = hand.stem + hand.heads.sum((1, 2)) + hand.mlps.sum(1) + hand.constant + (0 if hand.pool is None else hand.pool)
+    total = (
+        hand.stem
+        + hand.heads.sum((1, 2))
+        + hand.mlps.sum(1)
+        + hand.constant
+        + (0 if hand.pool is None else hand.pool)
+    )
     assert far(total, hand.embedding) < EXACT
 
 
@@ -497,7 +628,9 @@ def test_each_term_is_that_of_the_long_way(family, part):
 def test_no_term_of_the_long_way_is_trivial(family):
     hand = truth_of(family)
     size = hand.embedding.abs().max()
-    assert all((x[0] - x[1]).abs().amax(-1).min() > FAR * size for x in (hand.heads, hand.mlps))  # every head, every MLP
+    assert all(
+        (x[0] - x[1]).abs().amax(-1).min() > FAR * size for x in (hand.heads, hand.mlps)
+    )  # every head, every MLP
     assert all(x.abs().amax(-1).min() > FAR * size for x in (hand.stem, hand.constant))
 
 
@@ -511,7 +644,9 @@ def test_the_mlp_of_the_pooling_is_that_of_the_long_way(family):
 @every_family
 def test_a_head_is_its_values_through_its_map(family):
     terms = terms_of(family)
-    assert far(torch.einsum("blhe,lhed->blhd", terms.values, head_maps(model_of(family))), terms.heads) < EXACT
+    assert (
+        far(torch.einsum("blhe,lhed->blhd", terms.values, head_maps(model_of(family))), terms.heads) < EXACT
+    )
 
 
 @every_family
@@ -564,13 +699,25 @@ def test_a_good_model_passes_the_check(family):
 
 # The paper's convention, where a class token is read out behind one norm.
 
-PAPER = ["MobileCLIP-B", "MobileCLIP2-L", "EVA01", "EVA02", "EVA02-E", "registers", "norms after", "relative positions"]
+PAPER = [
+    "MobileCLIP-B",
+    "MobileCLIP2-L",
+    "EVA01",
+    "EVA02",
+    "EVA02-E",
+    "registers",
+    "norms after",
+    "relative positions",
+]
 
 
 @pytest.mark.parametrize("family", PAPER)
 def test_the_paper_shares_biases_and_means_evenly(family):
     model = model_of(family)
-    ours, hand = decompose(model, pictures(model), convention="paper"), by_hand(model, pictures(model), centred=False)
+    ours, hand = (
+        decompose(model, pictures(model), convention="paper"),
+        by_hand(model, pictures(model), centred=False),
+    )
     L, H = hand.heads.shape[1:3]
     share = hand.rest / (2 * L + 1)
     heads = hand.heads + ((hand.biases + share[:, None]) / H)[:, :, None]
@@ -594,7 +741,10 @@ NO_PAPER = [
 @pytest.mark.parametrize("family", NO_PAPER)
 def test_the_paper_is_refused_where_it_has_no_meaning(family):
     model = model_of(family)
-    with pytest.raises(DecompositionError, match=r"image tower (VisionTransformer|TimmModel).*\"paper\" is defined for a class token"):
+    with pytest.raises(
+        DecompositionError,
+        match=r"image tower (VisionTransformer|TimmModel).*\"paper\" is defined for a class token",
+    ):
         decompose(model, pictures(model), convention="paper")
 
 
@@ -626,7 +776,10 @@ def test_one_source_less_does_not_sum_to_the_heads(family):
 def test_class_token_and_registers_are_left_out_of_the_heatmap(family):
     model = model_of(family)
     texts = sentences(model)
-    scores, total = token_scores(model, pictures(model), texts).sum((1, 2)), heatmap(model, pictures(model), texts).sum((2, 3))
+    scores, total = (
+        token_scores(model, pictures(model), texts).sum((1, 2)),
+        heatmap(model, pictures(model), texts).sum((2, 3)),
+    )
     prefix = scores.shape[1] - 6
     assert prefix == model.visual.trunk.num_prefix_tokens > 0
     assert far(total, scores[:, prefix:].sum(1)) < EXACT
@@ -638,7 +791,10 @@ def test_class_token_and_registers_are_left_out_of_the_heatmap(family):
 def test_the_block_whose_attention_is_altered_is_named(family, index):
     model = copy.deepcopy(model_of(family))
     blocks(model)[index].attn.register_forward_hook(altered)
-    with pytest.raises(DecompositionError, match=f"largest gap in block {index}: its heads differ from what its attention wrote"):
+    with pytest.raises(
+        DecompositionError,
+        match=f"largest gap in block {index}: its heads differ from what its attention wrote",
+    ):
         check(model, pictures(model))
 
 
@@ -652,7 +808,9 @@ def altered(module, args, output):
 def test_an_embedding_altered_after_the_last_block_is_blamed_on_no_block(family):
     model = copy.deepcopy(model_of(family))
     model.visual.register_forward_hook(lambda m, args, output: output + 1)
-    with pytest.raises(DecompositionError, match="every block adds up, so the difference arises in the read-out"):
+    with pytest.raises(
+        DecompositionError, match="every block adds up, so the difference arises in the read-out"
+    ):
         check(model, pictures(model))
 
 
@@ -672,8 +830,12 @@ def test_rows_in_one_factor_read_as_rows_in_two(r):
 
 MANY = {
     "mean, norm first": partial(native, layers=1, pool_type="avg", patch_size=1, image_size=(9, 15)),
-    "queries": partial(native, layers=1, attentional_pool=True, attn_pooler_heads=2, patch_size=1, image_size=(9, 15)),
-    "relative positions by mean": partial(of_timm, "vit_relpos_medium_patch16_224", "avg", size=(18, 30), patch_size=2, depth=1),
+    "queries": partial(
+        native, layers=1, attentional_pool=True, attn_pooler_heads=2, patch_size=1, image_size=(9, 15)
+    ),
+    "relative positions by mean": partial(
+        of_timm, "vit_relpos_medium_patch16_224", "avg", size=(18, 30), patch_size=2, depth=1
+    ),
 }
 
 
@@ -698,7 +860,9 @@ DYNAMIC = {
     "EVA02": partial(EVA, "token", dynamic_img_size=True),
     "registers, mean": partial(VIT, "avg", reg_tokens=2, dynamic_img_size=True),
 }
-every_size = pytest.mark.parametrize(("size", "grid"), [((48, 32), (3, 2)), ((32, 64), (2, 4)), ((16, 80), (1, 5))], ids=str)
+every_size = pytest.mark.parametrize(
+    ("size", "grid"), [((48, 32), (3, 2)), ((32, 64), (2, 4)), ((16, 80), (1, 5))], ids=str
+)
 
 
 @every_size
@@ -752,16 +916,25 @@ def test_the_sources_sum_to_the_heads_and_all_terms_to_the_embedding(family, bat
             "proj_bias": st.booleans(),
             "qkv_bias": st.booleans(),
         },
-        optional={"init_values": st.floats(0.1, 1), "pre_norm": st.booleans(), "reg_tokens": st.integers(1, 3)},
+        optional={
+            "init_values": st.floats(0.1, 1),
+            "pre_norm": st.booleans(),
+            "reg_tokens": st.integers(1, 3),
+        },
     ),
     st.sampled_from(["avg", "map"]),
 )
 def test_each_term_is_that_of_the_long_way_whatever_the_options(shape, depth, options, pool):
     heads, width = shape
-    model = of_timm("vit_base_patch16_224", pool, num_heads=heads, embed_dim=width, depth=depth, mlp_ratio=1.5, **options)
+    model = of_timm(
+        "vit_base_patch16_224", pool, num_heads=heads, embed_dim=width, depth=depth, mlp_ratio=1.5, **options
+    )
     ours, hand = decompose(model, pictures(model)), by_hand(model, pictures(model))
     assert ours.error() < EXACT
-    assert all(off(getattr(ours, part), getattr(hand, part), hand.embedding) < EXACT for part in ("stem", "heads", "mlps", "constant"))
+    assert all(
+        off(getattr(ours, part), getattr(hand, part), hand.embedding) < EXACT
+        for part in ("stem", "heads", "mlps", "constant")
+    )
     assert neurons(model, pictures(model), -1).error() < EXACT
 
 
@@ -806,7 +979,9 @@ def test_tokens_on_the_first_axis_give_the_same_terms(family):
 def test_a_model_that_normalises_unless_told_otherwise_is_not_normalised():
     model = model_of("CoCa")
     with torch.no_grad():
-        assert far(model.encode_image(pictures(model)), F.normalize(terms_of("CoCa").embedding, dim=-1)) < EXACT
+        assert (
+            far(model.encode_image(pictures(model)), F.normalize(terms_of("CoCa").embedding, dim=-1)) < EXACT
+        )
     assert far(F.normalize(terms_of("CoCa").embedding, dim=-1), terms_of("CoCa").embedding) > FAR
 
 
@@ -866,9 +1041,18 @@ def found(model):
     """All that a call might leave behind."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     modules = {name: (m.training, *(list(getattr(m, h)) for h in hooks)) for name, m in model.named_modules()}
-    parameters = {name: (p.requires_grad, p.dtype, p.sum().item(), p.grad is None) for name, p in model.named_parameters()}
+    parameters = {
+        name: (p.requires_grad, p.dtype, p.sum().item(), p.grad is None)
+        for name, p in model.named_parameters()
+    }
     buffers = {name: b.sum().item() for name, b in model.named_buffers()}
-    return modules, parameters, buffers, F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
+    return (
+        modules,
+        parameters,
+        buffers,
+        F.scaled_dot_product_attention,
+        torch.backends.mha.get_fastpath_enabled(),
+    )
 
 
 def half_trained(family):
@@ -941,12 +1125,15 @@ def test_the_model_is_left_as_found_when_it_is_refused_in_the_middle():
 
 
 @pytest.mark.parametrize(
-    ("family", "passes"), [("EVA02", 1), ("mean, norm last", 1), ("mean, norm first", 2), ("SigLIP", 2), ("queries, mean", 2)]
+    ("family", "passes"),
+    [("EVA02", 1), ("mean, norm last", 1), ("mean, norm first", 2), ("SigLIP", 2), ("queries, mean", 2)],
 )
 def test_a_second_pass_runs_only_where_the_weights_depend_on_the_last_layer(family, passes):
     """And it ends behind the last block."""
     model, modes, whole = copy.deepcopy(model_of(family)).train(), [], []
-    blocks(model)[-1].register_forward_hook(lambda m, args, output: modes.append((m.training, torch.is_grad_enabled())))
+    blocks(model)[-1].register_forward_hook(
+        lambda m, args, output: modes.append((m.training, torch.is_grad_enabled()))
+    )
     model.visual.register_forward_hook(lambda *_: whole.append(1))
     decompose(model, pictures(model))
     assert modes == [(False, False)] * passes
@@ -961,7 +1148,9 @@ def test_gradient_checkpointing_changes_nothing(family):
 
 
 def test_a_model_in_training_is_decomposed_as_in_evaluation():
-    model = VIT("avg", reg_tokens=2, drop_path_rate=0.5, proj_drop_rate=0.5, attn_drop_rate=0.5, patch_drop_rate=0.5)
+    model = VIT(
+        "avg", reg_tokens=2, drop_path_rate=0.5, proj_drop_rate=0.5, attn_drop_rate=0.5, patch_drop_rate=0.5
+    )
     expected = decompose(model, pictures(model)).heads
     assert far(decompose(model.train(), pictures(model)).heads, expected) < EXACT
     assert far(model.encode_image(pictures(model)), model.eval().encode_image(pictures(model))) > FAR
@@ -984,13 +1173,17 @@ def in_threads(*calls):
         return [future.result(timeout=60) for future in [pool.submit(call) for call in calls]]
 
 
-@pytest.mark.parametrize("families", [("SigLIP", "queries, mean"), ("EVA02", "PE-Core"), ("SigLIP", "SigLIP")], ids=str)
+@pytest.mark.parametrize(
+    "families", [("SigLIP", "queries, mean"), ("EVA02", "PE-Core"), ("SigLIP", "SigLIP")], ids=str
+)
 def test_two_threads_decomposing_give_what_one_gives(families):
     def repeat(family):
         return [decompose(model_of(family), pictures(model_of(family))) for _ in range(8)]
 
     expected, stock_attention = [terms_of(family) for family in families], F.scaled_dot_product_attention
-    for many, terms in zip(in_threads(*[partial(repeat, family) for family in families]), expected, strict=True):
+    for many, terms in zip(
+        in_threads(*[partial(repeat, family) for family in families]), expected, strict=True
+    ):
         assert all(far(ours.heads, terms.heads) < EXACT and ours.error() < EXACT for ours in many)
     assert F.scaled_dot_product_attention is stock_attention
 
@@ -1070,7 +1263,9 @@ def with_tower(name, pool="", proj="linear"):
 def refused(reason, model, calls=CALLS):
     for name in calls:
         with pytest.raises(DecompositionError, match=reason) as raised:
-            CALLS[name](model, torch.zeros(2, 3, 32, 48, dtype=torch.float64), torch.zeros(5, 24, dtype=torch.float64))
+            CALLS[name](
+                model, torch.zeros(2, 3, 32, 48, dtype=torch.float64), torch.zeros(5, 24, dtype=torch.float64)
+            )
         assert str(raised.value).startswith("cannot decompose CLIP with image tower ")
         assert "\n" not in str(raised.value)
 
@@ -1085,8 +1280,14 @@ def test_a_good_tower_is_not_refused(family):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("resnet18", "TimmModel .ResNet.: a ResNet has convolutions, not a residual stream of attention heads"),
-        ("convnext_atto", "TimmModel .ConvNeXt.: a ConvNeXt has convolutions, not a residual stream of attention heads"),
+        (
+            "resnet18",
+            "TimmModel .ResNet.: a ResNet has convolutions, not a residual stream of attention heads",
+        ),
+        (
+            "convnext_atto",
+            "TimmModel .ConvNeXt.: a ConvNeXt has convolutions, not a residual stream of attention heads",
+        ),
         ("swin_tiny_patch4_window7_224", "TimmModel .SwinTransformer.: a Swin merges tokens between stages"),
         ("fastvit_mci0", "TimmModel .FastVit.: a FastViT mixes tokens by convolutions"),
         ("resnetv2_50", "TimmModel .ResNetV2.: it has no residual stream of attention heads"),
@@ -1114,7 +1315,10 @@ def test_a_tower_that_resembles_a_vit_is_refused(name, tower):
 
 
 def test_a_projection_that_is_not_linear_is_refused():
-    refused("TimmModel .VisionTransformer.: its projection has a Mlp; expected linear maps alone", with_tower("test_vit", "avg", "mlp"))
+    refused(
+        "TimmModel .VisionTransformer.: its projection has a Mlp; expected linear maps alone",
+        with_tower("test_vit", "avg", "mlp"),
+    )
 
 
 @pytest.mark.parametrize("pool", ["avgmax", "max"])
@@ -1139,7 +1343,9 @@ def test_a_pooling_that_returns_all_its_queries_is_refused():
 
 
 def test_native_tokens_without_pooling_are_refused():
-    refused("VisionTransformer: it reads out by pooling 'none'; expected 'tok' or 'avg'", native(pool_type="none"))
+    refused(
+        "VisionTransformer: it reads out by pooling 'none'; expected 'tok' or 'avg'", native(pool_type="none")
+    )
 
 
 def test_gated_attention_is_refused():
@@ -1167,7 +1373,9 @@ def test_a_block_of_open_clip_with_an_attention_of_timm_is_refused():
 
 @pytest.mark.parametrize("block", [ParallelScalingBlock, ParallelThingsBlock])
 def test_blocks_of_another_kind_are_refused(block):
-    refused(f"its blocks are {block.__name__}; expected one of Block, RelPosBlock", VIT("token", block_fn=block))
+    refused(
+        f"its blocks are {block.__name__}; expected one of Block, RelPosBlock", VIT("token", block_fn=block)
+    )
 
 
 def test_an_attention_without_linear_projection_is_refused():
@@ -1201,12 +1409,18 @@ def test_attention_that_goes_another_way_is_refused():
     for module in model.visual.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # as TIMM_FUSED_ATTN=0 does
-    reason = r"block 0 called F.scaled_dot_product_attention 0 times, expected once \(is TIMM_FUSED_ATTN=0 set\?\)"
+    reason = (
+        r"block 0 called F.scaled_dot_product_attention 0 times, expected once \(is TIMM_FUSED_ATTN=0 set\?\)"
+    )
     refused(reason, model, FORWARD)
 
 
 def test_attention_in_two_calls_is_refused():
-    refused("block 0 called F.scaled_dot_product_attention 2 times, expected once$", VIT("token", attn_layer="diff"), FORWARD)
+    refused(
+        "block 0 called F.scaled_dot_product_attention 2 times, expected once$",
+        VIT("token", attn_layer="diff"),
+        FORWARD,
+    )
 
 
 class Sink(Attention):
@@ -1233,7 +1447,10 @@ def test_an_mlp_of_another_kind_has_no_neurons_but_a_term():
     blocks(model)[1].mlp = nn.Sequential(nn.Linear(48, 48), nn.GELU()).double()
     assert decompose(model, pictures(model)).error() < EXACT
     assert neurons(model, pictures(model), 0).error() < EXACT
-    with pytest.raises(DecompositionError, match="the MLP of block 1 is Sequential; expected fc2 or w2 as its last linear map"):
+    with pytest.raises(
+        DecompositionError,
+        match="the MLP of block 1 is Sequential; expected fc2 or w2 as its last linear map",
+    ):
         neurons(model, pictures(model), -1)
 
 
@@ -1241,7 +1458,9 @@ def test_an_mlp_with_another_norm_has_no_neurons_but_a_term():
     model = SIGLIP()
     blocks(model)[0].mlp.norm = RmsNorm(192).double()
     assert decompose(model, pictures(model)).error() < EXACT
-    with pytest.raises(DecompositionError, match="the MLP of block 0 has RmsNorm as norm; expected LayerNorm"):
+    with pytest.raises(
+        DecompositionError, match="the MLP of block 0 has RmsNorm as norm; expected LayerNorm"
+    ):
         neurons(model, pictures(model), 0)
 
 
@@ -1253,7 +1472,12 @@ def test_a_mask_that_forbids_is_one_that_adds_minus_infinity():
     q, k, v = (torch.randn(2, 3, 6, 4, generator=generator, dtype=torch.float64) for _ in range(3))
     allowed = torch.rand(6, 6, generator=generator) > 0.3
     allowed.fill_diagonal_(True)
-    for mask in (allowed, torch.zeros(6, 6, dtype=torch.float64).masked_fill(~allowed, float("-inf")), allowed[:1], None):
+    for mask in (
+        allowed,
+        torch.zeros(6, 6, dtype=torch.float64).masked_fill(~allowed, float("-inf")),
+        allowed[:1],
+        None,
+    ):
         with attention_calls() as calls:
             out = F.scaled_dot_product_attention(q, k, v, mask, scale=0.7)
         assert far(calls[0].weights(slice(None)) @ v, out) < EXACT

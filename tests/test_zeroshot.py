@@ -14,7 +14,16 @@ import torch
 from PIL import Image
 
 from datasets import DemoBirds, InputError, eight_bits, subset
-from zeroshot import CACHED, classifier, default_bank, embed_texts, load_bank, load_clip, templates, weights_hash
+from zeroshot import (
+    CACHED,
+    classifier,
+    default_bank,
+    embed_texts,
+    load_bank,
+    load_clip,
+    templates,
+    weights_hash,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,15 +41,21 @@ def test_the_classifier_is_open_clips(clip):
 
 def test_texts_are_embedded_alike_in_any_batch(clip):
     texts = load_bank(default_bank(clip)).texts
-    assert torch.allclose(embed_texts(clip, texts, batch_size=7), embed_texts(clip, texts), atol=1e-5)  # float32
+    assert torch.allclose(
+        embed_texts(clip, texts, batch_size=7), embed_texts(clip, texts), atol=1e-5
+    )  # float32
     assert torch.allclose(embed_texts(clip, texts).norm(dim=1), torch.ones(len(texts)), atol=1e-5)
 
 
 def entries(path):
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    return [
+        line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")
+    ]
 
 
-@pytest.mark.parametrize(("path", "texts", "categories"), [("text_bank.txt", 3500, 40), ("demo/text_bank.txt", 150, 6)])
+@pytest.mark.parametrize(
+    ("path", "texts", "categories"), [("text_bank.txt", 3500, 40), ("demo/text_bank.txt", 150, 6)]
+)
 def test_a_bank_is_large_and_says_nothing_twice(path, texts, categories):
     bank = load_bank(ROOT / path)
     sizes = Counter(bank.categories)
@@ -55,7 +70,10 @@ def test_a_bank_is_large_and_says_nothing_twice(path, texts, categories):
 
 def test_the_readme_counts_the_bank_right():
     bank = load_bank(ROOT / "text_bank.txt")
-    assert f"{len(bank.texts):,} descriptions in {len(set(bank.categories))} categories" in (ROOT / "README.md").read_text()
+    assert (
+        f"{len(bank.texts):,} descriptions in {len(set(bank.categories))} categories"
+        in (ROOT / "README.md").read_text()
+    )
 
 
 def test_a_flat_bank_is_one_category(tmp_path):
@@ -106,7 +124,9 @@ def test_a_limited_demo_split_holds_pictures_of_the_whole(clip):
 def cached(clip, tmp_path, monkeypatch):
     """The demo with a cache, its texts, and how many were embedded so far."""
     counted, encode = [], clip.model.encode_text
-    monkeypatch.setattr(clip.model, "encode_text", lambda tokens: counted.append(len(tokens)) or encode(tokens))
+    monkeypatch.setattr(
+        clip.model, "encode_text", lambda tokens: counted.append(len(tokens)) or encode(tokens)
+    )
     texts = load_bank(default_bank(clip)).texts
     texts = [f"{text} {more}".strip() for more in ("", "a", "one") for text in texts][:CACHED]
     return SimpleNamespace(clip=replace(clip, cache=tmp_path / "texts"), texts=texts, counted=counted)
@@ -164,9 +184,17 @@ def test_the_hash_sees_any_bit_name_and_shape(clip):
         hash_of(lambda model: None),
         hash_of(lambda model: model.logit_scale.add_(1e-6)),
         hash_of(lambda model: model.visual.proj.view(-1)[-1:].add_(1e-6)),
-        hash_of(lambda model: setattr(model.visual, "proj", torch.nn.Parameter(model.visual.proj.T.contiguous().T.reshape(64, -1)))),
+        hash_of(
+            lambda model: setattr(
+                model.visual, "proj", torch.nn.Parameter(model.visual.proj.T.contiguous().T.reshape(64, -1))
+            )
+        ),
         hash_of(lambda model: model.register_buffer("more", torch.zeros(1))),
-        hash_of(lambda model: setattr(model.transformer.resblocks[0].mlp, "gelu", open_clip.transformer.QuickGELU())),
+        hash_of(
+            lambda model: setattr(
+                model.transformer.resblocks[0].mlp, "gelu", open_clip.transformer.QuickGELU()
+            )
+        ),
     ]
     assert hashes[0] == weights_hash(clip.model)
     assert len(set(hashes)) == len(hashes)
