@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 
 import open_clip
@@ -9,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 import report
-from decompose import DecompositionError, check, decompose, neurons, token_scores
-from towers import open_tower
+from decompose import DecompositionError, decompose, open_tower, token_scores
+from neurons import neurons
 from zeroshot import load_clip
 
 from . import models, pages
@@ -30,11 +31,10 @@ def run(args: Namespace) -> tuple[dict, list]:
     clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
     data = open_split(args, clip, "test")
     dtype = clip.dtype
-    conventions = ("term", "paper") if open_tower(clip.model).readout.as_in_the_paper else ("term",)
+    conventions = conventions_of(clip.model)
     worst = Largest()
     for images, _ in one_pass(clip, data, args, "check", worst):
-        check(clip.model, images, TOLERANCE[dtype])
-        terms = decompose(clip.model, images)
+        terms = decompose(clip.model, images, tolerance=TOLERANCE[dtype])
         texts = torch.nn.functional.normalize(terms.embedding[:1].to(terms.heads.dtype), dim=-1)
         heads, tokens = terms.heads @ texts.T, token_scores(clip.model, images, texts).sum(dim=3)
         for name in conventions:
@@ -64,6 +64,15 @@ def run(args: Namespace) -> tuple[dict, list]:
     return results, pages.check(results)
 
 
+def conventions_of(model: torch.nn.Module) -> tuple[str, ...]:
+    """Those that are defined for the model's read-out."""
+    try:
+        open_tower(model, convention="paper")
+    except DecompositionError:
+        return ("term",)
+    return ("term", "paper")
+
+
 def run_all(args: Namespace) -> tuple[dict, list]:
     """Every configuration that open_clip has, as a small copy with random weights, in float64: no downloads."""
     rows = []
@@ -71,7 +80,7 @@ def run_all(args: Namespace) -> tuple[dict, list]:
     for name in tqdm(names, desc="configurations", leave=False):
         found = models.listed(name)
         errors = None if found.tower is None else small_errors(found.name)
-        readout = "" if found.tower is None else found.tower.readout.name
+        readout = "" if found.tower is None else found.tower.name
         rows.append(
             {
                 "model": name,
@@ -122,7 +131,7 @@ def small_errors(name: str) -> list[float]:
     """Relative errors of a small copy: of the terms, of the source tokens, of the last layer's neurons."""
     model = models.small(name)
     images = models.pictures(model)
-    terms = decompose(model, images)
+    terms = decompose(model, images, tolerance=math.inf)
     texts = torch.nn.functional.normalize(terms.embedding[:1], dim=-1)
     heads, tokens = terms.heads @ texts.T, token_scores(model, images, texts).sum(dim=3)
     return [

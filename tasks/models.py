@@ -15,8 +15,7 @@ from open_clip import timm_model
 from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 
-from decompose import DecompositionError
-from towers import Tower, open_tower
+from decompose import ClipTower, DecompositionError, open_tower
 
 LAYERS, WIDTH, HEADS, GRID = 2, 64, 4, 4  # of the small copies; patches in a row
 
@@ -38,7 +37,7 @@ class Listed:
 
     name: str
     family: str
-    tower: Tower | None  # of the full size, without memory behind it
+    tower: ClipTower | None  # of the full size, without memory behind it
     refusal: str  # why there is none
     tags: list[str]  # of its pretrained weights
 
@@ -67,8 +66,8 @@ def print_list() -> None:
             refused += 1
             print(f"{name:<38}  {'-':<30}  {'':>14}  {found.refusal}")
         else:
-            size = f"{len(found.tower.blocks)} x {found.tower.blocks[0].heads}"
-            print(f"{name:<38}  {found.tower.readout.name:<30}  {size:>14}  {', '.join(found.tags) or '-'}")
+            size = f"{len(found.tower.W_O)} x {len(found.tower.W_O[0])}"
+            print(f"{name:<38}  {found.tower.name:<30}  {size:>14}  {', '.join(found.tags) or '-'}")
     print(
         f"\n{len(names) - refused} of {len(names)} configurations of open_clip {open_clip.__version__} can be decomposed."
     )

@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 
 import report
 from datasets import DemoBirds, InputError
-from decompose import Neurons, head_maps, neurons
+from decompose import head_maps
+from neurons import Neurons, neurons
 from roles import explained
 from textspan import Moments
 from zeroshot import Bank, Clip, classifier, default_bank, embed_texts, load_bank, load_clip, templates

@@ -4,12 +4,12 @@ Wherever a term goes through a norm, the norm is frozen as it was in the forward
 divisor is that of the whole vector.
 """
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.model import CLIP, convert_weights_to_lp
@@ -336,21 +336,14 @@ def test_the_error_is_nan_where_one_number_is(where):
 
 @torch.no_grad()
 def stock(model):
-    """The embedding, without torch's fast kernel for a whole attention, which rounds otherwise than its parts."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        embedding = model.encode_image(pictures(model))
-        return embedding[0] if isinstance(embedding, tuple) else embedding
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    """The embedding."""
+    embedding = model.encode_image(pictures(model))
+    return embedding[0] if isinstance(embedding, tuple) else embedding
 
 
 def test_the_embedding_is_what_the_stock_model_returns():
     model = build()
     assert torch.equal(decompose(model, pictures(model)).embedding, stock(model))
-    with torch.no_grad():
-        assert far(decompose(model, pictures(model)).embedding, model.encode_image(pictures(model))) < EXACT
 
 
 def test_an_unknown_convention_is_refused():
@@ -975,19 +968,13 @@ def test_the_stem_under_autocast_is_read_out_in_float32(convention):
     assert far(terms.stem.double(), expected) < SINGLE
 
 
-def test_the_attention_under_autocast_is_worked_out_in_float32(monkeypatch):
-    model, calls, attention = build(torch.float32), [], F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F,
-        "scaled_dot_product_attention",
-        lambda *args, **more: calls.append(args) or attention(*args, **more),
-    )
+def test_the_attention_under_autocast_is_worked_out_in_float32():
+    model = build(torch.float32)
     terms, seen = rounded_pass(model)
-    q, k, v = (x.double() for x in calls[0][:3])  # rounded by the forward pass; what is done with them is not
-    expected = ((q @ k.mT / 8**0.5).softmax(-1) @ v)[:, :, 0] / std(model.visual.ln_post, seen.last)[
-        :, :, None
-    ]
-    assert calls[0][0].dtype == torch.bfloat16
+    A, v = attention_matrices(
+        blocks(model)[0].attn, seen.y
+    )  # y was rounded by the pass; what is done with it is not
+    expected = (A @ v)[:, :, 0] / std(model.visual.ln_post, seen.last)[:, :, None]
     assert far(terms.values[:, 0].double(), expected) < SINGLE
 
 
@@ -1175,7 +1162,7 @@ def test_an_embedding_altered_after_the_last_block_is_blamed_on_no_block():
 def test_the_message_has_both_norms():
     model = build()
     blocks(model)[0].attn.register_forward_hook(lambda m, args, output: (2 * output[0], None))
-    terms = decompose(model, pictures(model))
+    terms = decompose(model, pictures(model), tolerance=math.inf)
     norms = f"norm of the sum {terms.total().norm():.6g}, norm of the embedding {terms.embedding.norm():.6g}"
     with pytest.raises(DecompositionError, match=norms):
         check(model, pictures(model))
@@ -1184,7 +1171,7 @@ def test_the_message_has_both_norms():
 def test_the_message_has_the_error_the_tolerance_and_the_precision():
     model = build(torch.float32)
     blocks(model)[0].attn.register_forward_hook(lambda m, args, output: (2 * output[0], None))
-    error = decompose(model, pictures(model)).error()
+    error = decompose(model, pictures(model), tolerance=math.inf).error()
     with pytest.raises(
         DecompositionError, match=rf"relative error {error:.1e}, tolerance 1\.0e-03 \(torch\.float32\)"
     ):
@@ -1194,7 +1181,7 @@ def test_the_message_has_the_error_the_tolerance_and_the_precision():
 def test_an_error_below_the_tolerance_passes_the_check():
     model = build()
     blocks(model)[0].attn.register_forward_hook(lambda m, args, output: (1.01 * output[0], None))
-    error = decompose(model, pictures(model)).error()
+    error = decompose(model, pictures(model), tolerance=math.inf).error()
     assert error > 1e-4
     assert check(model, pictures(model), tolerance=1.001 * error) == error
 
@@ -1202,7 +1189,7 @@ def test_an_error_below_the_tolerance_passes_the_check():
 def test_an_error_above_the_tolerance_fails_the_check():
     model = build()
     blocks(model)[0].attn.register_forward_hook(lambda m, args, output: (1.01 * output[0], None))
-    error = decompose(model, pictures(model)).error()
+    error = decompose(model, pictures(model), tolerance=math.inf).error()
     with pytest.raises(DecompositionError, match="do not sum to the embedding"):
         check(model, pictures(model), tolerance=0.999 * error)
 
@@ -1399,6 +1386,6 @@ def test_a_refused_model_is_left_as_found():
 def test_all_that_is_public_is_there_for_a_star():
     names: dict[str, object] = {}
     exec("from decompose import *", names)
-    assert {"Decomposition", "DecompositionError", "Neurons"} < set(names)
-    assert {"check", "decompose", "head_maps", "heatmap", "neurons", "token_scores"} < set(names)
-    assert "_run" not in names
+    assert {"Decomposition", "DecompositionError"} < set(names)
+    assert {"check", "decompose", "head_maps", "heatmap", "token_scores"} < set(names)
+    assert "upcast" not in names

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from test_evaluate import run, waterbirds  # noqa: F401
 
 import demo
-from decompose import decompose, heatmap, neurons, token_scores
+from decompose import decompose, heatmap, open_tower, token_scores
 from evaluate import main
+from neurons import neurons
 from tasks import check, models
-from towers import open_tower
 from zeroshot import load_clip
 
 EXACT = 1e-10
@@ -53,14 +53,14 @@ def test_116_of_open_clips_144_configurations_can_be_decomposed_at_full_size():
 def test_nothing_is_allocated_for_a_configuration_at_full_size():
     tower = listed("ViT-bigG-14").tower
     assert len(tower.blocks) == 48
-    assert all(parameter.is_meta for parameter in tower.visual.parameters())
+    assert all(parameter.is_meta for parameter in tower.model.parameters())
 
 
 @pytest.mark.parametrize(("name", "kind"), ONE_OF_EACH.items(), ids=ONE_OF_EACH)
 def test_a_small_copy_is_of_its_family_and_sums_to_its_embedding(name, kind):
     found, model = listed(name), models.small(name)
-    assert (found.family, found.tower.readout.name) == kind
-    assert type(open_tower(model).blocks[0].module) is type(found.tower.blocks[0].module)
+    assert (found.family, found.tower.name) == kind
+    assert type(open_tower(model).blocks[0]) is type(found.tower.blocks[0])
     assert max(check.small_errors(name)) < EXACT
     images = models.pictures(model)
     with torch.no_grad():

@@ -30,8 +30,10 @@ from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
-from decompose import DecompositionError, check, decompose, head_maps, heatmap, neurons, token_scores
-from towers import Rows, attention_calls
+import families
+from attention import attention_calls
+from decompose import DecompositionError, check, decompose, head_maps, heatmap, token_scores
+from neurons import neurons
 
 EXACT = 1e-10  # float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this
 SINGLE = 1e-5  # float32 rounds at 6e-8; the longest sums here lose one digit more
@@ -179,12 +181,6 @@ FAMILIES = {
         native, attentional_pool=True, attn_pooler_queries=3, attn_pooler_heads=2, norm_kwargs=PLAIN
     ),
     "mean, norms without beta": partial(native, pool_type="avg", norm_kwargs=PLAIN),
-    "parallel": partial(
-        native, embed=32, attentional_pool="parallel", attn_pooler_queries=3, attn_pooler_heads=2
-    ),
-    "cascade": partial(
-        native, embed=32, attentional_pool="cascade", attn_pooler_queries=3, attn_pooler_heads=2
-    ),
     # timm's
     "SigLIP": SIGLIP,
     "SigLIP with registers": partial(SIGLIP, reg_tokens=2, class_token=True),
@@ -239,11 +235,7 @@ FAMILIES = {
 }
 model_of = cache(lambda family: FAMILIES[family]())
 every_family = pytest.mark.parametrize("family", FAMILIES)
-ATTENDED = [
-    name
-    for name in FAMILIES
-    if name.startswith(("queries", "two latents", "CoCa", "parallel", "cascade", "SigLIP", "PE"))
-]
+ATTENDED = [name for name in FAMILIES if name.startswith(("queries", "two latents", "CoCa", "SigLIP", "PE"))]
 ATTENDED.remove("SigLIP by mean")
 FEW = ["mean, norm first", "queries, mean", "SigLIP", "PE-Core", "EVA02", "registers, mean of patches"]
 some_families = pytest.mark.parametrize("family", FEW)
@@ -814,18 +806,6 @@ def test_an_embedding_altered_after_the_last_block_is_blamed_on_no_block(family)
         check(model, pictures(model))
 
 
-@pytest.mark.parametrize("r", [1, 3])
-def test_rows_in_one_factor_read_as_rows_in_two(r):
-    generator = torch.Generator().manual_seed(r)
-    shapes = [(2, r, 4, 7), (r, 7, 3), (r, 3, 5), (6, 5)]
-    x, down, up, texts = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    one, two = Rows(down @ up), Rows(down, up)
-    expected = sum(x[:, i] @ down[i] @ up[i] for i in range(r))
-    assert far(one.read(x), expected) < EXACT
-    assert far(two.read(x), expected) < EXACT
-    assert far(one.directions(texts), two.directions(texts)) < EXACT
-
-
 # Many tokens, other sizes.
 
 MANY = {
@@ -1099,22 +1079,6 @@ def test_the_model_is_left_as_found_when_its_forward_raises(family, name, where)
     assert found(model) == before
 
 
-@pytest.mark.parametrize("family", ["mean, norm first", "SigLIP", "PE-Core"])
-def test_the_model_is_left_as_found_when_the_second_pass_raises(family):
-    model, passes = half_trained(family), []
-
-    def fail(module, args, output):
-        passes.append(1)
-        if len(passes) == 2:
-            raise RuntimeError("out of memory")
-
-    blocks(model)[1].register_forward_hook(fail)
-    before = found(model)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        decompose(model, pictures(model))
-    assert found(model) == before
-
-
 def test_the_model_is_left_as_found_when_it_is_refused_in_the_middle():
     model = half_trained("SigLIP")
     blocks(model)[1].attn.fused_attn = False
@@ -1125,19 +1089,59 @@ def test_the_model_is_left_as_found_when_it_is_refused_in_the_middle():
 
 
 @pytest.mark.parametrize(
-    ("family", "passes"),
-    [("EVA02", 1), ("mean, norm last", 1), ("mean, norm first", 2), ("SigLIP", 2), ("queries, mean", 2)],
+    "family", ["EVA02", "mean, norm last", "mean, norm first", "SigLIP", "queries, mean"]
 )
-def test_a_second_pass_runs_only_where_the_weights_depend_on_the_last_layer(family, passes):
-    """And it ends behind the last block."""
+@pytest.mark.parametrize("name", ["decompose", "token_scores", "heatmap", "neurons", "check"])
+def test_every_tower_runs_once_in_eval_mode_without_gradients(family, name):
     model, modes, whole = copy.deepcopy(model_of(family)).train(), [], []
+    texts = sentences(model_of(family))
     blocks(model)[-1].register_forward_hook(
         lambda m, args, output: modes.append((m.training, torch.is_grad_enabled()))
     )
     model.visual.register_forward_hook(lambda *_: whole.append(1))
-    decompose(model, pictures(model))
-    assert modes == [(False, False)] * passes
+    CALLS[name](model, pictures(model), texts)
+    assert modes == [(False, False)]
     assert whole == [1]
+
+
+# Large batches.
+
+
+@pytest.mark.parametrize("family", ["mean, norm first", "queries, mean", "SigLIP", "PE-Core"])
+def test_a_large_batch_is_split_and_gives_the_same(family, monkeypatch):
+    model, batches = model_of(family), []
+    images, texts = pictures(model, batch=5), sentences(model)
+    expected = decompose(model, images), token_scores(model, images, texts), heatmap(model, images, texts)
+    handle = blocks(model)[0].register_forward_pre_hook(lambda m, args: batches.append(len(args[0])))
+    monkeypatch.setattr(families, "KEPT_BYTES", 1)
+    try:
+        terms = decompose(model, images)
+        assert batches == [1] * 5
+        scores, heat = token_scores(model, images, texts), heatmap(model, images, texts)
+    finally:
+        handle.remove()
+    assert terms.error() < EXACT
+    for name in ("embedding", "stem", "heads", "mlps", "constant", "values"):
+        assert far(getattr(terms, name), getattr(expected[0], name)) < EXACT
+    assert far(scores, expected[1]) < EXACT
+    assert far(heat, expected[2]) < EXACT
+
+
+def test_parts_of_a_batch_keep_no_more_than_what_is_allowed(monkeypatch):
+    model, kept = model_of("SigLIP"), []
+    see = families.Family.see
+
+    def watched(self, images, layers=()):
+        seen = see(self, images, layers)
+        kept.append(sum(x.numel() * x.element_size() for x in (*seen.z, *seen.mlps)))
+        return seen
+
+    monkeypatch.setattr(families.Family, "see", watched)
+    decompose(model, pictures(model, batch=4))
+    whole = kept.pop()
+    monkeypatch.setattr(families, "KEPT_BYTES", whole / 2)
+    decompose(model, pictures(model, batch=4))
+    assert kept == [whole / 2] * 2
 
 
 @some_families
@@ -1342,6 +1346,12 @@ def test_a_pooling_that_returns_all_its_queries_is_refused():
     refused("its pooling is AttentionPoolLatent of another kind", model)
 
 
+@pytest.mark.parametrize("kind", ["parallel", "cascade"])
+def test_pooling_by_two_attentions_is_refused(kind):
+    model = native(embed=32, attentional_pool=kind, attn_pooler_queries=3, attn_pooler_heads=2)
+    refused("it pools by two attentions .attn_pool_contrastive.", model)
+
+
 def test_native_tokens_without_pooling_are_refused():
     refused(
         "VisionTransformer: it reads out by pooling 'none'; expected 'tok' or 'avg'", native(pool_type="none")
@@ -1480,9 +1490,9 @@ def test_a_mask_that_forbids_is_one_that_adds_minus_infinity():
     ):
         with attention_calls() as calls:
             out = F.scaled_dot_product_attention(q, k, v, mask, scale=0.7)
-        assert far(calls[0].weights(slice(None)) @ v, out) < EXACT
-        assert far(calls[0].weights(slice(2, 4)) @ v, out[:, :, 2:4]) < EXACT
-    assert far(calls[0].weights(slice(None)), (q @ k.mT * 0.7).softmax(-1)) < EXACT
+        assert far(calls[0].attention(slice(None)) @ v, out) < EXACT
+        assert far(calls[0].attention(slice(2, 4)) @ v, out[:, :, 2:4]) < EXACT
+    assert far(calls[0].attention(slice(None)), (q @ k.mT * 0.7).softmax(-1)) < EXACT
 
 
 def test_causal_attention_and_dropout_of_another_thread_pass_by_as_they_are():
@@ -1500,5 +1510,5 @@ def test_causal_attention_and_dropout_of_another_thread_pass_by_as_they_are():
 
 def test_causal_attention_is_refused():
     x = torch.randn(1, 1, 3, 4)
-    with attention_calls(), pytest.raises(DecompositionError, match="causal"):
+    with attention_calls(), pytest.raises(NotImplementedError, match="causal"):
         F.scaled_dot_product_attention(x, x, x, is_causal=True)

@@ -1,0 +1,54 @@
+"""Where a decomposition that does not sum to the embedding goes wrong; for the message of decompose.py.
+
+It needs torch, and decompose.py beside it. MIT licence, (c) 2026 The TextSpan reference authors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, einsum, nn
+
+if TYPE_CHECKING:
+    from decompose import ClipTower, Decomposition
+
+
+def culprit(terms: Decomposition, tower: ClipTower, images: Tensor, tolerance: float) -> str:
+    """Both norms, which block does not add up, and where in it: the end of a sentence. The model runs once more."""
+    total, embedding = terms.total().norm(), terms.embedding.to(terms.stem.dtype).norm()
+    norms = f"; norm of the sum {total:.6g}, norm of the embedding {embedding:.6g}; "
+    attention, stream = [], []  # L x [b, D], L + 1 x [b, D]
+
+    def after_attention(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        attention.append(tower.token(output[0] if isinstance(output, tuple) else output))
+
+    def before_block(module: nn.Module, args: tuple) -> None:
+        stream.append(tower.token(args[0]))
+
+    tower.hooks = [(module.register_forward_hook, after_attention) for module in tower.attentions]
+    tower.hooks += [(block.register_forward_pre_hook, before_block) for block in tower.blocks]
+    x = tower.watch(images)
+    stream.append(x.last)
+    if not x.stem.isfinite().all():
+        return (
+            norms
+            + "the embedding of patches and positions is the first to write something that is not a number"
+        )
+    gaps = []
+    for i, W_O in enumerate(tower.W_O):
+        with torch.autocast(images.device.type, enabled=False):
+            heads = einsum("bHe,HeD->bD", x.z[:, i], W_O) + x.b_O[:, i]
+        # The heads are looked at, too: a fused kernel of attention may pass over what is not a number.
+        if not (stream[i + 1].isfinite().all() and heads.isfinite().all()):
+            return norms + f"block {i} is the first to write something that is not a number"
+        floor = 1e-12 * x.stem.norm()  # an attention may write nothing
+        written, added = attention[i], stream[i + 1] - stream[i]
+        gap = (heads - written).norm() / written.norm().clamp_min(floor)
+        gaps.append((float(gap), i, "its heads differ from what its attention wrote"))
+        gap = (added - written - x.mlps[:, i]).norm() / added.norm().clamp_min(floor)
+        gaps.append((float(gap), i, "its attention and MLP differ from what it added to the stream"))
+    gap, i, where = max(gaps)
+    if gap < tolerance:
+        return norms + "every block adds up, so the difference arises in the read-out after them"
+    return norms + f"largest gap in block {i}: {where} by {gap:.1e} of its norm"
