@@ -1,4 +1,4 @@
-"""The README keeps its promises: its code runs and prints what it says, its links lead somewhere, and it stays short."""
+"""The README keeps its promises: its code prints what it says, its links lead somewhere, and it is short."""
 
 import ast
 import re
