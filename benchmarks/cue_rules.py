@@ -21,7 +21,7 @@ from torch import Tensor
 
 import demo
 from cue import THRESHOLD, CueVotes, subspace
-from datasets import DemoBirds
+from data import DemoBirds
 from decompose import Decomposition, head_maps
 from evaluate import parse_args
 from tasks.common import Head, Reference, centre, summarise, table

@@ -34,7 +34,7 @@ from torch import Tensor
 
 import demo
 from cue import subspace
-from datasets import DemoBirds
+from data import DemoBirds
 from evaluate import parse_args
 from tasks.common import Head, table
 from tasks.removal import Cue, collect, look_for_cue, pick, random_heads, score

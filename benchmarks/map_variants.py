@@ -13,7 +13,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from datasets import batches
+from data import batches
 from decompose import token_scores
 from masks import DemoMasks
 from metrics import Segmentation

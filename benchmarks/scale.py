@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import evaluate
-from datasets import DemoBirds, batches
+from data import DemoBirds, batches
 from tasks import passes
 from zeroshot import load_clip
 

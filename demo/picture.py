@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets import DemoBirds
+from data import DemoBirds
 from decompose import decompose, head_maps
 from textspan import Moments, textspan
 from zeroshot import default_bank, embed_texts, load_bank, load_clip

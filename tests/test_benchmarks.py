@@ -8,7 +8,7 @@ import pytest
 
 import demo
 from benchmarks import cue_study, decompose, scale
-from datasets import DemoBirds
+from data import DemoBirds
 
 
 @pytest.fixture(autouse=True)

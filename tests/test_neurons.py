@@ -46,7 +46,7 @@ from torch import nn
 import decompose as core
 import report
 import tasks.neurons as task
-from datasets import DemoBirds, InputError
+from data import DemoBirds, InputError
 from decompose import DecompositionError, Neurons, decompose, neurons
 from evaluate import main
 from tasks.neurons import Activity, ablate, choose_layer, in_words, likeness
