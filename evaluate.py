@@ -253,7 +253,7 @@ def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool]:
     import torch  # takes seconds: --help and typing errors need not wait
 
     from baselines import BaselineError
-    from datasets import InputError
+    from data import InputError
     from decompose import DecompositionError
     from tasks import models, passes
 
@@ -310,7 +310,7 @@ def run(args: argparse.Namespace, first: bool) -> None:
 @contextlib.contextmanager
 def printable() -> Iterator[None]:
     """What is printed inside: signs that the terminal cannot show come as their codes; a reader that left is no error."""
-    from datasets import InputError
+    from data import InputError
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -326,7 +326,7 @@ def printable() -> Iterator[None]:
 
 def writable(folder: Path) -> Path:
     """The folder, made if need be, and found to take a file: better now than after the work."""
-    from datasets import InputError
+    from data import InputError
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -339,7 +339,7 @@ def writable(folder: Path) -> Path:
 def write(folder: Path, results: dict, sections: list[str]) -> None:
     """results.json and the page: what was there before stays until both are complete, then both are replaced."""
     import report
-    from datasets import InputError
+    from data import InputError
 
     title = f"{results['task']}: {results['settings']['model'].split(',')[0]}"
     final = [folder / "results.json", folder / "report.html"]

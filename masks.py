@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 
-from datasets import DemoBirds, InputError, eight_bits, read, subset
+from data import DemoBirds, InputError, eight_bits, read, subset
 
 PROTOCOLS = ("aligned", "authors")
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}

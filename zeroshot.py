@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import demo
-from datasets import InputError
+from data import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

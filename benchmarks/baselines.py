@@ -1,11 +1,12 @@
-"""What the comparison attributions cost, as ratios to the plain model's own passes; stock open_clip, random weights.
+"""What the comparison attributions cost, over the model's own passes (stock open_clip, random weights).
 
     $ python -m benchmarks.baselines                      # ViT-B-16, batch 8
     $ python -m benchmarks.baselines --models ViT-L-14 --device cuda
 
-Each round runs a forward pass (encode_image, no gradients), a forward and backward pass (a sum of dot products, the gradients of all
-weights, as in a training step), and every method, right after each other. Printed: the median over rounds of each method's ratio to
-the forward pass, and to the forward and backward pass, of its round.
+Each round runs a forward pass (encode_image without gradients), a forward and backward pass (of a sum of dot
+products, with the gradients of all weights, as in a training step) and then every method. The table shows
+each method's time over the forward pass, and over the forward and backward pass, of the same round: medians
+over rounds.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import torch
 from baselines import METHODS
 from tasks.attribution import decomposition
 
+# The most that a method may cost: over a forward pass, over a forward and backward pass. None: no limit.
 LIMITS = {
     "raw-attention": (1.3, None),
     "rollout": (1.3, None),
     "lrp": (None, 5.0),
     "lrp-conserving": (None, 5.0),
-}  # else 2.5
+}
+OTHERS = (None, 2.5)  # the limits of all other methods
 
 
 def main() -> None:
@@ -37,9 +40,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    print(
-        f"torch {torch.__version__}, open_clip {open_clip.__version__}, {torch.get_num_threads()} threads, {args.device}, fp32"
-    )
+    versions = f"torch {torch.__version__}, open_clip {open_clip.__version__}"
+    print(f"{versions}, {torch.get_num_threads()} threads, {args.device}, fp32")
     for name in args.models:
         report(args, name)
 
@@ -69,14 +71,15 @@ def report(args: argparse.Namespace, name: str) -> None:
     rounds = [{key: seconds(job, args.device) for key, job in jobs.items()} for _ in range(args.rounds)]
     plain, training = (statistics.median(r[key] for r in rounds) for key in ("forward", "forward + backward"))
     print(
-        f"\n{name}, batch {args.batch_size}, {args.rounds} rounds: forward {plain:.3f} s, forward + backward {training:.3f} s"
+        f"\n{name}, batch {args.batch_size}, {args.rounds} rounds: "
+        f"forward {plain:.3f} s, forward + backward {training:.3f} s"
     )
     print(f"{'time over':<20}{'forward':>9}{'forward + backward':>21}   limit")
     for key in list(jobs)[2:]:
         ratios = [
             statistics.median(r[key] / r[over] for r in rounds) for over in ("forward", "forward + backward")
         ]
-        limits = LIMITS.get(key, (None, 2.5)) if key in METHODS else (None, None)
+        limits = LIMITS.get(key, OTHERS) if key in METHODS else (None, None)
         verdicts = [
             f"{limit} x {over}: {'kept' if ratio <= limit else 'BROKEN'}"
             for ratio, limit, over in zip(ratios, limits, ("forward", "both"), strict=True)

@@ -3,8 +3,9 @@
     $ python -m benchmarks.cue_rules                                # the demo's model
     $ python -m benchmarks.cue_rules --weights FILE                 # another one that demo.train has made
 
-The truth: heads over 30 % of whose variance on the reference images the true place (8 values) explains. The accuracies are those of
---task waterbirds on the test split, with the rule's heads mean-ablated and with only the cue's directions removed from them.
+A head truly looks at the cue if the true place (8 values) explains over 30 % of its variance on the reference
+images. The accuracies are those of --task waterbirds on the test split: with the rule's heads mean-ablated,
+and with only the cue's directions removed from them ("dir.").
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import demo
 from cue import THRESHOLD, CueVotes, subspace
-from datasets import DemoBirds
+from data import DemoBirds
 from decompose import Decomposition, head_maps
 from evaluate import parse_args
 from tasks.common import Head, Reference, centre, summarise, table
@@ -78,15 +79,19 @@ def main() -> None:
 def explain(
     clip: Clip, args: argparse.Namespace, cue: Tensor
 ) -> tuple[Reference, dict[str, Tensor], Tensor, CueVotes]:
-    """The reference, how much of each head [L, H] three kinds of labels explain, the rule's pseudo-labels [n] and votes."""
+    """Run over the reference images once.
+
+    Returns:
+        the reference; the share of each head's variance [L, H] that three kinds of labels explain; the rule's
+        pseudo-labels [n]; and the votes that they gave.
+    """
     maps = head_maps(clip.model)
     zero, place = torch.zeros(maps.shape[3]), DemoBirds("train", clip.preprocess).facts["place"]
     votes = {
         "auto": CueVotes(cue, maps, centre(clip, args)),
         "nearest": CueVotes(cue, maps, zero),
-        "truth": CueVotes(
-            torch.eye(8, maps.shape[3]), maps, zero
-        ),  # votes of the true place, by one-hot "embeddings"
+        # One-hot vectors in place of embeddings make the true place the label.
+        "truth": CueVotes(torch.eye(8, maps.shape[3]), maps, zero),
     }
     labels: list[Tensor] = []
 
@@ -106,7 +111,7 @@ def explain(
 
 
 def find_roles(reference: Reference, bank: Bank, texts: Tensor) -> dict[Head, Counter]:
-    """What share of each head each category's texts explain, by TextSpan."""
+    """The share of each head's variance that the texts of each category explain, by TextSpan."""
     roles = {}
     for head in every(reference):
         span = textspan(reference.values[head].map(reference.maps[head]), texts, size=8)
@@ -119,12 +124,14 @@ def find_roles(reference: Reference, bank: Bank, texts: Tensor) -> dict[Head, Co
 def choose(
     reference: Reference, shares: dict[str, Tensor], roles: dict[Head, Counter]
 ) -> dict[str, list[Head]]:
-    """Each rule's heads."""
+    """The heads that each rule finds."""
     heads = every(reference)
-    spread = torch.einsum(
-        "LHed,LHef,LHfd->LH", reference.maps.double(), reference.values.covariance, reference.maps.double()
-    )
-    above = lambda labels, threshold: [head for head in heads if shares[labels][head] > threshold]  # noqa: E731
+    maps = reference.maps.double()
+    spread = torch.einsum("LHed,LHef,LHfd->LH", maps, reference.values.covariance, maps)
+
+    def above(labels: str, threshold: float) -> list[Head]:
+        return [head for head in heads if shares[labels][head] > threshold]
+
     auto = above("auto", THRESHOLD)
     return {
         f"pseudo-labels explain > {THRESHOLD} (auto)": auto,

@@ -1,20 +1,22 @@
-"""Which removal of a cue is the one to use? Three strengths of the bias, several trained models of each.
+"""Which removal of a cue is the one to use? Measured at three strengths of the bias.
 
-    $ python -m benchmarks.cue_study --train --seeds 2 3 4      # half an hour per seed on two free cores; weights into --models
-    $ python -m benchmarks.cue_study --seeds 2 3 4              # the table, and benchmarks/cue_study.json
-    $ python -m benchmarks.cue_study --show                     # the table again, from the file: no weights needed
+    $ python -m benchmarks.cue_study --train --seeds 2 3 4    # half an hour per seed on two cores
+    $ python -m benchmarks.cue_study --seeds 2 3 4            # prints the tables, writes cue_study.json
+    $ python -m benchmarks.cue_study --show                   # prints the tables from that file
 
-Every seed is trained on the way to all strengths once (the shared stage), then on, once for each strength: --alignment of demo.train,
-the share of the web's birds that are shown where such birds live. Means, cue and heads come from the training split as in --task
-waterbirds, figures from --split. No label is used but to count.
+Each seed is trained once in a shared stage, and then continued once for each strength of the bias
+(--alignment of demo.train, the share of the birds with web captions that are shown where such birds live).
+Means, cue and heads come from the training split, as in --task waterbirds, and the figures from --split.
+Labels are used for the accuracies only.
 
-Rows: as in --task waterbirds, and what was tried to do better:
-    everywhere, heads whole   directions everywhere, and the chosen heads mean-ablated besides
-    auto + MLPs       the cue's directions taken out of the chosen heads and of all MLPs and the stem
-    all heads         the cue's directions taken out of every head, none chosen
-    one direction     only the direction between the cue's two halves that the class texts separate most, in the chosen heads
-    80 %, 99 %        directions that hold that much of the cue texts' variance, in the chosen heads (the rule: 95 %)
-    > 0.2, > 0.5      directions in the heads above another threshold; `gap`: above the widest gap between sorted shares
+The rows are those of --task waterbirds, and these attempts to do better:
+    everywhere, heads whole   as "directions everywhere", and the chosen heads are mean-ablated as well
+    auto + MLPs       removes the cue's directions from the chosen heads, all MLPs and the stem
+    all heads         removes the cue's directions from every head
+    one direction     removes only the class texts' difference within the cue's space, from the chosen heads
+    80 %, 99 %        removes directions that hold this much of the cue texts' variance (the rule: 95 %)
+    > 0.2, > 0.5      removes directions from the heads above another threshold (the rule: 0.3)
+    gap               the same, with the threshold in the widest gap between the sorted shares
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch import Tensor
 
 import demo
 from cue import subspace
-from datasets import DemoBirds
+from data import DemoBirds
 from evaluate import parse_args
 from tasks.common import Head, table
 from tasks.removal import Cue, collect, look_for_cue, pick, random_heads, score
@@ -40,7 +42,7 @@ from tasks.waterbirds import measure
 from zeroshot import Clip, classifier, embed_texts, templates
 
 ALIGNMENTS = (0.97, 0.985, 0.995)
-SHARED, BRANCH = 1200, 800  # steps
+SHARED, BRANCH = 1200, 800  # training steps of the shared stage, and of each strength after it
 DRAWS = 20
 FIGURES = Path(__file__).with_suffix(".json")
 
@@ -49,8 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--train", action="store_true", help="make the models that are not there yet")
-    parser.add_argument("--show", action="store_true", help="print the figures kept")
+    parser.add_argument("--train", action="store_true", help="train the models that do not exist yet")
+    parser.add_argument("--show", action="store_true", help="print the stored figures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--models", type=Path, default=Path("results/cue_study"))
     parser.add_argument("--split", choices=("val", "test"), default="test")
@@ -81,7 +83,7 @@ def train(folder: Path, seed: int) -> None:
 
 
 def stage(out: Path, seed: int, steps: int, alignment: float, *more: str) -> None:
-    """One run of demo.train, skipped where its weights are there."""
+    """One run of demo.train, skipped if its weights exist."""
     if out.exists():
         return
     options = {"--seed": seed, "--steps": steps, "--alignment": alignment, "--out": out}
@@ -97,7 +99,7 @@ def stage(out: Path, seed: int, steps: int, alignment: float, *more: str) -> Non
 
 
 def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
-    """{row: {worst, average, kinds}} of one model."""
+    """{row: {worst, average, kinds, heads}} of one model: three accuracies, number of chosen heads."""
     args = parse_args(["--task", "waterbirds"])
     model, preprocess, tokenizer = demo.load(weights=weights)
     clip = Clip(model, preprocess, tokenizer, demo.NAME, str(weights), torch.device("cpu"), is_demo=True)
@@ -108,7 +110,7 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
     scores = collect(score(clip, args, test, cue, classes))
     base, inside = scores.embedding, scores.heads_cue
     every = [(layer, head) for layer in range(inside.shape[1]) for head in range(inside.shape[2])]
-    rest = scores.embedding_cue - pick(inside, every)  # of MLPs and stem
+    rest = scores.embedding_cue - pick(inside, every)  # the part of the MLPs and the stem
     changes = {
         "base": 0,
         "heads (the paper's way)": pick(scores.heads, cue.heads),
@@ -134,16 +136,10 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
         measure(base + pick(scores.heads, drawn), test)
         for drawn in random_heads(cue.heads, inside.shape[2], DRAWS, 0)
     ]
-    rows["random heads, mean"] = {
-        key: statistics.mean(row[key] for row in draws) for key in ("worst", "average", "kinds")
-    }
-    rows["random heads, best"] = {
-        key: max(row[key] for row in draws) for key in ("worst", "average", "kinds")
-    }
-    return {
-        name: {key: row[key] for key in ("worst", "average", "kinds")} | {"heads": len(cue.heads)}
-        for name, row in rows.items()
-    }
+    keys = ("worst", "average", "kinds")
+    rows["random heads, mean"] = {key: statistics.mean(row[key] for row in draws) for key in keys}
+    rows["random heads, best"] = {key: max(row[key] for row in draws) for key in keys}
+    return {name: {key: row[key] for key in keys} | {"heads": len(cue.heads)} for name, row in rows.items()}
 
 
 def above(cue: Cue, threshold: float) -> list[Head]:
@@ -151,7 +147,7 @@ def above(cue: Cue, threshold: float) -> list[Head]:
 
 
 def widest_gap(explained: Tensor) -> float:
-    """The middle of the widest gap between the sorted shares of all heads: a threshold without labels, and without a number."""
+    """The middle of the widest gap between the sorted shares of all heads, as a threshold."""
     shares = explained.flatten().sort().values
     i = int(shares.diff().argmax())
     return float(shares[i : i + 2].mean())
@@ -164,27 +160,20 @@ def class_direction(texts: Tensor, classes: Tensor) -> Tensor:
 
 
 def show(kept: dict) -> None:
-    seeds = list(next(iter(kept["figures"].values())))
+    figures = kept["figures"]
+    seeds = list(next(iter(figures.values())))
+    names = list(next(iter(next(iter(figures.values())).values())))
     print(
-        f"{kept['split']} split, 4,096 images; mean ± std over {len(seeds)} models of each alignment (seeds {', '.join(seeds)})"
+        f"{kept['split']} split, 4,096 images; "
+        f"mean ± std over {len(seeds)} models of each alignment (seeds {', '.join(seeds)})"
     )
-    for measured, title in (
-        ("worst", "worst group, %"),
-        ("average", "average, %"),
-        ("kinds", "kinds of birds, %"),
-    ):
-        names = list(next(iter(next(iter(kept["figures"].values())).values())))
-        rows = [
-            [
-                name,
-                *(
-                    spread([model[name][measured] for model in models.values()])
-                    for models in kept["figures"].values()
-                ),
-            ]
-            for name in names
-        ]
-        print("\n" + table([title, *(f"alignment {alignment}" for alignment in kept["figures"])], rows))
+    titles = {"worst": "worst group, %", "average": "average, %", "kinds": "kinds of birds, %"}
+    for measured, title in titles.items():
+        rows = []
+        for name in names:
+            measures = ([row[name][measured] for row in models.values()] for models in figures.values())
+            rows.append([name, *map(spread, measures)])
+        print("\n" + table([title, *(f"alignment {alignment}" for alignment in figures)], rows))
 
 
 def spread(values: list[float]) -> str:

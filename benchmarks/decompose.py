@@ -1,12 +1,14 @@
-"""What the decomposition costs: time and peak memory over a plain encode_image, stock open_clip models with random weights.
+"""What the decomposition costs: time and peak memory over encode_image (stock open_clip, random weights).
 
     $ python -m benchmarks.decompose                      # ViT-B-16 and ViT-L-14, batch 16
     $ python -m benchmarks.decompose --models ViT-H-14 --device cuda --precision bf16
 
-Time: rounds of encode_image, decompose, token_scores (10 texts) and neurons (of the last layer) right after each other; the median over
-rounds of each ratio to the encode_image of its round, and the smallest and largest. Memory: the peak of a process that does one of
-them, once its model is built, over that of one that runs encode_image; in brackets the same without the model. On a GPU, what torch
-allocated.
+Time: each round runs encode_image, decompose, token_scores (10 texts) and neurons (the last layer) one after
+the other. Printed are the median, the smallest and the largest ratio to the encode_image of the same round.
+
+Memory: each job runs in a process of its own. Printed is its peak, counted from when the model has been
+built, over the peak of a process that runs encode_image; in brackets, the same ratio without the memory that
+the model takes. On a GPU, the memory is what torch has allocated.
 """
 
 from __future__ import annotations
@@ -40,9 +42,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument(
-        "--peak-of", choices=JOBS, help=argparse.SUPPRESS
-    )  # the process that measures its own memory
+    # Used by the processes that measure their own memory.
+    parser.add_argument("--peak-of", choices=JOBS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
         print(*peak_memory(args, args.models[0], args.peak_of))
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def build(args: argparse.Namespace, name: str) -> tuple:
-    """The model, a batch of noise, 10 texts."""
+    """The model, a batch of random images and 10 random texts."""
     torch.manual_seed(0)
     model = open_clip.create_model(name, device=args.device, precision=args.precision).eval()
     dtype = next(model.parameters()).dtype
@@ -81,18 +82,21 @@ def report(args: argparse.Namespace, name: str) -> None:
     peaks = {job: measure_peak(args, name, job) for job in JOBS}
     peak, before = peaks["encode_image"]
     print(
-        f"\n{name}, batch {args.batch_size}: encode_image {plain:.3f} s, peak {peak / 1e9:.2f} GB, of it {before / 1e9:.2f} GB before"
+        f"\n{name}, batch {args.batch_size}: encode_image {plain:.3f} s, "
+        f"peak {peak / 1e9:.2f} GB, of it {before / 1e9:.2f} GB before"
     )
     for job in list(JOBS)[1:]:
         ratios = sorted(r[job] / r["encode_image"] for r in rounds)
+        extra = (peaks[job][0] - peaks[job][1]) / (peak - before)
         print(
-            f"  {job:<13} time x {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}, {args.rounds} rounds)"
-            f"   peak memory x {peaks[job][0] / peak:.3f} ({(peaks[job][0] - peaks[job][1]) / (peak - before):.2f})"
+            f"  {job:<13} time x {statistics.median(ratios):.3f} "
+            f"({ratios[0]:.3f} to {ratios[-1]:.3f}, {args.rounds} rounds)"
+            f"   peak memory x {peaks[job][0] / peak:.3f} ({extra:.2f})"
         )
 
 
 def measure_peak(args: argparse.Namespace, name: str, job: str) -> tuple[int, int]:
-    """Bytes at the peak, and before the job."""
+    """Bytes at the peak and before the job, measured in a new process."""
     options = ["--batch-size", str(args.batch_size), "--device", args.device, "--precision", args.precision]
     command = [sys.executable, "-m", "benchmarks.decompose", "--models", name, "--peak-of", job, *options]
     return tuple(map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()))
@@ -104,7 +108,7 @@ def peak_memory(args: argparse.Namespace, name: str, job: str) -> tuple[int, int
         torch.cuda.reset_peak_memory_stats()
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # on Linux, this resets the peak
         before, peak = resident("VmRSS"), lambda: resident("VmHWM")
     seconds(job, inputs, args.device)
     return peak(), before

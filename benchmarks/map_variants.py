@@ -1,9 +1,9 @@
-"""Why a map of the decomposition segments as it does: the same scores, put together in other ways, on the demo's validation split.
+"""Which choices make the decomposition's maps segment well? The same scores, combined in other ways.
 
-    $ python -m benchmarks.map_variants            # 512 images, half a minute
+    $ python -m benchmarks.map_variants            # 512 images of the demo's validation split, half a minute
 
-Rows: which layers, which text, and what is done with negative values: "clipped when resized" is the paper's way. "oracle" is the
-share of bird in each patch: what the patch grid allows.
+Each row names the layers, the text, and what is done with negative values; "clipped when resized" is the
+paper's way. "oracle" is the share of bird in each patch, the best that the patch grid allows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from datasets import batches
+from data import batches
 from decompose import token_scores
 from masks import DemoMasks
 from metrics import Segmentation
@@ -43,9 +43,8 @@ def main() -> None:
     found: dict[tuple[str, str, str], Segmentation] = {}
 
     for (images, masks, _), _ in batches(data, 64, 0, "variants", clip.device):
-        scores = token_scores(clip.model, images, torch.cat([classes, mean, bird]))[:, :, :, 1:].sum(
-            dim=2
-        )  # [b, L, patches, t]
+        scores = token_scores(clip.model, images, torch.cat([classes, mean, bird]))  # [b, L, H, N, t]
+        scores = scores[:, :, :, 1:].sum(dim=2)  # [b, L, patches, t]
         shown = predict(clip, images, classes)
         kinds, mean_, bird_ = scores[..., :-2], scores[..., -2], scores[..., -1]
         said = kinds[torch.arange(len(images)), ..., shown]
@@ -58,25 +57,17 @@ def main() -> None:
             if layers == "all" or text == "class - mean"
         }
         maps["all", "spread over classes", "-"] = kinds.sum(dim=1).std(dim=-1, correction=0)
-        size = tuple(
-            pixels // patch
-            for pixels, patch in zip(images.shape[-2:], clip.model.visual.patch_size, strict=True)
-        )
+        patch = clip.model.visual.patch_size
+        size = tuple(pixels // side for pixels, side in zip(images.shape[-2:], patch, strict=True))
         maps = {key: value.unflatten(1, size) for key, value in maps.items()}
-        maps["-", "oracle", "-"] = F.avg_pool2d((masks == 1).float()[:, None], clip.model.visual.patch_size)[
-            :, 0
-        ]
+        maps["-", "oracle", "-"] = F.avg_pool2d((masks == 1).float()[:, None], patch)[:, 0]
         for key, value in maps.items():
             found.setdefault(key, Segmentation(clip=key[2] == "clipped when resized")).update(value, masks)
 
     print(f"{clip.name}, weights {clip.weights}; {data.description}; explained: the predicted class\n")
     figures = [[f"{100 * x:.1f}" for x in (s.pixel_accuracy, s.mean_iou, s.mean_ap)] for s in found.values()]
-    print(
-        table(
-            ["layers", "text", "sign", "pixel acc.", "mIoU", "mAP"],
-            [[*k, *row] for k, row in zip(found, figures, strict=True)],
-        )
-    )
+    rows = [[*key, *row] for key, row in zip(found, figures, strict=True)]
+    print(table(["layers", "text", "sign", "pixel acc.", "mIoU", "mAP"], rows))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Do the tests notice a change in the code? Mutants of one module, and those of them that its tests let live.
+"""Do the tests notice a change in the code? Makes mutants of one module and shows those that live.
 
-$ pip install "mutmut>=3.8,<4"                          # its operators alone are used, through libcst
-$ python -m benchmarks.mutation textspan.py             # every mutant; the survivors as diffs
+$ pip install "mutmut>=3.8,<4"                          # only its operators are used, through libcst
+$ python -m benchmarks.mutation textspan.py             # every mutant; shows the survivors as diffs
 $ python -m benchmarks.mutation towers.py --sample 150  # a seeded random sample
-$ python -m benchmarks.mutation towers.py --mutants 17 --tests tests/test_seen.py       # some mutants, some tests
+$ python -m benchmarks.mutation towers.py --mutants 17 --tests tests/test_seen.py  # some mutants, some tests
 
-Operators: mutmut's for numbers, names, strings that are one word, arguments left out, `not`, keywords, operators and conditional
-expressions; and its kin here: one less, conditions of `if` forced either way, x.f(...) made x, torch.no_grad left off, a call or an
-assignment to an attribute or entry not made. Annotations, imports, docstrings, what is raised and strict= of zip stay as they are.
+The operators are mutmut's for numbers, names, strings of one word, omitted arguments, `not`, keywords,
+operators and conditional expressions. This file adds more: a number less one, the condition of an `if` forced
+to True or False, x.f(...) replaced by x, torch.no_grad removed, and a call or an assignment to an attribute
+or entry removed. Annotations, imports, docstrings, raise statements and the strict= of zip are not changed.
 
-Tests run in a copy of the repository, each mutant in a fork of a process that has imported torch and open_clip already: Unix alone. A
-mutant that takes three times as long as the tests and ten seconds more counts as killed.
+The tests run in a copy of the repository. Each mutant runs in a fork of a process that has already imported
+torch and open_clip, so this works on Unix only. A mutant whose tests take more than three times as long as
+usual, plus ten seconds, counts as killed.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {  # fastest killers first
+TESTS = {  # the tests that kill mutants fastest come first
     "decompose.py": ("decompose", "neurons", "towers"),
     "towers.py": ("towers", "decompose", "neurons"),
     "textspan.py": ("textspan", "cue", "roles"),
@@ -45,7 +47,10 @@ TESTS = {  # fastest killers first
 
 
 def mutants(source: str) -> list[Callable[[], str]]:
-    """The source with one change each, in order of the code; each made when called, for that takes a tenth of a second."""
+    """One function per mutant, in the order of the code; calling it gives the source with that one change.
+
+    Making the source takes a tenth of a second, so it is made only when it is needed.
+    """
     import libcst as cst
     from mutmut.mutation import mutators
 
@@ -120,7 +125,7 @@ def diff(source: str, mutant: str, name: str) -> str:
 
 
 class Killers:
-    """A plugin of pytest: tests that have failed before, with other mutants, go first."""
+    """A plugin of pytest that runs the tests first that have failed before, with other mutants."""
 
     def __init__(self, note: Path) -> None:
         self.note, self.kills = note, Counter()
@@ -139,7 +144,7 @@ class Killers:
 
 
 def run(tree: Path, tests: list[str], limit: float, killers: Killers) -> tuple[str, float]:
-    """passed, failed or late, and after how many seconds; each file of tests in a process of its own."""
+    """Run each file of tests in a process of its own: "passed", "failed" or "late", and the seconds taken."""
     start = time.perf_counter()
     for test in tests:
         child = os.fork()
@@ -170,26 +175,17 @@ def _test(tree: Path, test: str, killers: Killers) -> None:
     os.setsid()
     os.chdir(tree)
     sys.path[:] = [str(tree), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
-    settings.register_profile(
-        "mutation", phases=[Phase.explicit, Phase.generate], database=None
-    )  # nothing is shrunk
+    # Without the phase that shrinks failing examples.
+    settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate], database=None)
     settings.load_profile("mutation")
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # half a second
-    plugins = [
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:unraisableexception",
-        "-p",
-        "_hypothesis_pytestplugin",
-        "--hypothesis-seed=0",
-    ]
-    os._exit(
-        int(pytest.main(["-x", "-q", "--tb=no", *plugins, test], [killers]))
-    )  # nothing of the parent's is closed twice
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # saves half a second
+    plugins = ["no:cacheprovider", "no:unraisableexception", "_hypothesis_pytestplugin"]
+    options = ["-x", "-q", "--tb=no", *(f"-p{plugin}" for plugin in plugins), "--hypothesis-seed=0"]
+    code = pytest.main([*options, test], [killers])
+    os._exit(int(code))  # exits at once, so that nothing that belongs to the parent is closed twice
 
 
 def main() -> None:
@@ -197,19 +193,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("module", choices=TESTS)
-    parser.add_argument("--sample", type=int, help="this many mutants, drawn at random; default: all")
+    parser.add_argument("--sample", type=int, help="run this many mutants, drawn at random [all]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mutants", type=int, nargs="+", help="these, by number")
-    parser.add_argument("--tests", nargs="+", help="these tests in place of the module's")
+    parser.add_argument("--mutants", type=int, nargs="+", help="run these mutants, by number")
+    parser.add_argument("--tests", nargs="+", help="run these tests instead of the module's")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     args = parser.parse_args()
     source = (ROOT / args.module).read_text()
     found = mutants(source)
     chosen = list(range(len(found)))
     if args.sample is not None:
-        chosen = random.Random(args.seed).sample(
-            chosen, min(args.sample, len(chosen))
-        )  # as drawn: a run cut short is a sample, too
+        # In the order drawn, so that a run that is cut short is a random sample too.
+        chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
     chosen = args.mutants or chosen
     print(f"{args.module}: {len(found)} mutants, of them {len(chosen)} now", flush=True)
     if args.list:
@@ -222,13 +217,8 @@ def main() -> None:
     gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        files = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard"],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        command = ["git", "ls-files", "-co", "--exclude-standard"]
+        files = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         for name in files.stdout.splitlines():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
@@ -241,17 +231,14 @@ def main() -> None:
         for done, i in enumerate(chosen, start=1):
             (tree / args.module).write_text(found[i]())
             for cached in (tree / "__pycache__").glob(f"{Path(args.module).stem}.*"):
-                cached.unlink()  # its time stamp counts seconds
+                cached.unlink()  # a cached file's time stamp counts whole seconds, which is too coarse here
             result, taken = run(tree, tests, 10 + 3 * seconds, killers)
             if result == "passed":
                 survivors += 1
-                print(
-                    f"\n#{i} lives ({taken:.0f} s; {survivors} of {done})\n{diff(source, found[i](), args.module)}",
-                    flush=True,
-                )
-        print(
-            f"\n{args.module}: {len(chosen)} mutants run, {len(chosen) - survivors} killed, {survivors} alive"
-        )
+                change = diff(source, found[i](), args.module)
+                print(f"\n#{i} lives ({taken:.0f} s; {survivors} of {done})\n{change}", flush=True)
+        killed = len(chosen) - survivors
+        print(f"\n{args.module}: {len(chosen)} mutants run, {killed} killed, {survivors} alive")
 
 
 if __name__ == "__main__":

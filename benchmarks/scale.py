@@ -1,12 +1,13 @@
-"""Does a task scale? Its memory at 1,000 and 100,000 images, its pace beside a bare loop, and two processes beside one.
+"""Does a task scale? Memory at 1,000 and 100,000 images, pace beside a bare loop, two processes.
 
-    $ python -m benchmarks.scale                       # --task waterbirds on the demo world; a quarter of an hour on two cores
-    $ python -m benchmarks.scale --sizes 1000 10000    # less of everything
+    $ python -m benchmarks.scale                       # --task waterbirds; 15 minutes on two cores
+    $ python -m benchmarks.scale --sizes 1000 10000    # a shorter run
 
-The demo world renders as many pictures as it is asked for, half of --sizes for the means and half to score, one thread per process.
-Memory is the peak of the process, all of it: torch alone is most of that. The bare loop is encode_image over the same pictures from the
-same loader; of the tasks, too, the passes alone are timed, and every image that they take is counted (512 are read once more, for the
-centre). The demo's model is so small that what is done around it counts most: for models of real size see benchmarks.tasks.
+The demo world renders as many pictures as it is asked for: half of --sizes for the means and half to score.
+Each process has one thread. Memory is the peak of the whole process, and most of it is torch. The bare loop
+runs encode_image over the same pictures from the same loader. Of the task, only the passes over images are
+timed, and every image that they read is counted (512 are read twice, for the centre). The demo's model is so
+small that the work around it counts most; for models of usual size see benchmarks.tasks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import evaluate
-from datasets import DemoBirds, batches
+from data import DemoBirds, batches
 from tasks import passes
 from zeroshot import load_clip
 
@@ -37,11 +38,10 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 100_000])
     parser.add_argument("--task", default="waterbirds")
-    parser.add_argument("--rounds", type=int, default=3, help="of the timed pairs")
-    parser.add_argument("--timed", type=int, default=8000, help="images of the timed pairs")
-    parser.add_argument(
-        "--job", nargs=2, metavar=("NAME", "IMAGES"), help=argparse.SUPPRESS
-    )  # the process that measures itself
+    parser.add_argument("--rounds", type=int, default=3, help="number of timed rounds")
+    parser.add_argument("--timed", type=int, default=8000, help="images in each timed run")
+    # Used by the processes that measure themselves.
+    parser.add_argument("--job", nargs=2, metavar=("NAME", "IMAGES"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         print(json.dumps(measure(args.task, args.job[0], int(args.job[1]))))
@@ -56,11 +56,9 @@ def main() -> None:
     print(f"peak memory, largest over smallest: {peaks[-1] / peaks[0]:.3f}", flush=True)
     bare, halves = [], []
     for _ in range(args.rounds):
-        loop, one, two = (
-            run(args, "bare", args.timed),
-            run(args, "task", args.timed),
-            run(args, "task", args.timed, 2),
-        )
+        loop = run(args, "bare", args.timed)
+        one = run(args, "task", args.timed)
+        two = run(args, "task", args.timed, 2)
         bare.append(one["images"] / one["seconds"] * loop["seconds"] / loop["images"])
         halves.append(two["seconds"] / one["seconds"])
     print(f"{args.timed:,} images, {args.rounds} rounds, median (smallest to largest):")
@@ -72,30 +70,19 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, job: str, size: int, processes: int = 1) -> dict:
-    """What the job, in a process or several of its own, says of itself."""
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        if processes > 1
-        else []
-    )
-    command = [
-        sys.executable,
-        *launch,
-        "-m",
-        "benchmarks.scale",
-        "--task",
-        args.task,
-        "--job",
-        job,
-        str(size),
-    ]
+    """Run the job in one or several new processes, and return what it has measured."""
+    launch = []
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    options = ["--task", args.task, "--job", job, str(size)]
+    command = [sys.executable, *launch, "-m", "benchmarks.scale", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(done.stdout.strip().splitlines()[0])
 
 
 def measure(task: str, job: str, size: int) -> dict:
-    """Seconds in passes over images, and the peak of memory in bytes."""
+    """Run the job here: seconds spent in passes over images, images read, and the peak of memory in bytes."""
     for split in ("train", "test"):
         DemoBirds.sizes[split] = size // 2
     seconds, counts = [0.0], [0]
@@ -109,7 +96,8 @@ def measure(task: str, job: str, size: int) -> dict:
                     counts.append(len(indices))
                 seconds.append(time.perf_counter() - start)
     else:
-        passes.one_pass = timing(passes.one_pass, seconds, counts)  # before the tasks take it from there
+        # This comes before the task imports the function.
+        passes.one_pass = timing(passes.one_pass, seconds, counts)
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
             code = evaluate.main(["--task", task, "--workers", "0", "--save-every", "1e9", "--out", out])
         if code:
@@ -124,7 +112,7 @@ def measure(task: str, job: str, size: int) -> dict:
 def timing(
     one_pass: Callable[..., Iterator], seconds: list[float], counts: list[int]
 ) -> Callable[..., Iterator]:
-    """The pass, which notes how long it took, for how many images; all that is done with a batch is in it."""
+    """The same pass, which also records its images, and its seconds with all that is done in them."""
 
     def timed(*args: object) -> Iterator:
         start = time.perf_counter()

@@ -1,8 +1,9 @@
-"""What a task's pass over the images costs beside a plain encode_image pass over the same images; stock open_clip, random weights.
+"""What a task's pass over images costs, over a plain encode_image pass (stock open_clip, random weights).
 
     $ python -m benchmarks.tasks                 # ViT-B-16, batch 16, 1,000 classes
 
-Per batch: the decomposition and what the task adds to its sums. What is done once (text embeddings, TextSpan, tables) is not counted.
+The time per batch is that of the decomposition and of what the task adds to its sums. What is done only once
+(text embeddings, TextSpan, tables) is not counted.
 """
 
 from __future__ import annotations
@@ -88,24 +89,21 @@ def main() -> None:
             job()
         rounds = [{name: seconds(job) for name, job in jobs.items()} for _ in range(args.rounds)]
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; {args.model}, batch {args.batch_size}, {CLASSES:,} classes"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"{args.model}, batch {args.batch_size}, {CLASSES:,} classes"
     )
     for name in list(jobs)[1:]:
         ratios = sorted(r[name] / r["encode_image"] for r in rounds)
-        print(
-            f"  {name:<40} x {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}, {args.rounds} rounds)"
-        )
+        spread = f"({ratios[0]:.3f} to {ratios[-1]:.3f}, {args.rounds} rounds)"
+        print(f"  {name:<40} x {statistics.median(ratios):.3f} {spread}")
 
 
 def collect(terms: Decomposition, moments: Moments, more: Kept | CueVotes) -> None:
     moments.update(terms.values)
-    more.update(
-        *(
-            (terms, torch.arange(len(terms.values)))
-            if isinstance(more, Kept)
-            else (terms.embedding, terms.values)
-        )
-    )
+    if isinstance(more, Kept):
+        more.update(terms, torch.arange(len(terms.values)))
+    else:
+        more.update(terms.embedding, terms.values)
 
 
 def debias(scores: Scores, every: torch.Tensor, outcomes: Outcomes) -> None:

@@ -1,6 +1,6 @@
-"""How long naming heads takes: textspan() from moments against Algorithm 1 written naively over all images.
+"""How long naming heads takes: textspan() from moments, against Algorithm 1 written naively over all images.
 
-$ python -m benchmarks.textspan                # 384 heads (all of ViT-L-14) x 20 texts out of 3,500, d = 768, 5,000 images
+$ python -m benchmarks.textspan      # the 384 heads of a ViT-L-14, 20 texts of 3,500, d = 768, 5,000 images
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from textspan import Moments, textspan
 
 
 def naive(C: Tensor, R: Tensor, size: int) -> list[int]:
-    """Algorithm 1 as printed, on all images, after projecting the texts onto what the head can write."""
+    """Algorithm 1 as printed, on all images, after projecting the texts onto the directions of the head."""
     _, strength, directions = torch.linalg.svd(C, full_matrices=False)
     directions = directions[:80][strength[:80] > 1e-6 * strength[0]]
     R = R @ directions.T @ directions
@@ -40,12 +40,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=20)
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--head-width", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="heads on which the naive way is run too")
+    parser.add_argument("--rounds", type=int, default=3, help="number of heads that the naive way names too")
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     texts = torch.nn.functional.normalize(draw(args.texts, args.dim), dim=1).double()
-    spectrum = 0.9 ** torch.arange(args.head_width)  # heads write a few directions much more than others
+    # Heads write along a few directions much more than along others.
+    spectrum = 0.9 ** torch.arange(args.head_width)
     maps = spectrum[:, None] * draw(args.heads, args.head_width, args.dim)
     values = draw(args.images, args.head_width)
     moments = Moments(args.head_width).update(values)
@@ -55,9 +56,8 @@ def main() -> None:
         ours.append(textspan(moments.map(A), texts, args.size).indices)
     total = time.perf_counter() - start
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(
-        f"{args.heads} heads x {args.size} texts out of {args.texts:,}, d = {args.dim}: {total:.2f} s from moments"
-    )
+    job = f"{args.heads} heads x {args.size} texts out of {args.texts:,}, d = {args.dim}"
+    print(f"{job}: {total:.2f} s from moments")
 
     ratios, same = [], 0
     for A, picks in list(zip(maps, ours, strict=True))[: args.rounds]:
@@ -68,8 +68,9 @@ def main() -> None:
         ratios.append((middle - start) / (time.perf_counter() - middle))
         same += expected == picks
     print(
-        f"naively over {args.images:,} images: {statistics.median(ratios):.0f} times as long (median of {args.rounds} heads, "
-        f"{min(ratios):.0f} to {max(ratios):.0f}); the same picks in {same} of {args.rounds}"
+        f"naively over {args.images:,} images: {statistics.median(ratios):.0f} times as long "
+        f"(median of {args.rounds} heads, {min(ratios):.0f} to {max(ratios):.0f}); "
+        f"the same picks in {same} of {args.rounds}"
     )
 
 

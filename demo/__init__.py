@@ -1,4 +1,4 @@
-"""The embedded demo: a small world of rendered birds and a small open_clip CLIP trained on it.
+"""The embedded demo: a small world of rendered birds, and a small open_clip CLIP model trained on it.
 
 model, preprocess, tokenizer = demo.load()
 """
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-NAME = "demo-vit"  # of the open_clip configuration and of the checkpoint beside it
-ALIGNMENT = (
-    0.985  # share of the web's birds that are shown where such birds live; see captions.py and train.py
-)
+NAME = "demo-vit"  # the name of the open_clip configuration and of the checkpoint in this folder
+# The share of the birds with web captions that are shown where such birds live; see captions.py and train.py.
+ALIGNMENT = 0.985
 
 
 class Tokenizer:
-    """Words to numbers for the demo's text tower, called like any open_clip tokenizer: tokenizer(texts) -> [n, context] int64.
+    """Turns words into numbers for the demo's text tower. Called like any open_clip tokenizer.
 
-    One number per word, in the order of vocabulary.txt; 0 pads. The end token is the largest number, because open_clip reads a
-    text's embedding at the position of the largest.
+    tokenizer(texts) returns [n, context] int64. Each word has one number, in the order of vocabulary.txt, and
+    0 pads. The end token has the largest number, because open_clip reads a text's embedding at the position
+    of the largest number.
     """
 
     def __init__(self, words: Sequence[str], context_length: int) -> None:
@@ -39,15 +39,14 @@ class Tokenizer:
             unknown = [word for word in words if word not in self.number]
             if unknown:
                 raise ValueError(
-                    f"the demo model knows {len(self.number)} words, and {unknown[0]!r} in {text!r} is not one of them"
+                    f"the demo model knows {len(self.number)} words, "
+                    f"and {unknown[0]!r} in {text!r} is not one of them"
                 )
             if len(words) > self.context_length - 2:
-                raise ValueError(
-                    f"the demo model reads {self.context_length - 2} words at most, got {len(words)}: {text!r}"
-                )
-            row[: len(words) + 2] = torch.tensor(
-                [self.start, *(self.number[word] for word in words), self.end]
-            )
+                most = self.context_length - 2
+                raise ValueError(f"the demo model reads {most} words at most, got {len(words)}: {text!r}")
+            numbers = [self.start, *(self.number[word] for word in words), self.end]
+            row[: len(numbers)] = torch.tensor(numbers)
         return tokens
 
 
@@ -57,8 +56,8 @@ def load(
     """The demo model in eval mode, its image transform and its tokenizer.
 
     Args:
-        device: where the model lives.
-        weights: checkpoint; None: freshly initialised.
+        device: the device to put the model on.
+        weights: the checkpoint to load. None leaves the model freshly initialised.
         options: passed on to open_clip.create_model_and_transforms.
     """
     import open_clip
@@ -72,10 +71,10 @@ def load(
 
 
 def normalise(pictures: np.ndarray) -> Tensor:
-    """[b, 64, 64, 3] uint8 to [b, 3, 64, 64]: what the image transform gives, for many pictures at once."""
+    """Apply the image transform to many pictures at once: [b, 64, 64, 3] uint8 to [b, 3, 64, 64] float32."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
+    mean = torch.tensor(OPENAI_DATASET_MEAN).view(3, 1, 1)
+    std = torch.tensor(OPENAI_DATASET_STD).view(3, 1, 1)
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-    return (images - torch.tensor(OPENAI_DATASET_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_DATASET_STD).view(
-        3, 1, 1
-    )
+    return (images - mean) / std

@@ -1,7 +1,8 @@
 """Eight birds as lists of coloured polygons, drawn once in their own coordinates.
 
-A bird faces right inside the square [-1, 1] x [-1, 1], v pointing down. Its parts are painted in the order listed. What tells the
-kinds apart is shape (bill, neck, legs, crest, tail) and the colours of wing, bill, legs and mark; the body's colour is another factor.
+A bird faces right inside the square [-1, 1] x [-1, 1], with v pointing down. Its parts are painted in the
+order listed. The kinds differ in shape (bill, neck, legs, crest, tail) and in the colours of wing, bill, legs
+and mark. The colour of the body is a separate factor.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ Points = list[tuple[float, float]]
 
 
 def ellipse(u: float, v: float, a: float, b: float, turn: float = 0.0) -> Points:
-    """Outline of an ellipse around (u, v) with half-axes a, b, turned by `turn` radians (negative: front up)."""
+    """Outline of an ellipse around (u, v) with half-axes a and b.
+
+    It is turned by `turn` radians; a negative turn lifts the front.
+    """
     c, s = math.cos(turn), math.sin(turn)
     ring = [(a * math.cos(t), b * math.sin(t)) for t in (2 * math.pi * k / 20 for k in range(20))]
     return [(u + c * x - s * y, v + s * x + c * y) for x, y in ring]
@@ -28,11 +32,11 @@ def stroke(u0: float, v0: float, u1: float, v1: float, half_width: float) -> Poi
 def legs(
     u0: float, u1: float, top: float, bottom: float, half_width: float, foot: float = 0.0
 ) -> list[tuple[str, Points]]:
-    """Two legs, with webbed feet of length `foot` where it is not zero."""
+    """Two legs, with webbed feet of length `foot` if that is not zero."""
     parts = [("legs", stroke(u, top, u, bottom, half_width)) for u in (u0, u1)]
-    return parts + (
-        [("legs", stroke(u, bottom, u + foot, bottom + 0.02, 0.05)) for u in (u0, u1)] if foot else []
-    )
+    if foot:
+        parts += [("legs", stroke(u, bottom, u + foot, bottom + 0.02, 0.05)) for u in (u0, u1)]
+    return parts
 
 
 SHAPES: dict[str, list[tuple[str, Points]]] = {
@@ -125,7 +129,7 @@ SHAPES: dict[str, list[tuple[str, Points]]] = {
     ],
 }  # fmt: skip
 
-# RGB in 0..255. Wings carry a quarter of the body's colour, so that a kind's wing is never quite the same twice.
+# RGB in 0..255. A quarter of a wing's colour is the body's, so the wings of one kind differ between birds.
 PALETTE: dict[str, dict[str, tuple[int, int, int]]] = {
     "sparrow": {"wing": (140, 85, 38), "bill": (100, 97, 92), "legs": (204, 140, 115), "mark": (128, 56, 20)},
     "cardinal": {"wing": (190, 25, 25), "bill": (242, 77, 25), "legs": (140, 77, 51), "mark": (13, 13, 13)},

@@ -1,8 +1,8 @@
-"""What people write under the demo's pictures: two sources of captions, and the facts that each caption states.
+"""Captions for the demo's pictures, from two simulated sources, with the facts that each caption states.
 
-The guide (a field guide) names the kind of bird, wherever the bird happens to be. The web says "landbird" or "waterbird", and
-nearly always shows it where such birds live. So the two words come to mean the place as much as the bird, as they do for CLIP models
-of real photographs.
+The guide (a field guide) names the kind of bird, wherever the bird happens to be. The simulated web captions
+say "landbird" or "waterbird", and nearly always show the bird where such birds live. So the two words come to
+mean the place as much as the bird, as they do for CLIP models trained on real photographs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PHRASES: dict[str, list[list[str]]] = {
 PLAIN_STARTS = ["", "", "an image of", "a picture of"]
 STATED = tuple(PHRASES)  # the columns of a fact vector
 
-# How often a caption of each source states a fact. Of the noun: the rest just says "bird".
+# How often a caption of each source states a fact. A caption that states neither kind nor type says "bird".
 GUIDE = {
     "kind": 0.95,
     "type": 0.0,
@@ -68,33 +68,31 @@ WEB = {"kind": 0.0, "type": 0.9, "colour": 0.35, "place": 0.35, "ground": 0.05, 
 
 
 def true_facts(facts: dict[str, np.ndarray]) -> np.ndarray:
-    """[count, 7] int8: what is true of each picture, in the order of STATED."""
+    """[count, 7] int8: the true facts of each picture, in the order of STATED."""
     derived = {"type": facts["kind"] >= FIRST_WATER, "ground": facts["place"] >= FIRST_WATER}
     return np.stack([(facts | derived)[name] for name in STATED], axis=1).astype(np.int8)
 
 
 def write(truth: np.ndarray, habits: dict[str, float], rng: np.random.Generator) -> tuple[str, np.ndarray]:
-    """One caption for a picture with these true facts, and the facts it states ([7] int8, -1: not stated)."""
+    """One caption for a picture with these true facts, and [7] int8, the facts it states (-1: not stated)."""
     states = {name: rng.random() < habits[name] for name in STATED}
-    states["ground"] &= not states["place"]  # the place says it already
+    states["ground"] &= not states["place"]  # the place implies the ground
     stated = np.where([states[name] for name in STATED], truth, -1).astype(np.int8)
 
     def pick(phrases: list[str]) -> str:
         return phrases[rng.integers(len(phrases))]
 
-    words = {
-        name: pick(PHRASES[name][value]) for name, value in zip(STATED, stated, strict=True) if value >= 0
-    }
+    values = {name: value for name, value in zip(STATED, stated, strict=True) if value >= 0}
+    words = {name: pick(PHRASES[name][value]) for name, value in values.items()}
     start = words.get("style") or pick(PLAIN_STARTS)
     noun = words.get("kind") or words.get("type") or "bird"
     endings = [words[name] for name in ("place", "ground", "light") if name in words]
     rng.shuffle(endings)
-    return " ".join(
-        filter(None, [start, pick(["a", "a", "the", "one"]), words.get("colour"), noun, *endings])
-    ), stated
+    article = pick(["a", "a", "the", "one"])
+    return " ".join(filter(None, [start, article, words.get("colour"), noun, *endings])), stated
 
 
 def vocabulary() -> list[str]:
-    """Every word a caption can hold, sorted."""
+    """Every word that a caption can contain, sorted."""
     phrases = [phrase for values in PHRASES.values() for value in values for phrase in value]
     return sorted(set(" ".join([*phrases, *PLAIN_STARTS, "a an the one bird birds"]).split()))

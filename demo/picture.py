@@ -1,4 +1,4 @@
-"""Draw the README's picture: what heads of the demo model write, in words and in the images where they write most of it.
+"""Draw the README's picture: what some heads of the demo model write, in words and in images.
 
 $ python -m demo.picture            # writes docs/heads.png
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets import DemoBirds
+from data import DemoBirds
 from decompose import decompose, head_maps
 from textspan import Moments, textspan
 from zeroshot import default_bank, embed_texts, load_bank, load_clip
@@ -23,13 +23,13 @@ CATEGORIES = ("places", "animals", "colours", "light", "styles")
 
 
 class Named(NamedTuple):
-    """A head: its categories' shares of its variance, its first text with its share, the images to show."""
+    """What the picture shows of a head."""
 
-    head: str
-    shares: Counter
-    first: str
-    explained: float
-    images: list[int]
+    head: str  # layer.head
+    shares: Counter  # share of the head's variance that its texts of each category explain
+    first: str  # the first text
+    explained: float  # the share of the variance that the first text explains
+    images: list[int]  # highest along the first text, then lowest
 
 
 def main() -> None:
@@ -47,21 +47,13 @@ def main() -> None:
         shares = Counter()
         for i, share in zip(span.indices, span.explained.tolist(), strict=True):
             shares[bank.categories[i]] += share
-        along = (values[:, layer, head] @ maps[layer, head] - moments.mean.float()) @ span.directions[
-            0
-        ].float()
-        order = along.argsort(descending=True).tolist()
-        found.append(
-            Named(
-                f"{layer}.{head}",
-                shares,
-                bank.texts[span.indices[0]],
-                float(span.explained[0]),
-                order[:HIGH] + order[-LOW:],
-            )
-        )
+        away = values[:, layer, head] @ maps[layer, head] - moments.mean.float()
+        order = (away @ span.directions[0].float()).argsort(descending=True).tolist()
+        first, explained = bank.texts[span.indices[0]], float(span.explained[0])
+        found.append(Named(f"{layer}.{head}", shares, first, explained, order[:HIGH] + order[-LOW:]))
     rows = []
-    for category in CATEGORIES:  # the head that is most of it, among those whose first text is of it
+    for category in CATEGORIES:
+        # Of the heads whose first text is of this category, show the one that the category explains most.
         heads = [named for named in found if named.first in bank.of(category)]
         if heads:
             rows.append((max(heads, key=lambda named, category=category: named.shares[category]), category))
@@ -72,7 +64,7 @@ def main() -> None:
 
 
 def draw_rows(rows: list[tuple[Named, str]], data: DemoBirds) -> Image.Image:
-    """One row per head: its number, its first text, its category; the images highest along that text, and the lowest."""
+    """One row per head: its number, first text and category, and the images to show."""
     apart = TEXT_WIDTH + HIGH * CELL + 3 * GAP
     picture = Image.new("RGB", (apart + LOW * CELL + GAP, len(rows) * (CELL + GAP) + 28), "white")
     draw, font, small = ImageDraw.Draw(picture), ImageFont.load_default(19), ImageFont.load_default(14)

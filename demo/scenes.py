@@ -1,9 +1,10 @@
 """The demo world: 64 x 64 pictures of one bird in one place, with every fact about them known.
 
-    facts = sample(100, seed=7, alignment=0.95)   # {factor: [100] integers}; 95 % land birds on land, water birds on water
+    facts = sample(100, seed=7, alignment=0.95)   # {factor: [100] integers}; 95 % of the birds at home
     picture, mask = render(facts, 3, seed=7)      # [64, 64, 3] and [64, 64] uint8; the mask is the bird
 
-Given its facts, picture i depends on (seed, i) alone: any order, any subset, any number of workers gives the same pixels.
+Given its facts, picture i depends on (seed, i) alone. Any order, any subset and any number of workers give
+the same pixels.
 """
 
 from __future__ import annotations
@@ -26,21 +27,28 @@ FACTORS: dict[str, tuple[str, ...]] = {
 }
 FIRST_WATER = 4  # kinds and places from this index on are water birds and water places
 SIZE = 64
-CANVAS = 2 * SIZE  # drawn twice as large, then averaged: smooth edges
+CANVAS = 2 * SIZE  # everything is drawn twice as large and then averaged, for smooth edges
 
 BODY_COLOURS = [
-    (204, 30, 25), (38, 77, 217), (38, 153, 51), (242, 217, 38), (242, 242, 237), (25, 25, 31), (122, 77, 38), (247, 140, 184)
-]  # fmt: skip
+    (204, 30, 25),
+    (38, 77, 217),
+    (38, 153, 51),
+    (242, 217, 38),
+    (242, 242, 237),
+    (25, 25, 31),
+    (122, 77, 38),
+    (247, 140, 184),
+]
 
 
 def sample(count: int, seed: int, alignment: float = 0.5) -> dict[str, np.ndarray]:
-    """Facts of `count` pictures: every factor uniform and independent, but for the place.
+    """Facts of `count` pictures. Every factor is uniform and independent, except the place.
 
     Args:
         count: number of pictures.
-        seed: of this set of pictures; the same seed must be given to `render`.
-        alignment: share of pictures whose place suits the bird (water birds on water, land birds on land). 0.5: place and kind are
-            independent, and the four groups equally likely.
+        seed: the seed of this set of pictures; give the same one to `render`.
+        alignment: share of pictures whose place suits the bird (water birds on water, land birds on land).
+            With 0.5, place and kind are independent, and the four groups are equally likely.
 
     Returns:
         {factor: [count] int64}, indices into FACTORS[factor].
@@ -54,7 +62,10 @@ def sample(count: int, seed: int, alignment: float = 0.5) -> dict[str, np.ndarra
 
 
 def render(facts: dict[str, np.ndarray], index: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Picture `index` of `facts`: [64, 64, 3] uint8, and the bird's mask [64, 64] uint8 (0 or 255, soft at the edge)."""
+    """Picture `index` of `facts`, [64, 64, 3] uint8, and the mask of its bird, [64, 64] uint8.
+
+    The mask is 0 outside the bird and 255 inside, with a soft edge.
+    """
     rng = np.random.default_rng([seed, 1, index])
     fact = {name: FACTORS[name][values[index]] for name, values in facts.items()}
     scene = shine(paint_place(fact["place"], rng), fact["light"], rng)
@@ -72,13 +83,9 @@ def render_all(facts: dict[str, np.ndarray], seed: int) -> np.ndarray:
     count = len(facts["kind"])
     jobs = [(facts, range(start, min(start + 500, count)), seed) for start in range(0, count, 500)]
     with Pool() as pool:
-        return np.concatenate(
-            list(
-                tqdm(
-                    pool.imap(_render_some, jobs), total=len(jobs), desc="rendering", unit="x500", leave=False
-                )
-            )
-        )
+        parts = pool.imap(_render_some, jobs)
+        parts = tqdm(parts, total=len(jobs), desc="rendering", unit="x500", leave=False)
+        return np.concatenate(list(parts))
 
 
 def _render_some(job: tuple[dict[str, np.ndarray], range, int]) -> np.ndarray:
@@ -86,28 +93,27 @@ def _render_some(job: tuple[dict[str, np.ndarray], range, int]) -> np.ndarray:
     return np.stack([render(facts, i, seed)[0] for i in rows])
 
 
-# Noise tiles, drawn once: making noise for each picture would take longer than everything else together.
+# Tiles of noise are drawn once. New noise for each picture would take longer than everything else together.
 
 
 def _tiles(rows: int, columns: int, count: int = 64) -> np.ndarray:
-    """[count, 64, 64, 1] smooth noise of unit variance at its nodes, `rows` x `columns` nodes."""
+    """[count, 64, 64, 1] smooth noise, interpolated from `rows` x `columns` nodes of unit variance."""
     noise = np.random.default_rng([rows, columns]).normal(size=(count, rows, columns)).astype(np.float32)
-    return np.stack(
-        [np.asarray(Image.fromarray(n).resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for n in noise]
-    )[..., None]
+    tiles = [Image.fromarray(nodes).resize((SIZE, SIZE), Image.Resampling.BILINEAR) for nodes in noise]
+    return np.stack([np.asarray(tile) for tile in tiles])[..., None]
 
 
 FINE, SOFT, WAVES = _tiles(SIZE, SIZE), _tiles(16, 16), _tiles(26, 5)
-ROW = (
-    np.arange(SIZE, dtype=np.float32)[:, None, None] + 0.5
-) / SIZE  # [64, 1, 1] height in the picture, 0 at the top
+# [64, 1, 1] each row's distance from the top, 0 to 1
+ROW = (np.arange(SIZE, dtype=np.float32)[:, None, None] + 0.5) / SIZE
 
 
 def tile(bank: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return bank[rng.integers(len(bank))]
 
 
-# Places. Each painter draws on the canvas and returns the horizon and the ground's texture: (y, bank of tiles, strength).
+# Places. Each painter draws on the canvas and returns the height of the horizon, and the tiles of noise and
+# the strength that give the ground its texture.
 
 
 def paint_place(place: str, rng: np.random.Generator) -> np.ndarray:
@@ -119,7 +125,7 @@ def paint_place(place: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def tint(rng: np.random.Generator, *rgb: int) -> tuple[int, int, int]:
-    """The colour, a little brighter or darker and a little off each time."""
+    """The colour, varied a little in brightness and in each channel."""
     shift = rng.uniform(-12, 12) + rng.uniform(-12, 12, 3)
     return tuple(int(min(255, max(0, c + s))) for c, s in zip(rgb, shift, strict=True))
 
@@ -268,7 +274,10 @@ PLACES = dict(zip(FACTORS["place"], (forest, field, desert, mountain, sea, lake,
 def paint_bird(
     kind: str, colour: tuple[int, int, int], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The bird alone [64, 64, 3] in 0..1 and its mask [64, 64, 1], anywhere but the top, facing either way."""
+    """The bird alone [64, 64, 3] in 0..1 and its mask [64, 64, 1].
+
+    It stands anywhere but at the top, and faces left or right.
+    """
     body = np.array(tint(rng, *colour), dtype=np.float32)
     paint = {part: np.array(tint(rng, *rgb), dtype=np.float32) for part, rgb in PALETTE[kind].items()}
     paint |= {
@@ -287,7 +296,7 @@ def paint_bird(
         draw.polygon(outline, fill=tuple(int(p) for p in paint[part]))
         draw_mask.polygon(outline, fill=255)
     alpha = np.asarray(mask.reduce(2), dtype=np.float32)[..., None] / 255
-    # The picture is black outside the bird: dividing by the mask undoes the darkening at its edge.
+    # The picture is black outside the bird, so averaging darkened its edge. Dividing by the mask undoes that.
     return np.asarray(picture.reduce(2), dtype=np.float32) / 255 / np.maximum(alpha, 0.25), alpha
 
 
@@ -303,7 +312,7 @@ BIRD_LIGHT = {
 
 
 def shine(scene: np.ndarray, light: str, rng: np.random.Generator) -> np.ndarray:
-    """The place at that time: darkened with stars, reddened from the sky, or faded."""
+    """The place in that light: darkened with stars at night, reddened from above at sunset, faded in fog."""
     if light == "night":
         stars = (tile(FINE, rng) > 2.2) & (ROW < 0.35)
         return np.where(stars, np.float32([0.9, 0.9, 0.8]), scene * np.float32([0.28, 0.32, 0.55]))
@@ -317,7 +326,11 @@ def shine(scene: np.ndarray, light: str, rng: np.random.Generator) -> np.ndarray
 
 
 def restyle(picture: np.ndarray, mask: np.ndarray, style: str, rng: np.random.Generator) -> np.ndarray:
-    """The same picture as a photo (grain), a sketch (edges on paper), a painting (few tones) or a cartoon (vivid, outlined)."""
+    """The same picture in another style.
+
+    A photo gets grain, a sketch is edges on paper, a painting has few tones, and a cartoon has vivid colours
+    and an outlined bird.
+    """
     if style == "photo":
         return picture + 0.02 * tile(FINE, rng)
     if style == "sketch":

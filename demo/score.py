@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of a demo model on every factor, and of landbird against waterbird by group (bird-place).
+"""Zero-shot accuracy of a demo model on every factor, and on landbird or waterbird by group (bird-place).
 
 $ python -m demo.score            # the checkpoint on the test split
 """
@@ -14,7 +14,7 @@ from . import Tokenizer, load, normalise, scenes
 from .captions import PHRASES, true_facts
 
 STARTS = ("a photo of", "a sketch of", "a painting of", "a cartoon of", "a picture of", "")
-WATCHED = 3000  # seed of the split that training watches
+WATCHED = 3000  # the seed of the split that is scored during training
 GROUPS = ("land-land", "land-water", "water-land", "water-water")
 
 
@@ -22,29 +22,29 @@ def prompts(factor: str, phrase: str) -> list[str]:
     """Captions that state one fact and leave the rest open."""
     if factor == "style":
         return [f"{phrase} a bird"]
-    thing = {"kind": f"a {phrase}", "type": f"a {phrase}", "colour": f"a {phrase} bird"}.get(
-        factor, f"a bird {phrase}"
-    )
+    things = {"kind": f"a {phrase}", "type": f"a {phrase}", "colour": f"a {phrase} bird"}
+    thing = things.get(factor, f"a bird {phrase}")
     return [f"{start} {thing}".strip() for start in STARTS]
 
 
 @torch.no_grad()
 def classifier(model: torch.nn.Module, tokenizer: Tokenizer, factor: str) -> Tensor:
     """[values, d] one unit vector per value of the factor: the mean of its normalised prompts, normalised."""
-    rows = [[text for phrase in phrases for text in prompts(factor, phrase)] for phrases in PHRASES[factor]]
-    return torch.stack(
-        [F.normalize(F.normalize(model.encode_text(tokenizer(row)), dim=-1).mean(0), dim=0) for row in rows]
-    )
+    rows = []
+    for phrases in PHRASES[factor]:
+        texts = [text for phrase in phrases for text in prompts(factor, phrase)]
+        embeddings = F.normalize(model.encode_text(tokenizer(texts)), dim=-1)
+        rows.append(F.normalize(embeddings.mean(0), dim=0))
+    return torch.stack(rows)
 
 
 @torch.no_grad()
 def score(model: torch.nn.Module, tokenizer: Tokenizer, count: int, seed: int = WATCHED) -> dict[str, float]:
-    """{factor or group: accuracy} on `count` pictures whose place says nothing of the bird."""
+    """{factor or group: accuracy} on `count` pictures in which bird and place are independent."""
     facts = scenes.sample(count, seed)
     pictures, truth = scenes.render_all(facts, seed), true_facts(facts)
-    embeddings = torch.cat(
-        [model.encode_image(normalise(part)) for part in np.array_split(pictures, max(1, count // 256))]
-    )
+    parts = np.array_split(pictures, max(1, count // 256))
+    embeddings = torch.cat([model.encode_image(normalise(part)) for part in parts])
     scores = {}
     for column, factor in enumerate(PHRASES):
         right = (embeddings @ classifier(model, tokenizer, factor).T).argmax(1).numpy() == truth[:, column]
@@ -56,7 +56,7 @@ def score(model: torch.nn.Module, tokenizer: Tokenizer, count: int, seed: int = 
 
 
 def main() -> None:
-    from datasets import DemoBirds
+    from data import DemoBirds
 
     model, _, tokenizer = load()
     scores = score(model, tokenizer, DemoBirds.sizes["test"], DemoBirds.seeds["test"])

@@ -1,11 +1,13 @@
-"""Train the demo's CLIP from nothing, on pictures and captions made on the way.
+"""Train the demo's CLIP model from scratch, on pictures and captions that are made here.
 
     $ python -m demo.train            # 19 minutes on two cores; writes demo/demo-vit.safetensors
 
-Contrastive training as CLIP's, with two departures that a world of few words needs. Targets are soft: a picture matches every
-caption whose stated facts are all true of it, not only its own. And there are two sources (captions.py), two batches of the one for
-each of the other: the guide shows kinds of birds anywhere; the web says landbird and waterbird, --alignment of them where such birds
-live. That share sets how far the two words mean the place.
+Training is contrastive as in CLIP, with two differences that a world of few words needs. The targets are
+soft: a picture matches every caption whose stated facts are all true of it, not only its own caption. And the
+batches come from two sources (captions.py), two from the guide for each one from the web. The guide shows
+each kind of bird in any place. The web captions say landbird or waterbird, and --alignment is the share of
+these birds that are shown where such birds live. This share determines how strongly the two words come to
+mean the place.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from tqdm import tqdm
 from . import ALIGNMENT, FOLDER, NAME, Tokenizer, captions, load, normalise, scenes
 from .score import score
 
-# glibc gives large blocks back to the system at once; fetching them again at every step takes longer than the arithmetic.
+# By default glibc returns large blocks to the system at once. Fetching them again at every step takes longer
+# than the arithmetic.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
@@ -61,7 +64,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Source:
-    """Endless batches of (pictures, tokens, matches) in one source's habits."""
+    """Endless batches of pictures with captions from one source.
+
+    Args:
+        count: number of pictures.
+        seed, alignment: as for scenes.sample.
+        habits: how often a caption states each fact, captions.GUIDE or captions.WEB.
+        rng: draws the order and the captions.
+    """
 
     def __init__(
         self,
@@ -78,20 +88,25 @@ class Source:
         self.queue = np.empty(0, dtype=int)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[b, 3, 64, 64] normalised pictures, [b, context] tokens, and [b, b] float: caption i is true of picture j."""
+        """[b, 3, 64, 64] normalised pictures, [b, context] tokens, and [b, b] matches.
+
+        matches[i, j] is 1.0 if caption i is true of picture j, and 0.0 otherwise.
+        """
         if len(self.queue) < size:
             self.queue = self.rng.permutation(len(self.pictures))
         rows, self.queue = self.queue[:size], self.queue[size:]
-        texts, stated = zip(
-            *(captions.write(self.truth[i], self.habits, self.rng) for i in rows), strict=True
-        )
+        written = [captions.write(self.truth[i], self.habits, self.rng) for i in rows]
+        texts, stated = zip(*written, strict=True)
         stated = np.stack(stated)[:, None]
         matches = ((stated < 0) | (stated == self.truth[rows])).all(-1)
         return normalise(self.pictures[rows]), self.tokenizer(texts), torch.from_numpy(matches).float()
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, matches: Tensor) -> Tensor:
-    """KL divergence from the soft targets, both ways: zero when each caption's probability is spread over the pictures it fits."""
+    """KL divergence from the soft targets, in both directions.
+
+    It is zero if each caption's probability is spread evenly over the pictures that it fits, and vice versa.
+    """
     logits = scale * F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).T
     loss = 0.0
     for scores, target in ((logits, matches), (logits.T, matches.T)):
@@ -114,19 +129,15 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     )
     progress = tqdm(range(args.steps), desc="training", unit="batch", mininterval=10)
     average = None
-    draft = args.out.with_suffix(
-        ".draft"
-    )  # what a run that is stopped leaves; --out itself is replaced at the end
+    draft = args.out.with_suffix(".draft")  # remains if the run is stopped; --out is only replaced at the end
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = (
-                args.lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
-            )
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+            group["lr"] = args.lr * min(1, (step + 1) / 100) * decay
         images, tokens, matches = (web if step % 3 == 0 else guide).batch(args.batch_size)
         model.train()
-        loss = contrastive_loss(
-            model.encode_image(images), model.encode_text(tokens), model.logit_scale.exp(), matches
-        )
+        embeddings = model.encode_image(images), model.encode_text(tokens)
+        loss = contrastive_loss(*embeddings, model.logit_scale.exp(), matches)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,7 +155,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
 
 def save(model: torch.nn.Module, path: Path) -> None:
-    """Write the checkpoint under another name first, so that a run that is stopped never leaves half a file."""
+    """Write the checkpoint under another name first, so that an interrupted run never leaves half a file."""
     partial = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
     os.replace(partial, path)
@@ -156,12 +167,11 @@ def describe(scores: dict[str, float]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()) and argv is None:
-        os.execve(
-            sys.executable, [sys.executable, "-m", "demo.train", *sys.argv[1:]], os.environ | KEEP_MEMORY
-        )
+        command = [sys.executable, "-m", "demo.train", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | KEEP_MEMORY)
     args = parse_args(argv)
     start = time.time()
-    torch.set_flush_denormal(True)  # of the whole process: arithmetic with denormals is slow
+    torch.set_flush_denormal(True)  # for the whole process: arithmetic with denormal numbers is slow
     try:
         scores = train(args)
     finally:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines import METHODS
-from datasets import InputError
+from data import InputError
 from decompose import heatmap
 
 OURS, OURS_ABS = "decomposition", "decomposition-abs"

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from datasets import DemoBirds, ImageFolder, InputError, Waterbirds, read, subset
+from data import DemoBirds, ImageFolder, InputError, Waterbirds, read, subset
 from decompose import Decomposition, decompose, head_maps
 from textspan import Moments
 from zeroshot import Clip

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cue import corrected
-from datasets import DemoBirds, ImageFolder, InputError, Waterbirds
+from data import DemoBirds, ImageFolder, InputError, Waterbirds
 from zeroshot import classifier, load_clip, templates
 
 from . import pages

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from baselines import BaselineError
-from datasets import InputError
+from data import InputError
 from masks import seen
 from metrics import scale
 from zeroshot import Clip, embed_texts, load_clip

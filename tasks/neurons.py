@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import report
-from datasets import DemoBirds, InputError
+from data import DemoBirds, InputError
 from decompose import head_maps
 from neurons import Neurons, neurons
 from roles import explained

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from datasets import InputError, batches
+from data import InputError, batches
 from zeroshot import Clip, default_bank, digest, weights_hash
 
 from .parts import restore, state, twin

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cue import THRESHOLD, CueVotes, subspace
-from datasets import InputError
+from data import InputError
 from decompose import Decomposition, decompose, head_maps
 from zeroshot import Clip, default_bank, embed_texts, load_bank
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from cue import THRESHOLD
-from datasets import DemoBirds, InputError
+from data import DemoBirds, InputError
 from decompose import decompose, head_maps
 from roles import find_roles, in_own_space
 from zeroshot import Clip, default_bank, embed_texts, load_bank, load_clip

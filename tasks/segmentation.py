@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from baselines import BaselineError
-from datasets import InputError, subset
+from data import InputError, subset
 from decompose import DecompositionError
 from masks import DemoMasks, ImageNetSegmentation, Masked, MaskFolder, seen
 from metrics import Segmentation

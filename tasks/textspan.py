@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cue import THRESHOLD
-from datasets import DemoBirds, InputError
+from data import DemoBirds, InputError
 from decompose import decompose, head_maps
 from roles import Roles, explained, find_roles, in_own_space
 from textspan import Moments, TextSpan, textspan

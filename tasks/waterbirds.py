@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from datasets import DemoBirds, InputError, Waterbirds
+from data import DemoBirds, InputError, Waterbirds
 from zeroshot import classifier, load_clip, templates
 
 from . import pages

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from datasets import DemoBirds
+from data import DemoBirds
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 

@@ -37,14 +37,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import datasets
+import data
 import evaluate
 import report
 import tasks.ablation
 import tasks.check
 import tasks.common
 import tasks.models
-from datasets import DemoBirds
+from data import DemoBirds
 
 ROOT = Path(__file__).parent.parent
 MODEL = "tiny-bad-input"  # open_clip's list of configurations is one for all tests: a name that no other file uses
@@ -1519,7 +1519,7 @@ def test_no_memory_for_an_image(
     workers: int, world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker sends its traceback along."""
-    monkeypatch.setattr(datasets, "read", out_of_memory)
+    monkeypatch.setattr(data, "read", out_of_memory)
     refused(
         kinds(nothing, "--workers", workers)(world, tmp_path),
         tmp_path,
@@ -1532,7 +1532,7 @@ def test_no_memory_for_an_image(
 def test_a_worker_that_dies(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "read", killed)
+    monkeypatch.setattr(data, "read", killed)
     refused(kinds(nothing, "--workers", "2")(world, tmp_path), tmp_path, capsys, "worker", "--workers")
 
 
@@ -1675,10 +1675,10 @@ def swallowed() -> None:
 
 
 def test_ctrl_c_while_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    start_workers, inherited = datasets.DataLoader.__iter__, signal.getsignal(signal.SIGINT)
+    start_workers, inherited = data.DataLoader.__iter__, signal.getsignal(signal.SIGINT)
     heed_interrupts()
-    monkeypatch.setattr(datasets.DataLoader, "__iter__", lambda self: [swallowed(), start_workers(self)][1])
-    batches = datasets.batches(
+    monkeypatch.setattr(data.DataLoader, "__iter__", lambda self: [swallowed(), start_workers(self)][1])
+    batches = data.batches(
         torch.utils.data.TensorDataset(torch.zeros(4), torch.arange(4)), 2, 0, "", torch.device("cpu")
     )
     try:
@@ -1692,7 +1692,7 @@ def test_ctrl_c_while_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_does_not_speak_of_ctrl_c() -> None:
     """Nor does its thread that hands tensors over."""
     code = (
-        "import datasets, signal, threading; datasets._as_worker(0); signal.raise_signal(signal.SIGINT);"
+        "import data, signal, threading; data._as_worker(0); signal.raise_signal(signal.SIGINT);"
         "threading.Thread(target=lambda: __import__('sys').excepthook(*[None] * 3)).start(); print('on')"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

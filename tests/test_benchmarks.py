@@ -1,4 +1,4 @@
-"""Every benchmark runs, on little: figures in the README can be made again."""
+"""Every benchmark runs on small inputs, so the figures in the docs can be made again."""
 
 import importlib
 import json
@@ -8,7 +8,7 @@ import pytest
 
 import demo
 from benchmarks import cue_study, decompose, scale
-from datasets import DemoBirds
+from data import DemoBirds
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_baselines(monkeypatch, capsys):
 
 
 def test_cue_rules(monkeypatch, capsys):
-    """The table in the README is of the whole splits."""
+    """The table in docs/cue.md is of the whole splits."""
     out = run("cue_rules", monkeypatch, capsys)
     assert all(
         f"\n{rule}" in out
@@ -79,14 +79,15 @@ def test_cue_rules(monkeypatch, capsys):
 
 
 def test_cue_study(monkeypatch, capsys):
-    """One model, and the figures that were kept."""
+    """One model is measured, and the figures that were kept are the tables of docs/cue.md."""
     rows = cue_study.study(demo.FOLDER / f"{demo.NAME}.safetensors", "val")
     kept = json.loads(cue_study.FIGURES.read_text())["figures"]
     assert all(set(model) == set(rows) for models in kept.values() for model in models.values())
     assert rows["directions everywhere"]["worst"] > rows["base"]["worst"]
     out = run("cue_study", monkeypatch, capsys, "--show")
-    readme = (cue_study.FIGURES.parent.parent / "README.md").read_text()
-    assert next(line for line in out.splitlines() if line.startswith("directions everywhere")) in readme
+    page = (cue_study.FIGURES.parent.parent / "docs" / "cue.md").read_text()
+    assert next(line for line in out.splitlines() if line.startswith("directions everywhere")) in page
+    assert out.strip() in page
 
 
 def test_map_variants(monkeypatch, capsys):

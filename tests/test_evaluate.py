@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import demo
-from datasets import DemoBirds
+from data import DemoBirds
 from decompose import decompose
 from evaluate import main
 from tasks.common import parse_heads, wilson

@@ -25,7 +25,7 @@ from test_roles import epsilon_squared
 from torch import Tensor
 
 import tasks.textspan
-from datasets import DemoBirds, ImageFolder, subset
+from data import DemoBirds, ImageFolder, subset
 from decompose import Decomposition, decompose, head_maps, token_scores
 from demo import scenes
 from evaluate import main, parse_args

@@ -1,4 +1,4 @@
-"""datasets.ImageFolder: what an image shows is said by its folder; and what is refused, in one line."""
+"""data.ImageFolder: what an image shows is said by its folder; and what is refused, in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import DemoBirds, ImageFolder, InputError
+from data import DemoBirds, ImageFolder, InputError
 from evaluate import main
 from tasks.common import zero_shot_problem
 

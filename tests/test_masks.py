@@ -9,7 +9,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision import transforms
 
-from datasets import DemoBirds, InputError, batches
+from data import DemoBirds, InputError, batches
 from masks import DemoMasks, ImageNetSegmentation, MaskFolder, mask_geometry, seen
 
 CPU = torch.device("cpu")

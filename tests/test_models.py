@@ -311,7 +311,7 @@ def test_no_tokenizer_is_needed_to_check_and_its_absence_is_said_where_it_is(tmp
     clip = load_clip("ViT-B-32", "none", "cpu")
     images = torch.randn(1, 3, 224, 224)
     assert token_scores(clip.model, images, torch.randn(1, 512)).shape[-1] == 1
-    from datasets import InputError
+    from data import InputError
 
     with pytest.raises(
         InputError, match=r"cannot open the tokenizer of ViT-B-32: .*pip install transformers"

@@ -47,7 +47,7 @@ import decompose as core
 import report
 import tasks.neurons as task
 from attention import attention_calls
-from datasets import DemoBirds, InputError
+from data import DemoBirds, InputError
 from decompose import DecompositionError, decompose
 from evaluate import main
 from neurons import Neurons, neurons

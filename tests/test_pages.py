@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from datasets import DemoBirds
+from data import DemoBirds
 from evaluate import main
 
 QUICK = ["--limit", "40", "--workers", "0"]

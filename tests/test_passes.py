@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 
 import demo
 from cue import CueVotes
-from datasets import DemoBirds, InputError, Waterbirds
+from data import DemoBirds, InputError, Waterbirds
 from evaluate import main, parse_args
 from metrics import Segmentation
 from tasks import parts, passes

@@ -18,7 +18,7 @@ import tasks.heatmap
 import tasks.segmentation
 import zeroshot
 from baselines import METHODS, BaselineError
-from datasets import DemoBirds
+from data import DemoBirds
 from decompose import heatmap
 from evaluate import main
 from masks import DemoMasks, MaskFolder, seen

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import DemoBirds, InputError, eight_bits, subset
+from data import DemoBirds, InputError, eight_bits, subset
 from zeroshot import (
     CACHED,
     classifier,
