@@ -105,7 +105,7 @@ def problem(seed, b=5, grid=(3, 4), size=(9, 7), void=0.0):
 # Average precision.
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.integers(-2, 2), st.booleans(), st.booleans()), min_size=1, max_size=25))
 def test_average_precision_is_the_mean_precision_at_the_positives(rows):
     scores, positive, counted = (list(column) for column in zip(*rows, strict=True))
@@ -117,7 +117,7 @@ def test_average_precision_is_the_mean_precision_at_the_positives(rows):
     assert found.item() == pytest.approx(naive_precision(scores, positive, counted), abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(-2, 2), st.booleans()), min_size=2, max_size=25))
 def test_without_counted_every_entry_takes_part(rows):
     scores, positive = (list(column) for column in zip(*rows, strict=True))
@@ -143,7 +143,7 @@ def test_average_precision_by_hand(scores, positive, expected):
     assert found.item() == pytest.approx(expected, abs=1e-15)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(st.permutations(range(12)))
 def test_the_order_of_tied_entries_changes_nothing(order):
     scores = torch.tensor([[3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1]]).double()
@@ -245,7 +245,7 @@ def test_a_map_without_a_positive_value_is_constant_when_clipped():
 # All three measures.
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from([0.0, 0.3]))
 def test_the_measures_are_those_of_a_count_pixel_by_pixel(seed, clip, void):
     maps, masks = problem(seed, b=3, grid=(2, 3), size=(5, 4), void=void)
@@ -357,7 +357,7 @@ def test_clipping_leaves_a_map_without_negative_values_as_it_is():
 # Invariances.
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.01, 100), st.floats(-100, 100))
 def test_average_precision_does_not_see_scale_and_offset(seed, factor, offset):
     maps, masks = problem(
