@@ -18,7 +18,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 import baselines
-from baselines import METHODS, BaselineError, relevance
+from baselines import METHODS, BaselineError
 
 EXACT = 1e-10  # float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this
 RELEVANCE = 1e-8  # relevance divides by sums that pass near zero; over 60 models like these the worst map lost seven digits of sixteen
@@ -120,6 +120,13 @@ def blocks(model):
 
 def mapped(method, model, batch=3, **options):
     return METHODS[method](model, pictures(model, batch), sentences(model, batch), **options)
+
+
+@torch.no_grad()
+def relevance(model, images, texts, *, conserving, score="dot"):
+    """(layer, R_A, R) of every block, from the last one to the first."""
+    run = baselines._run(model, images, texts, score, first=0, keep=("x",))
+    yield from baselines._relevance(run, conserving)
 
 
 def every_layer(method, model):
@@ -416,7 +423,7 @@ def test_the_methods_are_the_ten_of_the_table():
 
 @every_method
 def test_each_key_names_the_function_of_that_name(method):
-    assert METHODS[method] is getattr(baselines, method.replace("-", "_"))
+    assert METHODS[method].function is getattr(baselines, method.replace("-", "_"))
 
 
 @every_method
@@ -1482,7 +1489,7 @@ def test_the_score_is_given_by_name(method):
 
 def test_relevance_has_no_default_rules():
     with pytest.raises(TypeError, match="conserving"):
-        list(relevance(build(), pictures(build()), sentences(build())))
+        list(baselines._relevance(baselines._run(build(), pictures(build()), sentences(build()), "dot", 0, ("x",))))
 
 
 # The model is left as found.
