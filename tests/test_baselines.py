@@ -4,10 +4,12 @@ The long way takes one image at a time, builds each attention matrix in the grap
 term with loops. It shares no code with baselines.py. All of it runs in float64 unless a test says otherwise.
 """
 
+import inspect
 import math
 from types import SimpleNamespace
 
 import pytest
+import releases
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -419,6 +421,15 @@ def tolerance(method):
 
 def test_the_methods_are_the_ten_of_the_table():
     assert set(METHODS) == set(KEYS)
+
+
+@every_method
+def test_an_entry_says_which_score_its_function_explains_by_default(method):
+    entry = METHODS[method]
+    assert entry.score == (None if method in BLIND else DEFAULTS[method])
+    assert entry.reads_text == (method not in BLIND)
+    default = inspect.signature(entry.function).parameters["score"].default
+    assert default == (entry.score or "dot")
 
 
 @every_method
@@ -1385,6 +1396,94 @@ def test_a_tower_of_older_releases_that_reads_its_class_token_has_the_same_map(m
     assert far(ours, mapped(method, model)) < tolerance(method)
 
 
+# Older releases, with the weights of this one.
+
+every_release = pytest.mark.parametrize("release", releases.RELEASES)
+
+
+def as_released(model, release):
+    """A CLIP of the older shape with the weights of a new one."""
+    older = releases.CLIP(release).to(model.visual.proj.dtype).eval()
+    older.visual.load_state_dict(model.visual.state_dict())
+    older.logit_scale.data.copy_(model.logit_scale.data)
+    return older
+
+
+def for_release(release, **options):
+    return build(ls_init_value=0.3 if releases.RELEASES[release].get("layer_scale") else None, **options)
+
+
+@every_release
+def test_an_older_release_has_the_same_embedding(release):
+    model = for_release(release)
+    older = as_released(model, release)
+    assert far(older.encode_image(pictures(model)), model.encode_image(pictures(model))) < EXACT
+
+
+@every_release
+@every_method
+@pytest.mark.parametrize("batch", [3, 7])  # 7 images of 7 tokens: no shape tells the axes apart
+def test_an_older_release_has_the_same_maps(release, method, batch):
+    model = for_release(release)
+    images, texts = pictures(model, batch), sentences(model, batch)
+    maps = METHODS[method](as_released(model, release), images, texts)
+    assert far(maps, METHODS[method](model, images, texts)) < EXACT
+
+
+@every_release
+@both_rules
+def test_an_older_release_has_the_same_relevance(release, conserving):
+    model = for_release(release)
+    images, texts = pictures(model), sentences(model)
+    older = relevance(as_released(model, release), images, texts, conserving=conserving)
+    for ours, theirs in zip(relevance(model, images, texts, conserving=conserving), older, strict=True):
+        assert ours[0] == theirs[0]
+        assert far(theirs[1], ours[1]) < EXACT
+        assert far(theirs[2], ours[2]) < EXACT
+
+
+@every_method
+def test_tokens_taken_for_images_would_be_noticed(monkeypatch, method):
+    model = build()
+    images, texts = pictures(model, 7), sentences(model, 7)
+    truth = METHODS[method](model, images, texts)
+    monkeypatch.setattr(baselines._Block, "batch_first", lambda self, x: x)
+    assert far(METHODS[method](as_released(model, "openai"), images, texts), truth) > FAR
+
+
+@every_release
+@every_method
+def test_an_older_release_is_left_as_found(release, method):
+    model = as_released(for_release(release), release).train()
+    before = found(model)
+    METHODS[method](model, pictures(build()), sentences(build()))
+    assert found(model) == before
+
+
+@every_method
+def test_a_release_that_casts_images_to_half_precision_has_finite_maps(method):
+    model = as_released(build(), "openai").half()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()  # as OpenAI's convert_weights leaves them
+    maps = METHODS[method](model, pictures(build()).float(), sentences(build()).float())
+    assert maps.dtype == torch.float32
+    assert maps.isfinite().all()
+
+
+def test_average_pooling_of_older_releases_is_refused():
+    model = as_released(for_release("open_clip 2.16"), "open_clip 2.16")
+    model.visual.global_average_pool = True
+    refused("VisionTransformer.*class token", model)
+
+
+@pytest.mark.parametrize("place", ["ln_attn", "mlp.ln"])
+def test_a_norm_in_the_block_of_an_early_release_is_refused(place):
+    model = as_released(build(), "open_clip 2.0")
+    blocks(model)[1].set_submodule(place, nn.LayerNorm(32))
+    refused("VisionTransformer.*Block.*standard", model)
+
+
 @pytest.mark.parametrize("name", ["transformer", "ln_post"])
 def test_a_tower_without_blocks_or_last_norm_is_refused(name):
     model = build()
@@ -1411,10 +1510,12 @@ def test_a_custom_block_is_refused(options):
 OTHER = "VisionTransformer.*block ResidualAttentionBlock"
 
 
-def test_tokens_on_the_first_axis_are_refused():
+@pytest.mark.parametrize("changed", [[1], [0, 1, 2]], ids=str)
+def test_blocks_that_take_other_axes_than_they_are_given_are_refused(changed):
     model = build()
-    blocks(model)[1].attn.batch_first = False
-    refused(OTHER, model)
+    for i in changed:
+        blocks(model)[i].attn.batch_first = False
+    refused(f"{OTHER}.*axes", model)
 
 
 def test_an_attention_with_separate_projections_is_refused():
@@ -1489,7 +1590,11 @@ def test_the_score_is_given_by_name(method):
 
 def test_relevance_has_no_default_rules():
     with pytest.raises(TypeError, match="conserving"):
-        list(baselines._relevance(baselines._run(build(), pictures(build()), sentences(build()), "dot", 0, ("x",))))
+        list(
+            baselines._relevance(
+                baselines._run(build(), pictures(build()), sentences(build()), "dot", 0, ("x",))
+            )
+        )
 
 
 # The model is left as found.
