@@ -17,14 +17,15 @@ from PIL import Image
 import tasks.heatmap
 import tasks.segmentation
 import zeroshot
-from baselines import METHODS, BaselineError
+from baselines import METHODS, Attribution, BaselineError
 from datasets import DemoBirds
 from decompose import heatmap
 from evaluate import main
 from masks import DemoMasks, MaskFolder, seen
 from metrics import Segmentation
-from tasks.attribution import attribute
+from tasks.attribution import ATTRIBUTIONS, attribute, score_of
 from tasks.heatmap import INFERNO, LONG_SIDE, colours, covers, overlay, resized, sheet, slug
+from tasks.segmentation import contrasted
 from zeroshot import classifier, embed_texts, templates
 
 KINDS = ["sparrow", "cardinal", "crow", "woodpecker", "duck", "gull", "heron", "pelican"]
@@ -440,8 +441,16 @@ def unsupported(*args, **options):
     raise BaselineError("this method does not read such a model")
 
 
+def test_a_new_entry_alone_says_what_the_table_shows(monkeypatch):
+    monkeypatch.setitem(ATTRIBUTIONS, "new", Attribution(unsupported, "cosine"))
+    monkeypatch.setitem(ATTRIBUTIONS, "blind", Attribution(unsupported, None))
+    assert [score_of("new", score) for score in ("published", "dot", "logit")] == ["cosine", "dot", "logit"]
+    assert [score_of("blind", score) for score in ("published", "dot", "logit")] == ["-"] * 3
+    assert [contrasted(name, "all") for name in ("new", "blind")] == [True, False]
+
+
 def test_a_method_that_does_not_support_the_model_is_left_out_and_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(METHODS, "gradcam", unsupported)
+    monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
     code, results = run(tmp_path, "segmentation", "--limit", "1", "--workers", "0")
     assert code == 0
     assert "gradcam" not in results["rows"]
@@ -451,7 +460,7 @@ def test_a_method_that_does_not_support_the_model_is_left_out_and_named(tmp_path
 
 
 def test_a_method_that_does_not_support_the_model_is_refused_when_asked_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(METHODS, "gradcam", unsupported)
+    monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
     argv = ["--limit", "1", "--workers", "0", "--methods", "decomposition", "gradcam"]
     refused(tmp_path, capsys, "segmentation", argv, "this method does not read such a model")
 
@@ -933,7 +942,7 @@ def test_without_methods_all_are_drawn(tmp_path):
 
 
 def test_a_method_that_does_not_support_the_model_is_not_drawn_but_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(METHODS, "gradcam", unsupported)
+    monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
     noise(64, 64).save(tmp_path / "picture.png")
     argv = ["--image", tmp_path / "picture.png", "--text", "a duck"]
     code, results = run(tmp_path, "heatmap", *argv)
