@@ -53,9 +53,7 @@ class BaselineError(ValueError):
 
 @dataclass(frozen=True)
 class Attribution:
-    """Called as its function, (model, images, texts) -> maps [b, rows, cols]; holds what the function
-    explains.
-    """
+    """A function of (model, images, texts) that gives maps [b, rows, cols], and the score that it explains."""
 
     function: Callable[..., Tensor]
     score: str | None  # the function's default, as it was published; None where no text enters
@@ -109,14 +107,14 @@ def rollout(
 
 @torch.no_grad()
 def gradcam(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot") -> Tensor:
-    """relu(mean over heads of w_h A_h[0, patch]) in the last block; w_h is the patches' mean of ds/dA_h[0,
-    patch].
+    """relu(mean over heads of w_h A_h[0, patch]) in the last block.
 
-    Selvaraju et al., "Grad-CAM", https://arxiv.org/abs/1610.02391, equations 1 and 2, with heads as channels
-    and the class token's row of the attention as their picture: TE ViT_explanation_generator.py:50-71. All
-    zero where every weighted sum is negative; GradCAM is known to be weak on CLIP's ViTs.
+    w_h is the mean over patches of ds/dA_h[0, patch]. Selvaraju et al., "Grad-CAM",
+    https://arxiv.org/abs/1610.02391, equations 1 and 2, with heads as channels and the class token's row of
+    the attention as their picture: TE ViT_explanation_generator.py:50-71. All zero where every weighted sum
+    is negative; GradCAM is known to be weak on CLIP's ViTs.
     """
-    run = _run(model, images, texts, score, first=-1, keep=("y", "a"), graph=True)
+    run = _run(model, images, texts, score, first=-1, keep=("y", "a"))
     block = run.blocks[-1]
     q, k, v = block.project(block.y)
     dA = block.attention_gradient(*run.gradients(block.a), v)[:, :, 0]  # [b, H, N]
@@ -133,7 +131,7 @@ def chefer2021_mm(
     Chefer, Gur and Wolf, "Generic Attention-model Explainability", https://arxiv.org/abs/2103.15679,
     equations 5 and 6; MM's ViT notebook. MM's CLIP notebook takes the last layer alone: start_layer=L - 1.
     """
-    run = _run(model, images, texts, score, _start(model, start_layer), ("y", "a"), graph=True)
+    run = _run(model, images, texts, score, first=_start(model, start_layer), keep=("y", "a"))
     gradients, row = run.gradients(*(block.a for block in run.blocks)), run.class_token()
     for block, da in zip(reversed(run.blocks), reversed(gradients), strict=True):
         q, k, v = block.project(block.y)
@@ -157,7 +155,7 @@ def legrad(
     """
     if not 1 <= layers <= len(_blocks(model)):
         raise ValueError(f"layers must be between 1 and the model's {len(_blocks(model))}, got {layers}")
-    run = _run(model, images, texts, score, first=-layers, keep=("y", "a", "out"), graph=True)
+    run = _run(model, images, texts, score, first=-layers, keep=("y", "a", "out"))
     total = 0.0
     for block in run.blocks:
         with torch.enable_grad():
@@ -169,14 +167,13 @@ def legrad(
 
 @torch.no_grad()
 def grad_eclip(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "cosine") -> Tensor:
-    """relu(sum_c ds/dO[0, c] v[patch, c] lambda[patch]) in the last block, lambda = cos(q[0], k[patch]) in
-    0..1.
+    """relu(sum_c ds/dO[0, c] v[patch, c] lambda[patch]) in the last block.
 
-    Zhao et al., "Gradient-based Visual Explanation for Transformer-based CLIP", ICML 2024; GE
-    grad_eclip_image.ipynb. lambda is scaled by its range. Heads are concatenated in q, k, v and O. GE
+    lambda is cos(q[0], k[patch]), scaled to 0..1. Zhao et al., "Gradient-based Visual Explanation for
+    Transformer-based CLIP", ICML 2024; GE grad_eclip_image.ipynb. Heads are concatenated in q, k, v and O. GE
     computes the last block anew with a single head, which changes the embedding; this is the model's own.
     """
-    run = _run(model, images, texts, score, first=-1, keep=("y", "a"), graph=True)
+    run = _run(model, images, texts, score, first=-1, keep=("y", "a"))
     block = run.blocks[-1]
     q, k, v = (_merge(x) for x in block.project(block.y))  # [b, N, D]
     (da,) = run.gradients(block.a)
@@ -204,14 +201,13 @@ def lrp(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot") 
 
 @torch.no_grad()
 def lrp_conserving(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot") -> Tensor:
-    """As `lrp`, by the rules of Chefer et al. 2021, section 3.2: each layer's relevance sums to one; signed."""
+    """As `lrp`, by the rules of Chefer et al. 2021, section 3.2: every layer's relevance sums to one."""
     return _full_relevance(model, images, texts, score, conserving=True)
 
 
 @torch.no_grad()
 def partial_lrp(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot") -> Tensor:
-    """Mean over heads of relu(R_A)[0, patch], R_A the relevance of the last block's attention by published
-    rules.
+    """Mean over heads of relu(R_A)[0, patch] in the last block, by the published rules.
 
     Voita et al., https://arxiv.org/abs/1905.09418; TE ViT_LRP.py:371-380, method "last_layer" of orig_lrp.
     """
@@ -224,18 +220,17 @@ def partial_lrp(model: nn.Module, images: Tensor, texts: Tensor, *, score: str =
 def chefer2021(
     model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot", start_layer: int = 1
 ) -> Tensor:
-    """Row 0 of (I + C_L) ... (I + C_start), C = mean over heads of relu(ds/dA * R_A), by the conserving
-    rules.
+    """Row 0 of (I + C_L) ... (I + C_start), C = mean over heads of relu(ds/dA * R_A).
 
-    Chefer, Gur and Wolf, "Transformer Interpretability Beyond Attention Visualization",
-    https://arxiv.org/abs/2012.09838, section 3.3; TE ViT_LRP.py:357-369, which also leaves the rows as they
-    are (the normalisation there is commented out) and starts from a relevance of one. `chefer2021_mm` has A
-    in place of R_A.
+    R_A is the attention's relevance by the conserving rules; `chefer2021_mm` has A in its place. Chefer, Gur
+    and Wolf, "Transformer Interpretability Beyond Attention Visualization", https://arxiv.org/abs/2012.09838,
+    section 3.3; TE ViT_LRP.py:357-369, which also leaves the rows as they are (the normalisation there is
+    commented out) and starts from a relevance of one.
 
     Args:
         start_layer: 1 is what the published segmentation comparison runs.
     """
-    run = _run(model, images, texts, score, _start(model, start_layer), ("x", "y", "a"), graph=True)
+    run = _run(model, images, texts, score, first=_start(model, start_layer), keep=("x", "y", "a"))
     gradients, row = run.gradients(*(block.a for block in run.blocks)), run.class_token()
     backwards = zip(reversed(run.blocks), reversed(gradients), _relevance(run, conserving=True), strict=True)
     for block, da, (_, R_A, _) in backwards:
@@ -259,8 +254,7 @@ METHODS: dict[str, Attribution] = {
 
 
 def _relevance(run: _Run, conserving: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(layer, R_A [b, H, N, N], R [b, N, D]) of the run's blocks, last to first: of the attention and the
-    input.
+    """(layer, R_A [b, H, N, N], R [b, N, D]) from the run's last block to its first: of attention and input.
 
     The run must have kept "x". One is what the score starts with. LayerNorm, GELU, softmax and scales pass
     relevance on as it is, and biases take no part. A score that is not linear in the embedding is replaced by
@@ -421,23 +415,16 @@ class _Run:
 
 
 def _run(
-    model: nn.Module,
-    images: Tensor,
-    texts: Tensor,
-    score: str,
-    first: int,
-    keep: tuple[str, ...],
-    graph: bool = False,
+    model: nn.Module, images: Tensor, texts: Tensor, score: str, first: int, keep: tuple[str, ...]
 ) -> _Run:
     """Run the stock model, which is left as it was found.
 
     Args:
         first: keep what blocks from this one on take and give; negative counts from the end.
-        keep: which of a block's "x", "y", "a", "out".
-        graph: keep what gradients from block `first` on need.
+        keep: which of a block's "x", "y", "a", "out". "a" also keeps what gradients from `first` on need.
     """
     blocks, visual = _blocks(model), model.visual
-    first = first % len(blocks)
+    first %= len(blocks)
     blocks = blocks[first:]
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
@@ -460,7 +447,7 @@ def _run(
         (visual.ln_post.register_forward_hook, at_end),
     ]
     for i, block in enumerate(blocks):
-        hooks += block.hooks(keep, start=graph and i == 0)
+        hooks += block.hooks(keep, start=i == 0 and "a" in keep)
     with _hooked(model, hooks), torch.no_grad():  # which also ends what the first block's hook switches on
         embedding = model.encode_image(images)
     embedding = embedding[0] if isinstance(embedding, tuple) else embedding
