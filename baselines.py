@@ -53,7 +53,7 @@ class BaselineError(ValueError):
 
 @dataclass(frozen=True)
 class Attribution:
-    """A function of (model, images, texts) that gives maps [b, rows, cols], and the score that it explains."""
+    """A function of (model, images, texts) that gives maps [b, rows, cols], and the score it explains."""
 
     function: Callable[..., Tensor]
     score: str | None  # the function's default, as it was published; None where no text enters
