@@ -5,9 +5,8 @@
 
 The model is a stock CLIP of open_clip (2.0 to 3.3) or of OpenAI's package clip. Every method explains the
 score of texts[i] for images[i], in one of three forms: "dot" <z, t>, "cosine" <z, t> / |z|, "logit"
-exp(logit_scale) <z, t> / |z|, where z is the embedding and t the text made a unit vector. Each has the form
-it was published with as its default; score="dot" for all makes them equal. No map is clipped, scaled or
-resized here.
+exp(logit_scale) <z, t> / |z|, where z is the embedding and t the text made a unit vector. The default is the
+form that a method was published with; score="dot" for all makes them equal. No map is clipped or resized.
 
 A block, in open_clip's names and the letters used below (a and the last summand are times LayerScale):
 
@@ -20,11 +19,9 @@ it. A acts through O alone, so its gradient is that of O, times v; the gradient 
     ds/dA = (ds/da W_o) v'
 
 Axes (as in decompose.py):
-    b  images      N  tokens, class token first    D  residual stream
+    b  images      N  tokens, class token first    D  residual stream    e  width of one head
     L  layers      H  heads                        d  embedding
-    e  width of one head
-Blocks of OpenAI's, and of open_clip up to 2.24, take [N, b, D]: attn.batch_first tells. Here all is [b, N,
-D].
+Blocks of OpenAI, and of open_clip up to 2.24, take [N, b, D], as attn.batch_first says; here it is [b, N, D].
 
 Published code that is cited, by commit:
     TE  github.com/hila-chefer/Transformer-Explainability @c3e578f
@@ -35,7 +32,7 @@ Published code that is cited, by commit:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -132,11 +129,7 @@ def chefer2021_mm(
     equations 5 and 6; MM's ViT notebook. MM's CLIP notebook takes the last layer alone: start_layer=L - 1.
     """
     run = _run(model, images, texts, score, first=_start(model, start_layer), keep=("y", "a"))
-    gradients, row = run.gradients(*(block.a for block in run.blocks)), run.class_token()
-    for block, da in zip(reversed(run.blocks), reversed(gradients), strict=True):
-        q, k, v = block.project(block.y)
-        row = row + _step(row, _attention(q, k), block.attention_gradient(da, v))
-    return run.grid(row)
+    return _follow(run, (_attention(*block.project(block.y, "qk")) for block in reversed(run.blocks)))
 
 
 @torch.no_grad()
@@ -231,12 +224,7 @@ def chefer2021(
         start_layer: 1 is what the published segmentation comparison runs.
     """
     run = _run(model, images, texts, score, first=_start(model, start_layer), keep=("x", "y", "a"))
-    gradients, row = run.gradients(*(block.a for block in run.blocks)), run.class_token()
-    backwards = zip(reversed(run.blocks), reversed(gradients), _relevance(run, conserving=True), strict=True)
-    for block, da, (_, R_A, _) in backwards:
-        (v,) = block.project(block.y, "v")
-        row = row + _step(row, R_A, block.attention_gradient(da, v))
-    return run.grid(row)
+    return _follow(run, (R_A for _, R_A, _ in _relevance(run, conserving=True)))
 
 
 METHODS: dict[str, Attribution] = {
@@ -253,15 +241,25 @@ METHODS: dict[str, Attribution] = {
 }
 
 
+def _follow(run: _Run, attentions: Iterable[Tensor]) -> Tensor:
+    """[b, rows, cols] row 0 of (I + C_L) ... (I + C_start), C = mean over heads of relu(ds/dA * attention).
+
+    attentions: [b, H, N, N] each, from the last block to the first.
+    """
+    gradients, row = run.gradients(*(block.a for block in run.blocks)), run.class_token()
+    for block, da, attention in zip(reversed(run.blocks), reversed(gradients), attentions, strict=True):
+        dA = block.attention_gradient(da, *block.project(block.y, "v"))
+        row = row + torch.einsum("bN,bNM->bM", row, (dA * attention).relu().mean(dim=1))
+    return run.grid(row)
+
+
 def _relevance(run: _Run, conserving: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(layer, R_A [b, H, N, N], R [b, N, D]) from the run's last block to its first: of attention and input.
 
-    The run must have kept "x". One is what the score starts with. LayerNorm, GELU, softmax and scales pass
-    relevance on as it is, and biases take no part. A score that is not linear in the embedding is replaced by
-    its gradient's; the projection and that gradient are one Linear.
-
-    Args:
-        conserving: Chefer et al. 2021 (TE layers_ours.py) where True, TE layers_lrp.py where False.
+    The run must have kept "x". The rules are those of Chefer et al. 2021 (TE layers_ours.py) where
+    `conserving`, else those of TE layers_lrp.py. One is what the score starts with. LayerNorm, GELU, softmax
+    and scales pass relevance on as it is, and biases take no part. A score that is not linear in the
+    embedding is replaced by its gradient's; the projection and that gradient are one Linear.
     """
     head = run.direction(run.embedding) @ run.proj.T  # [b, D] projection and score as one Linear
     R = _linear(run.last[:, None], head[:, None], torch.ones_like(head[:, None, :1]), conserving)
@@ -461,33 +459,25 @@ def _run(
 def _hooked(model: nn.Module, hooks: list[tuple[Callable, Callable]]) -> Iterator[None]:
     """Eval mode, no checkpointing, and the hooks, while open; all put back also after an error."""
     transformer = model.visual.transformer
-    training = [module for module in model.modules() if module.training]
-    checkpointing = getattr(transformer, "grad_checkpointing", None)
+    switched = [(module, "training") for module in model.modules() if module.training]
+    if getattr(transformer, "grad_checkpointing", False):  # would run the blocks, and these hooks, twice
+        switched.append((transformer, "grad_checkpointing"))
     handles = []
     try:
         handles.extend(register(hook) for register, hook in hooks)
-        for module in training:
-            module.training = False
-        if checkpointing:  # it would run the blocks, and these hooks, a second time
-            transformer.grad_checkpointing = False
+        for module, name in switched:
+            setattr(module, name, False)
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
-        if checkpointing:
-            transformer.grad_checkpointing = checkpointing
+        for module, name in switched:
+            setattr(module, name, True)
 
 
 def _attention(q: Tensor, k: Tensor) -> Tensor:
     """[b, H, rows of q, N]"""
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
-
-
-def _step(row: Tensor, attention: Tensor, gradient: Tensor) -> Tensor:
-    """[b, N] row @ mean over heads of relu(gradient * attention), both [b, H, N, N]."""
-    return torch.einsum("bN,bNM->bM", row, (gradient * attention).relu().mean(dim=1))
 
 
 def _merge(x: Tensor) -> Tensor:
@@ -569,9 +559,7 @@ class _Block:
         self.W_o = full_precision(block.attn.out_proj.weight)  # [D, D]
 
     def hooks(self, keep: tuple[str, ...], start: bool) -> list[tuple[Callable, Callable]]:
-        """(how to register, hook) of what records `keep` and, where `start`, begins the graph with this
-        block.
-        """
+        """(how to register, hook) of what records `keep` and, where `start`, begins the graph here."""
 
         def enter(module: nn.Module, args: tuple) -> tuple | None:
             self.x = self.batch_first(args[0]) if "x" in keep else None

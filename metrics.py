@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Segmentation:
-    """Running sums over images: memory does not grow with their number, and any split into batches is as good.
+    """Running sums over images: memory does not grow with them, and any split into batches gives the same.
 
     Args:
         clip: set negative values to zero before a map is scaled, as the paper's authors do with theirs.
@@ -114,7 +114,7 @@ class Segmentation:
 
 
 def scale(maps: Tensor, size: tuple[int, int], clip: bool = False) -> Tensor:
-    """[b, rows, cols] to [b, *size] float64: resized bilinearly, scaled to 0..1; a constant map becomes 0.5."""
+    """[b, rows, cols] to [b, *size] float64: resized bilinearly, scaled to 0..1; a constant becomes 0.5."""
     maps = F.interpolate(maps.double()[:, None], size, mode="bilinear", align_corners=False)[:, 0]
     maps = maps.clamp_min(0) if clip else maps
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)

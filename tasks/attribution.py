@@ -13,7 +13,7 @@ from decompose import heatmap
 
 
 def decomposition(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
-    """[b, rows, cols] what the patches add to <embedding, texts[b]> through all heads (the paper, section 5)."""
+    """[b, rows, cols] what the patches add to <embedding, texts[b]> through all heads (paper, section 5)."""
     unique, which = texts.unique(dim=0, return_inverse=True)  # images of one class share their text
     return heatmap(model, images, unique)[torch.arange(len(images), device=images.device), which]
 

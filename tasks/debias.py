@@ -131,11 +131,8 @@ class Outcomes:
 
     def cue(self) -> Tensor:
         """[k] share of the variance of class scores, less their mean over classes, between images of different cue text."""
-        by_text, mean = (
-            self.by_text.transpose(0, 1),
-            self.by_text.sum(dim=1) / self.images,
-        )  # [t, k, c], [k, c]
-        deviations = by_text - self.count[:, None, None] * mean
+        mean = self.by_text.sum(dim=1) / self.images  # [k, c]
+        deviations = self.by_text.transpose(0, 1) - self.count[:, None, None] * mean  # [t, k, c]
         total = self.square - self.images * mean.square().sum(dim=1)
         return share_between(deviations, self.count, total, mean)
 

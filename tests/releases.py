@@ -1,7 +1,7 @@
 """Small CLIPs shaped like those of older releases: the same parts, names and order of axes, with torch alone.
 
-open_clip's blocks take tokens before images ([N, b, D]) up to 2.24, and OpenAI's always do. Weights of the same
-names and shapes as open_clip's load into all of them.
+open_clip's blocks take tokens before images ([N, b, D]) up to 2.24, and OpenAI's always do. Weights of the
+same names and shapes as open_clip's load into all of them.
 """
 
 from collections import OrderedDict

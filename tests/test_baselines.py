@@ -1,7 +1,9 @@
-"""baselines.py against small random CLIPs of open_clip, and against every attribution worked out the long way (`the_long_way`).
+"""baselines.py against small random CLIPs of open_clip, and against every attribution worked out the long way
+(`the_long_way`).
 
-The long way takes one image at a time, builds each attention matrix in the graph, keeps every tensor, and follows the rules term by
-term with loops. It shares no code with baselines.py. All of it runs in float64 unless a test says otherwise.
+The long way takes one image at a time, builds each attention matrix in the graph, keeps every tensor, and
+follows the rules term by term with loops. It shares no code with baselines.py. All of it runs in float64
+unless a test says otherwise.
 """
 
 import inspect
@@ -22,9 +24,12 @@ from torch import nn
 import baselines
 from baselines import METHODS, BaselineError
 
-EXACT = 1e-10  # float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this
-RELEVANCE = 1e-8  # relevance divides by sums that pass near zero; over 60 models like these the worst map lost seven digits of sixteen
-STABILISED = 1e-6  # what the 1e-9 in every denominator takes from a sum that would else be kept exactly; 1e-7 at most as measured
+# float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this.
+EXACT = 1e-10
+# Relevance divides by sums near zero: over 60 models like these the worst map lost seven digits of sixteen.
+RELEVANCE = 1e-8
+# What the 1e-9 in every denominator takes from a sum that would else be kept exactly; measured 1e-7 at most.
+STABILISED = 1e-6
 FAR = 1e-3  # what a negative control must differ by at least: far from any rounding error
 TEXT_TOWER = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
@@ -81,7 +86,9 @@ seeds = st.integers(0, 10**6)
 
 @torch.no_grad()
 def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, frozen=False, seed=0, **options):
-    """A CLIP of three blocks, four heads, 2 x 3 patches, with no parameter at its trivial value, in eval mode."""
+    """A CLIP of three blocks, four heads, 2 x 3 patches, with no parameter at its trivial value, in eval
+    mode.
+    """
     vision = {
         "layers": 3,
         "width": 32,
@@ -288,7 +295,7 @@ def matmul_rule(a, b, R):
 
 
 def relevances(run, text, score, conserving):
-    """Relevance of each block's attention [L][H, N, N] and input [L][N, D], from the first block to the last."""
+    """Relevance of each block's attention [L][H, N, N] and input [L][N, D], from first block to last."""
     z = run.z.detach().requires_grad_()
     g = torch.autograd.grad(scored(run.model, z, text, score), z)[0]
     with torch.no_grad():
@@ -368,7 +375,9 @@ def long_legrad(run, text, score, layers=2):
 
 
 def similarity(run):
-    """lambda [N]: the class token's query against every key in the last block, over all heads at once, from 0 to 1 over the patches."""
+    """lambda [N]: the class token's query against every key in the last block, over all heads at once, from 0
+    to 1 over the patches.
+    """
     q, k = (torch.cat(t, dim=1) for t in (run.steps[-1].q, run.steps[-1].k))
     cosine = torch.stack([q[0] @ k[j] / q[0].norm() / k[j].norm() for j in range(len(k))])
     return (cosine - cosine[1:].min()) / (cosine[1:].max() - cosine[1:].min())
@@ -551,11 +560,13 @@ def test_each_map_is_that_of_the_long_way_whatever_the_shape_and_options(shape, 
     )
     ours = METHODS[method](model, images, texts, score=score, **options)
     truth = the_long_way(method, model, images, texts, score, **options)
-    # Where no patch is positive the map is zero. Entries are of order one otherwise, or less by what cancels in them.
+    # Where no patch is positive the map is zero. Entries are of order one otherwise, or less by what cancels
+    # in them.
     assert float((ours - truth).abs().max()) <= EXACT * max(float(truth.abs().max()), 1e-3)
 
 
-# Of any width but narrow ones, always the same: a model could be drawn on which relevance has no correct digit.
+# Of any width but narrow ones, always the same: a model could be drawn on which relevance has no correct
+# digit.
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     shapes(min_width=24),
@@ -793,7 +804,8 @@ def test_the_rule_of_a_sum_is_that_of_the_long_way(seed, b, N, D, conserving):
         for parts in zip(*(add_rule(x[n], y[n], R[n], conserving) for n in range(b)), strict=True)
     ]
     for ours, long in zip(baselines._add(x, y, R, conserving), truth, strict=True):
-        # a sum that nearly cancels divides rounding errors too; the rule is continuous, so scale by its own size
+        # a sum that nearly cancels divides rounding errors too; the rule is continuous, so scale by its own
+        # size
         assert float((ours - long).abs().max()) <= EXACT * max(1, float(long.abs().max()) ** 2)
 
 
@@ -879,7 +891,9 @@ def test_a_sum_is_shared_out_image_by_image(conserving, seed, batch):
 
 
 def test_the_conserving_sum_gives_each_term_a_share_of_one_sign():
-    """Published: R_a and R_b may be huge and opposite. Conserving: shares |S_a| / (|S_a| + |S_b|) of the whole."""
+    """Published: R_a and R_b may be huge and opposite. Conserving: shares |S_a| / (|S_a| + |S_b|) of the
+    whole.
+    """
     a, b, R = torch.tensor([[3.0, 1.0]]), torch.tensor([[-2.0, 1.0]]), torch.tensor([[1.0, 1.0]])
     R_a, R_b = baselines._add(
         a.double(), b.double(), R.double(), True
@@ -1010,7 +1024,8 @@ def test_the_published_rules_do_not_keep_relevance(options):
         assert float((R.sum((1, 2)) - 1).abs().min()) > FAR
 
 
-# Widths of which every output has both a positive and a negative part; see the same theorem for one linear map above.
+# Widths of which every output has both a positive and a negative part; see the same theorem for one linear
+# map above.
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(shapes(min_width=24), st.integers(1, 3), seeds)
 def test_the_conserving_rules_keep_relevance_one_whatever_the_shape_and_options(shape, batch, seed):
@@ -1022,7 +1037,9 @@ def test_the_conserving_rules_keep_relevance_one_whatever_the_shape_and_options(
 
 
 def watched(monkeypatch, model, conserving):
-    """Each call of the linear rule: (relevance out, relevance in, size of the relevance out), a number per image."""
+    """Each call of the linear rule: (relevance out, relevance in, size of the relevance out), a number per
+    image.
+    """
     calls, rule = [], baselines._linear
 
     def linear(x, weight, R, conserving):
@@ -1093,7 +1110,9 @@ def test_the_two_rule_sets_differ():
 
 @torch.no_grad()
 def looking_at(model, images, patch):
-    """The class token of the last block attends to one patch and to nothing else, in every head. For one image."""
+    """The class token of the last block attends to one patch and to nothing else, in every head. For one
+    image.
+    """
     attn, y = blocks(model)[-1].attn, forward(model, images[0]).steps[-1].y.detach()
     only = torch.zeros(len(y), dtype=y.dtype)
     only[1 + patch] = 1
@@ -1132,7 +1151,9 @@ def test_a_map_weighted_by_attention_is_where_the_class_token_looks(method, at):
 
 @pytest.mark.parametrize("at", [(row, column) for row in range(2) for column in range(3)], ids=str)
 def test_the_patch_the_class_token_looks_at_is_where_it_is_in_the_image(at):
-    """By the pixels alone: the image is dark but for one patch, positions are all the same, and the class token looks for bright."""
+    """By the pixels alone: the image is dark but for one patch, positions are all the same, and the class
+    token looks for bright.
+    """
     model = build(layers=1)
     with torch.no_grad():
         model.visual.positional_embedding[1:] = model.visual.positional_embedding[1]
@@ -1257,7 +1278,8 @@ def test_only_attention_alone_does_not_depend_on_the_text(method):
 
 # Precision.
 
-# float32 rounds at 6e-8, which leaves these maps six digits. Relevance divides by sums near zero, and keeps three as measured.
+# float32 rounds at 6e-8, which leaves these maps six digits. Relevance divides by sums near zero, and keeps
+# three as measured.
 AGREEMENT = {**dict.fromkeys(KEYS, 1 - 1e-6), **dict.fromkeys(PROPAGATED, 0.999)}
 
 

@@ -1,4 +1,6 @@
-"""The segmentation and heatmap tasks, run in-process on the demo, on folders of its birds and on pictures of any shape."""
+"""The segmentation and heatmap tasks, run in-process on the demo, on folders of its birds and on pictures of
+any shape.
+"""
 
 import contextlib
 import functools
@@ -140,7 +142,9 @@ def save_pair(root, name, picture, mask):
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory):
-    """A folder with folders of classes: eight birds, in the corners of plain pictures that are square, wide and tall."""
+    """A folder with folders of classes: eight birds, in the corners of plain pictures that are square, wide
+    and tall.
+    """
     root = tmp_path_factory.mktemp("birds")
     for i, (bird, mask, kind) in enumerate(cut_out(8, 28)):
         picture, marked = in_corner(bird, mask, CORNERS[i % 4])
@@ -303,7 +307,9 @@ def measured(maps, masks, clip=False):
 
 
 def assert_same_row(row, expected):
-    """float32 maps of one image and of many differ in their last digits: pixels that are equal change places, one may cross a mean."""
+    """float32 maps of one image and of many differ in their last digits: pixels that are equal change places,
+    one may cross a mean.
+    """
     assert row["mAP"] == pytest.approx(expected["mAP"], abs=1e-5)
     assert row["mAP standard error"] == pytest.approx(expected["mAP standard error"], abs=1e-5)
     assert row["pixel accuracy"] == pytest.approx(expected["pixel accuracy"], abs=1e-4)
@@ -414,12 +420,13 @@ def test_each_row_says_what_it_explains(tmp_path):
         "chefer2021-mm",
         "random",
     ]
+    none, contrast = ("-", "-"), "class - mean"
+    published = [("dot", contrast), ("cosine", contrast), ("logit", contrast)]
     expected = {
-        ("all", "published"): [("dot", "class - mean")] * 2 + [("-", "-")] * 2
-        + [("dot", "class - mean"), ("cosine", "class - mean"), ("logit", "class - mean"), ("-", "-")],
-        ("paper", "dot"): [("dot", "class - mean")] * 2 + [("-", "-")] * 2 + [("dot", "class")] * 3 + [("-", "-")],
-        ("none", "cosine"): [("dot", "class")] * 2 + [("-", "-")] * 2 + [("cosine", "class")] * 3 + [("-", "-")],
-    }  # fmt: skip
+        ("all", "published"): [("dot", contrast)] * 2 + [none] * 2 + [*published, none],
+        ("paper", "dot"): [("dot", contrast)] * 2 + [none] * 2 + [("dot", "class")] * 3 + [none],
+        ("none", "cosine"): [("dot", "class")] * 2 + [none] * 2 + [("cosine", "class")] * 3 + [none],
+    }
     for (contrast, score), cells in expected.items():
         rows = segment(
             tmp_path, "--limit", "2", "--contrast", contrast, "--score", score, "--methods", *methods
@@ -1282,7 +1289,9 @@ def test_pictures_have_one_long_side(size, expected):
 
 
 def test_small_pictures_keep_their_pixels_and_large_ones_are_smoothed():
-    checks = lambda n: Image.fromarray(np.uint8(np.indices((n, n)).sum(axis=0) % 2 * 255)).convert("RGB")  # noqa: E731
+    def checks(n):
+        return Image.fromarray(np.uint8(np.indices((n, n)).sum(axis=0) % 2 * 255)).convert("RGB")
+
     assert set(np.unique(values(resized(checks(64))))) == {0, 255}
     assert len(np.unique(values(resized(checks(400))))) > 2
 

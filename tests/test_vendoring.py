@@ -1,4 +1,5 @@
-"""Files that can be copied alone: each is imported and run in a process of its own that knows nothing of this repository.
+"""Files that can be copied alone: each is imported and run in a process of its own that knows nothing of this
+repository.
 
 To add a file: a line of FILES with what has to lie beside it, and a program of the same name in PROGRAMS.
 """
@@ -39,7 +40,7 @@ PROGRAMS = {
             scatter = torch.full((1, 2, 1, 1), 4.0).double()
         texts = torch.eye(2)
         votes = m.CueVotes(texts, torch.ones(1, 2, 1, 2), torch.zeros(2))
-        values = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])  # one head follows the texts, one does not
+        values = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])  # one head follows, one does not
         votes.update(texts[[0, 0, 1, 1]], values[:, None, :, None])
         assert torch.allclose(votes.explained(moments), torch.tensor([[1.0, 0.0]]).double())
         assert m.subspace(texts).shape == (1, 2)
@@ -69,7 +70,7 @@ PROGRAMS = {
 
 
 def run(folder, file, package=False, beside=()):
-    """The program of a file, in a folder that holds the file, what it needs, and nothing else; its messages."""
+    """Run the program of a file in a folder that holds it, what it needs, and nothing else."""
     home = folder / "vendored" if package else folder
     home.mkdir(exist_ok=True)
     if package:
@@ -83,8 +84,9 @@ def run(folder, file, package=False, beside=()):
             "import torch",
             f"import {'vendored.' * package}{Path(file).stem} as m",
             *(line[8:] for line in PROGRAMS[file].splitlines()),
-            f"here = [x for x in sys.modules.values() if (getattr(x, '__file__', None) or '').startswith({str(ROOT)!r})]",
-            "assert not here and 'open_clip' not in sys.modules",
+            "files = [str(getattr(module, '__file__', '')) for module in sys.modules.values()]",
+            f"assert not any(file.startswith({str(ROOT)!r}) for file in files)",
+            "assert 'open_clip' not in sys.modules",
             "print('ran')",
         ]
     )
