@@ -551,7 +551,8 @@ def mask_of_real_numbers(root):
 
 DAMAGES = [
     broken_image, cut_image, broken_mask, cut_mask, empty_mask_file, mask_of_another_size, turned_mask,
-    mask_with_three_values, grey_photograph_as_a_mask, colour_mask, mask_with_transparency, mask_of_real_numbers,
+    mask_with_three_values, grey_photograph_as_a_mask, colour_mask, mask_with_transparency,
+    mask_of_real_numbers,
 ]  # fmt: skip
 
 

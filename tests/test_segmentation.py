@@ -420,11 +420,11 @@ def test_each_row_says_what_it_explains(tmp_path):
         "chefer2021-mm",
         "random",
     ]
-    none, contrast = ("-", "-"), "class - mean"
-    published = [("dot", contrast), ("cosine", contrast), ("logit", contrast)]
+    none, relative = ("-", "-"), "class - mean"
+    published = [("dot", relative), ("cosine", relative), ("logit", relative)]
     expected = {
-        ("all", "published"): [("dot", contrast)] * 2 + [none] * 2 + [*published, none],
-        ("paper", "dot"): [("dot", contrast)] * 2 + [none] * 2 + [("dot", "class")] * 3 + [none],
+        ("all", "published"): [("dot", relative)] * 2 + [none] * 2 + [*published, none],
+        ("paper", "dot"): [("dot", relative)] * 2 + [none] * 2 + [("dot", "class")] * 3 + [none],
         ("none", "cosine"): [("dot", "class")] * 2 + [none] * 2 + [("cosine", "class")] * 3 + [none],
     }
     for (contrast, score), cells in expected.items():
