@@ -277,9 +277,8 @@ def _through_block(block: _Block, R: Tensor, conserving: bool) -> tuple[Tensor, 
     x, n = block.x, R.shape[1]
     y = block.ln_1(x)
     q, k, v = block.project(y)
-    q = q[:, :, :n]
     A = _attention(q, k)
-    O = A @ v  # noqa: E741
+    q, A, O = (part[:, :, :n] for part in (q, A, A @ v))  # noqa: E741
     a = block.ls_1(block.attn.out_proj(_merge(O).to(x.dtype)))
     mid = x[:, :n] + a
     u = block.ln_2(mid)

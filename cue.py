@@ -20,9 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-THRESHOLD = (
-    0.3  # share of its variance from which a head looks at the cue; chosen before the demo was trained
-)
+THRESHOLD = 0.3  # share of its variance from which a head looks at the cue; chosen before the demo was made
 NEGLIGIBLE = 1e-12  # a variance below this share of the squared mean is rounding error: values are float32
 
 
@@ -66,12 +64,7 @@ class CueVotes:
         return ((embedding.to(self.texts) - self.centre) @ self.texts.T).argmax(dim=1)
 
     def explained(self, moments: Moments) -> Tensor:
-        """[L, H] share of the variance of each head's term that lies between pseudo-labels, as
-        `share_between`.
-
-        Args:
-            moments: of the same images' values.
-        """
+        """[L, H] share of the variance of each head's term between pseudo-labels; moments of the images."""
         A = self.maps.cpu().double()
         deviations = self.sum - self.count[:, None, None, None] * moments.mean
         total = (A @ A.mT * moments.scatter).sum(dim=(-2, -1))  # |x A|^2 = x A A' x'
@@ -80,11 +73,11 @@ class CueVotes:
 
 
 def share_between(deviations: Tensor, count: Tensor, total: Tensor, mean: Tensor) -> Tensor:
-    """[...] share of the variance of vectors [..., c] over images that lies between groups of them.
+    """[...] share of the variance over images of vectors [..., c] that lies between groups of images.
 
     Chance alone gives g groups of n images a share of (g - 1) / (n - 1); the correction (epsilon squared,
-    Kelley 1935) makes it 0. It is 0, too, where every image is a group of its own, for nothing is left to
-    tell them from chance, and where all vectors are the same but for rounding.
+    Kelley 1935) makes it 0. It is 0, too, where every image is a group of its own, which nothing tells from
+    chance, and where all vectors are the same but for rounding.
 
     Args:
         deviations: [g, ..., c] sum over each group's images of the vector less the mean of all.

@@ -99,7 +99,7 @@ def in_own_space(values: Tensor, maps: Tensor) -> Tensor:
 def explained(written: Tensor, label: Tensor) -> Tensor:
     """[L, H] share of the variance of written [n, L, H, e] between images of different label [n]."""
     mean = written.mean(dim=0)
-    deviations = written - mean
+    deviations = (written - mean).contiguous()
     count = torch.bincount(label)
     by_label = torch.zeros(len(count), *mean.shape).index_add_(0, label, deviations)
     return share_between(by_label, count, deviations.square().sum(dim=0).sum(dim=-1), mean)

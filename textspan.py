@@ -169,7 +169,7 @@ def textspan(
     else:
         basis = _top_directions(S, moments.mean, rank)
         R_left = R @ basis.T  # from here on the texts are [m, rank], not [m, d]
-        D = R_left @ (basis @ S.T)
+        D = R_left @ (S @ basis.T).T
 
     indices, directions, explained = [], [], []
     for _ in range(size):
