@@ -87,13 +87,13 @@ def find_roles(
 def in_own_space(values: Tensor, maps: Tensor) -> Tensor:
     """[n, L, H, e] float32: the heads' terms in e dimensions instead of d, with the same lengths and angles.
 
-    A term is x A. With F F' = A A', x F has its lengths and angles. An eigendecomposition finds F for all
+    A term is x A. With S S' = A A', x S has its lengths and angles. An eigendecomposition finds S for all
     heads at once, singular ones too (Moments.factor in textspan.py is for one large matrix of low rank).
     """
     maps = maps.float().cpu()
     strength, basis = torch.linalg.eigh((maps @ maps.mT).double())
-    F = (basis * strength.clamp_min(0).sqrt()[..., None, :]).float()
-    return torch.einsum("nLHe,LHef->nLHf", values.float().cpu(), F)
+    S = (basis * strength.clamp_min(0).sqrt()[..., None, :]).float()
+    return torch.einsum("nLHe,LHef->nLHf", values.float().cpu(), S)
 
 
 def explained(written: Tensor, label: Tensor) -> Tensor:

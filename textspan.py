@@ -149,8 +149,8 @@ def textspan(
         TextSpan. directions[i] is text i's embedding, projected, minus its projection onto directions[:i].
 
     Raises:
-        ValueError: shapes that do not fit, NaN, no variance, or more texts wanted than there are, or than the
-            contributions hold independent directions.
+        ValueError: shapes that do not fit, NaN, no variance, or more texts wanted than there are, or than
+            independent directions that a text can name.
     """
     moments = contributions
     if not isinstance(moments, Moments):
