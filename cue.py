@@ -1,35 +1,44 @@
+# MIT licence, copyright (c) 2026 The TextSpan reference authors; see LICENSE.
 """Find the heads that look at a cue, and take the cue out of them; with neither labels nor a language model.
 
-A cue is a handful of texts ("in a forest", "at sea", ...). Every image of an unlabelled reference set gets as a pseudo-label the text
-that fits it better than it fits other images; a head looks at the cue when these pseudo-labels explain enough of the variance of what
-it writes.
+A cue is a handful of texts ("in a forest", "at sea", ...). Every image of an unlabelled reference set gets as
+a pseudo-label the text that fits it better than it fits other images. A head looks at the cue when these
+pseudo-labels explain enough of the variance of what it writes. This file needs torch alone.
 
-    votes = CueVotes(texts, maps, centre)               # texts [t, d], maps [L, H, e, d] from decompose.head_maps, centre [d]
+    votes = CueVotes(texts, maps, centre)    # [t, d], [L, H, e, d] from decompose.head_maps, [d]
     for batch in ...: votes.update(terms.embedding, terms.values)
-    votes.explained(moments)                            # [L, H]; heads above THRESHOLD
-    subspace(texts)                                     # [k, d] the directions in which the texts differ
+    votes.explained(moments)                 # [L, H]; heads above THRESHOLD
+    subspace(texts)                          # [k, d] the directions in which the texts differ
 
-Axes as in decompose.py.
+Axes as in decompose.py; t texts, g groups of images.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from textspan import Moments
+THRESHOLD = 0.3  # share of its variance from which a head looks at the cue; chosen before the demo was made
+NEGLIGIBLE = 1e-12  # a variance below this share of the squared mean is rounding error: values are float32
 
-THRESHOLD = 0.3  # of a head's variance; set before the demo's model was trained
+
+class Moments(Protocol):
+    """What `CueVotes.explained` reads of textspan.Moments."""
+
+    mean: Tensor  # [L, H, e]
+    scatter: Tensor  # [L, H, e, e] sum over images of (x - mean)(x - mean)'
 
 
 class CueVotes:
-    """Sums of every head's values by pseudo-label; memory does not grow with the number of images, and sums of several sets merge.
+    """Sums of every head's values by pseudo-label, which do not grow with the number of images, and merge.
 
     Args:
         texts: [t, d] the cue's texts, unit vectors: longer ones would win more votes.
         maps: [L, H, e, d] from values to terms.
-        centre: [d] a mean embedding of such images. Texts differ in how near they are to images at large ("near the water" is near to
-            everything); without the centre those win most votes, and the pseudo-labels say little.
+        centre: [d] a mean embedding of such images. Some texts ("near the water") are near to images at
+            large; without the centre those win most votes, and the pseudo-labels say little.
     """
 
     running = ("count", "sum")  # what changes, for whoever saves them
@@ -55,40 +64,42 @@ class CueVotes:
         return ((embedding.to(self.texts) - self.centre) @ self.texts.T).argmax(dim=1)
 
     def explained(self, moments: Moments) -> Tensor:
-        """[L, H] share of the variance of each head's term that lies between pseudo-labels, corrected for their number.
-
-        Args:
-            moments: of the same images' values.
-        """
+        """[L, H] share of the variance of each head's term between pseudo-labels; moments of the images."""
         A = self.maps.cpu().double()
-        gram = A @ A.mT  # [L, H, e, e]: lengths of terms, from values
-        seen = self.count > 0
-        shift = self.sum[seen] / self.count[seen, None, None, None] - moments.mean  # [k, L, H, e]
-        between = torch.einsum("k,kLHe,LHef,kLHf->LH", self.count[seen], shift, gram, shift)
-        total = (gram * moments.scatter).sum(dim=(-2, -1))
-        share = corrected(between, total, moments.count, int(seen.sum()))
-        mean = torch.einsum("LHe,LHef,LHf->LH", moments.mean, gram, moments.mean)
-        return torch.where(
-            total > 1e-12 * moments.count * mean, share, 0.0
-        )  # a head that always writes the same has no share
+        deviations = self.sum - self.count[:, None, None, None] * moments.mean
+        total = (A @ A.mT * moments.scatter).sum(dim=(-2, -1))  # |x A|^2 = x A A' x'
+        mean = torch.einsum("LHe,LHed->LHd", moments.mean, A)
+        return share_between(torch.einsum("gLHe,LHed->gLHd", deviations, A), self.count, total, mean)
 
 
-def corrected(between: Tensor, total: Tensor, images: int, groups: int) -> Tensor:
-    """Share between / total of a variance over images that lies between groups of them, 0 where the groups are as good as random.
+def share_between(deviations: Tensor, count: Tensor, total: Tensor, mean: Tensor) -> Tensor:
+    """[...] share of the variance over images of vectors [..., c] that lies between groups of images.
 
-    Chance alone gives k groups of n images a share of (k - 1) / (n - 1); the correction (epsilon squared, Kelley 1935) makes it 0.
-    Where every image is a group of its own, nothing is left to tell them from chance: 0, too.
+    Chance alone gives g groups of n images a share of (g - 1) / (n - 1); the correction (epsilon squared,
+    Kelley 1935) makes it 0. It is 0, too, where every image is a group of its own, which nothing tells from
+    chance, and where all vectors are the same but for rounding.
+
+    Args:
+        deviations: [g, ..., c] sum over each group's images of the vector less the mean of all.
+        count: [g] images of each group.
+        total: [...] sum over all images of the squared length of that difference.
+        mean: [..., c] of all images.
     """
+    images, present = int(count.sum()), count > 0
+    groups = int(present.sum())
     if images <= groups:
         return torch.zeros_like(total)
+    per_image = count[present].view(-1, *[1] * mean.ndim)
+    between = (deviations[present].square() / per_image).sum(dim=0).sum(dim=-1)
     within = (total - between) / (images - groups)
-    return (1 - within * (images - 1) / total).clamp_min(0)
+    share = (1 - within * (images - 1) / total).clamp_min(0)
+    return torch.where(total > NEGLIGIBLE * images * mean.square().sum(dim=-1), share, 0.0)
 
 
 def subspace(texts: Tensor, share: float = 0.95) -> Tensor:
-    """[k, d] orthonormal directions in which the texts differ from each other, as many as hold `share` of their variance."""
+    """[k, d] orthonormal directions in which the texts differ, as many as hold `share` of their variance."""
     rows = texts.double()
     _, strength, directions = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
-    directions = directions[strength > 1e-6 * rows.norm()]  # the rest is rounding: texts come in float32
+    directions = directions[strength.square() > NEGLIGIBLE * rows.square().sum()]
     held = strength.square().cumsum(0) / strength.square().sum()
     return directions[: int((held < share).sum()) + 1].to(texts)

@@ -1,10 +1,12 @@
 """Images with masks, to judge maps by: ImageNet-Segmentation, a folder of images and masks, the demo's birds.
 
-Every data set yields ((image, mask, foreground), index): the image as the model takes it, the mask [height, width] int8 in the same
-geometry (1 foreground, 0 background, -1 not labelled), and the value that meant foreground in the file (0: the mask has none).
+Every data set yields ((image, mask, foreground), index): the image as the model takes it, the mask
+[height, width] int8 in the same geometry (1 foreground, 0 background, -1 not labelled), and the value that
+meant foreground in the file (0: the mask has none).
 
-An open_clip transform may resize and crop. "aligned" puts the mask through the same; "authors" squashes the whole mask onto the crop,
-as the paper's authors do (compute_segmentations.py:169-171), which misplaces it wherever the image is not square.
+An open_clip transform may resize and crop. "aligned" puts the mask through the same; "authors" squashes the
+whole mask onto the crop, as the paper's authors do (compute_segmentations.py:169-171), which misplaces it
+wherever the image is not square.
 """
 
 from __future__ import annotations
@@ -56,22 +58,20 @@ class Masked(Dataset):
             image, values = self.pair(index)
             if values.shape != (image.height, image.width):
                 raise InputError(
-                    f"the mask of {self.name(index)} is {values.shape[1]} x {values.shape[0]} pixels, its image "
-                    f"{image.width} x {image.height}; they must agree"
+                    f"the mask of {self.name(index)} is {values.shape[1]} x {values.shape[0]} pixels, "
+                    f"its image {image.width} x {image.height}; they must agree"
                 )
-            mask, foreground = self._labels(values, index)
-            pixels = self.transform(image)
-            squash = self.protocol == "authors"
-            mask = Image.fromarray(mask)
-            mask = (
-                mask.resize(pixels.shape[:0:-1], Image.Resampling.NEAREST)
-                if squash
-                else self._mask_geometry(mask)
-            )
+            labels, foreground = self._labels(values, index)
+            pixels, mask = self.transform(image), Image.fromarray(labels)
+            if self.protocol == "authors":
+                mask = mask.resize(pixels.shape[:0:-1], Image.Resampling.NEAREST)
+            else:
+                mask = self._mask_geometry(mask)
             mask = torch.from_numpy(np.array(mask))
             if mask.shape != pixels.shape[1:] or bool((mask == VOID).all()):
                 raise InputError(
-                    f"nothing of the mask of {self.name(index)} is left after the model's resizing and cropping"
+                    f"nothing of the mask of {self.name(index)} is left "
+                    "after the model's resizing and cropping"
                 )
         except InputError as error:
             return str(error), index
@@ -95,7 +95,7 @@ class Masked(Dataset):
 
 
 class ImageNetSegmentation(Masked):
-    """gtsegs_ijcv.mat (Guillaumin, Küttel and Ferrari 2014): 4,276 images of ImageNet with masks. Needs h5py.
+    """gtsegs_ijcv.mat (Guillaumin, Küttel, Ferrari 2014): 4,276 images of ImageNet with masks. Needs h5py.
 
     Raises:
         InputError: no h5py, no such file, or one that is something else.
@@ -114,11 +114,9 @@ class ImageNetSegmentation(Masked):
             import h5py  # noqa: F401
         except ImportError:
             raise InputError(f"reading {path} needs h5py: pip install h5py") from None
-        count = len(self._references("img"))
-        if count != len(self._references("gt")) or not count:
-            raise InputError(
-                f"{path} holds {count} images and {len(self._references('gt'))} masks; expected as many of both"
-            )
+        count, masks = len(self._references("img")), len(self._references("gt"))
+        if count != masks or not count:
+            raise InputError(f"{path} holds {count} images and {masks} masks; expected as many of both")
         self.rows = subset(count, limit, seed)
         self.description = f"ImageNet-Segmentation in {path}, {len(self.rows):,} of {count:,} images"
         self._file = None  # every process opens its own
@@ -151,11 +149,13 @@ class ImageNetSegmentation(Masked):
         pixels, mask = self._array("img", self.rows[index]), self._array("gt", self.rows[index])
         if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
             raise InputError(
-                f"{self.name(index)} is an array {pixels.shape} of {pixels.dtype}, expected [rows, columns, 3] of uint8"
+                f"{self.name(index)} is an array {pixels.shape} of {pixels.dtype}, "
+                "expected [rows, columns, 3] of uint8"
             )
         if mask.ndim != 2 or mask.dtype.kind not in "bui":
             raise InputError(
-                f"the mask of {self.name(index)} is an array {mask.shape} of {mask.dtype}, expected integers [rows, columns]"
+                f"the mask of {self.name(index)} is an array {mask.shape} of {mask.dtype}, "
+                "expected integers [rows, columns]"
             )
         return eight_bits(Image.fromarray(np.ascontiguousarray(pixels))), mask.astype(int)
 
@@ -167,9 +167,10 @@ class ImageNetSegmentation(Masked):
 
 
 class MaskFolder(Masked):
-    """images/NAME.jpg with masks/NAME.png (any format, any depth of folders). images/CLASS/NAME.jpg also says what an image shows.
+    """images/NAME.jpg with masks/NAME.png (any format, any depth of folders).
 
-    In a mask 0 is background and one other value foreground, the same in all masks.
+    images/CLASS/NAME.jpg also says what an image shows. In a mask 0 is background and one other value
+    foreground, the same in all masks.
 
     Raises:
         InputError: no such folders, no images, or an image without a mask.
@@ -186,19 +187,10 @@ class MaskFolder(Masked):
                 raise InputError(
                     f"no folder {folder}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/"
                 )
-        files = [
-            path.relative_to(self.root)
-            for path in sorted(self.root.rglob("*"))
-            if path.suffix.lower() in IMAGES and path.is_file()
-        ]
+        files = images_below(self.root)
         if not files:
             raise InputError(f"no images in {self.root} ({', '.join(sorted(IMAGES))})")
-        found = (
-            path
-            for path in sorted((root / "masks").rglob("*"))
-            if path.suffix.lower() in IMAGES and path.is_file()
-        )
-        masks = {path.relative_to(root / "masks").with_suffix(""): path for path in found}
+        masks = {path.with_suffix(""): root / "masks" / path for path in images_below(root / "masks")}
         missing = next((file for file in files if file.with_suffix("") not in masks), None)
         if missing is not None:
             raise InputError(
@@ -207,9 +199,8 @@ class MaskFolder(Masked):
         self.files = [files[i] for i in subset(len(files), limit, seed)]
         self.masks = [masks[file.with_suffix("")] for file in self.files]
         if all(len(file.parts) > 1 for file in files):
-            self.names = sorted(
-                {file.parts[0] for file in files}
-            )  # of all: --limit must not change what there is to tell apart
+            # Of all files: --limit must not change what there is to tell apart.
+            self.names = sorted({file.parts[0] for file in files})
             self.labels = torch.tensor([self.names.index(file.parts[0]) for file in self.files])
         self.description = f"{root}, {len(self.files):,} of {len(files):,} images"
 
@@ -243,11 +234,8 @@ class DemoMasks(Masked):
     ) -> None:
         super().__init__(transform, **options)
         self.birds = DemoBirds(split, transform, limit, seed)
-        self.names, self.labels, self.description = (
-            list(self.birds.kinds),
-            self.birds.facts["kind"],
-            self.birds.description,
-        )
+        self.names, self.labels = list(self.birds.kinds), self.birds.facts["kind"]
+        self.description = self.birds.description
 
     def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
         picture, mask = self.birds.render(index)
@@ -260,26 +248,30 @@ class DemoMasks(Masked):
         return len(self.birds)
 
 
+def images_below(folder: Path) -> list[Path]:
+    """Paths of the images in a folder and the folders in it, relative to it."""
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGES and path.is_file())
+    return [path.relative_to(folder) for path in found]
+
+
 def mask_geometry(transform: Callable) -> Callable[[Image.Image], Image.Image]:
-    """What an open_clip image transform does to positions, for a mask: the same resizing and cropping, no new values.
+    """What an open_clip image transform does to positions, for a mask: the same resizing and cropping, no new
+    values.
 
     Raises:
         InputError: the transform is not one of open_clip's for evaluation.
     """
     steps = []
     for step in getattr(transform, "transforms", [transform]):
+        name, changed = type(step).__name__, copy.copy(step)
         if hasattr(step, "interpolation"):  # Resize, ResizeKeepRatio
-            step = copy.copy(step)
-            step.interpolation = InterpolationMode.NEAREST
-            steps.append(step)
-        elif type(step).__name__ in ("CenterCrop", "CenterCropOrPad"):
-            step = copy.copy(step)
-            step.fill = VOID
-            steps.append(step)
-        elif type(step).__name__ not in ("MaybeConvertMode", "ToTensor", "MaybeToTensor", "Normalize"):
-            raise InputError(
-                f"cannot tell what the image transform's step {type(step).__name__} does to positions"
-            )
+            changed.interpolation = InterpolationMode.NEAREST
+            steps.append(changed)
+        elif name in ("CenterCrop", "CenterCropOrPad"):
+            changed.fill = VOID
+            steps.append(changed)
+        elif name not in ("MaybeConvertMode", "ToTensor", "MaybeToTensor", "Normalize"):
+            raise InputError(f"cannot tell what the image transform's step {name} does to positions")
 
     def apply(mask: Image.Image) -> Image.Image:
         for step in steps:
@@ -292,7 +284,7 @@ def mask_geometry(transform: Callable) -> Callable[[Image.Image], Image.Image]:
 def seen(
     transform: Callable, size: tuple[int, int], model: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of what the model sees, in the image's pixels; beyond the image where the transform pads.
+    """(left, top, right, bottom) of what the model sees, in the image's pixels; beyond it where padded.
 
     Args:
         size: width and height of the image.

@@ -1,11 +1,13 @@
-"""How well do maps segment? Pixel accuracy, mean IoU and average precision, from running sums. This file needs torch alone.
+# MIT licence, copyright (c) 2026 The TextSpan reference authors; see LICENSE.
+"""How well do maps segment? Pixel accuracy, mean IoU and average precision, from running sums.
 
     segmentation = Segmentation()
     for maps, masks in batches: segmentation.update(maps, masks)     # [b, rows, cols], [b, height, width]
     segmentation.pixel_accuracy, segmentation.mean_iou, segmentation.mean_ap
 
-The protocol is that of ImageNet-Segmentation in Chefer, Gur and Wolf 2021 (https://arxiv.org/abs/2012.09838), which the paper follows
-in section 5: a map is resized to its mask bilinearly, scaled to 0..1, and foreground is what lies above its mean.
+The protocol is that of ImageNet-Segmentation in Chefer, Gur and Wolf 2021 (https://arxiv.org/abs/2012.09838),
+which the paper follows in section 5: a map is resized to its mask bilinearly and scaled to 0..1, and what
+lies above its mean is foreground. This file needs torch alone.
 
 Axes: b images, p pixels of one image.
 """
@@ -18,7 +20,7 @@ from torch import Tensor
 
 
 class Segmentation:
-    """Running sums over images; memory does not grow with their number, and any split into batches gives the same.
+    """Running sums over images: memory does not grow with them, and any split into batches gives the same.
 
     Args:
         clip: set negative values to zero before a map is scaled, as the paper's authors do with theirs.
@@ -28,25 +30,27 @@ class Segmentation:
         self.clip = clip
         self.images = 0
         self.labelled = 0  # pixels
-        self.shared, self.either = (
-            [0, 0],
-            [0, 0],
-        )  # pixels of background and foreground: intersection and union with the truth
-        self.precision = self.precision_squared = 0.0  # sums over images of the average precision
+        self.shared = [0, 0]  # pixels of background and foreground: intersection with the truth,
+        self.either = [0, 0]  # union with it
+        self.precision = 0.0  # sum over images of the average precision
+        self.precision_squared = 0.0  # and of its square
 
     def update(self, maps: Tensor, masks: Tensor) -> Segmentation:
         """Add images.
 
         Args:
             maps: [b, rows, cols], of any range.
-            masks: [b, height, width] integers: 1 foreground, 0 background, negative: not labelled, left out of every measure.
+            masks: [b, height, width] integers: 1 foreground, 0 background, negative: not labelled, left out
+                of every measure.
 
         Raises:
-            ValueError: shapes that do not fit, a map that is not finite, another label, an image without a labelled pixel.
+            ValueError: shapes that do not fit, a map that is not finite, another label, an image without a
+                labelled pixel.
         """
         if maps.ndim != 3 or masks.ndim != 3 or len(maps) != len(masks):
             raise ValueError(
-                f"expected maps [b, rows, cols] and masks [b, height, width], got {list(maps.shape)}, {list(masks.shape)}"
+                "expected maps [b, rows, cols] and masks [b, height, width], "
+                f"got {list(maps.shape)}, {list(masks.shape)}"
             )
         if not len(maps):
             return self
@@ -61,13 +65,13 @@ class Segmentation:
         if not counted.any(dim=1).all():
             raise ValueError("a mask holds no labelled pixel")
         scores = scale(maps, masks.shape[-2:], self.clip).flatten(1)
-        found = scores > scores.mean(dim=1, keepdim=True)
+        above = scores > scores.mean(dim=1, keepdim=True)
         for label in (0, 1):
-            said, true = (found == label) & counted, truth == label
-            self.shared[label] += int((said & true).sum())
-            self.either[label] += int((said | true).sum())
+            predicted, actual = (above == label) & counted, truth == label
+            self.shared[label] += int((predicted & actual).sum())
+            self.either[label] += int((predicted | actual).sum())
         self.labelled += int(counted.sum())
-        # One ranking per image of twice its pixels: as foreground by the map, as background by what is left of it to 1.
+        # One ranking per image of twice its pixels: as foreground by the map, as background by 1 - map.
         both = torch.cat([1 - scores, scores], dim=1)
         precision = average_precision(both, torch.cat([truth == 0, truth == 1], dim=1), counted.repeat(1, 2))
         self.precision += float(precision.sum())
@@ -81,15 +85,9 @@ class Segmentation:
             raise ValueError("one of the two clips its maps, the other does not")
         for name in ("images", "labelled", "precision", "precision_squared"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("shared", "either"):
-            setattr(
-                self,
-                name,
-                [
-                    ours + theirs
-                    for ours, theirs in zip(getattr(self, name), getattr(other, name), strict=True)
-                ],
-            )
+        for label in (0, 1):
+            self.shared[label] += other.shared[label]
+            self.either[label] += other.either[label]
         return self
 
     @property
@@ -105,7 +103,7 @@ class Segmentation:
 
     @property
     def mean_ap(self) -> float:
-        """Mean over images of the average precision. A random map has about 0.5, and so has a constant one."""
+        """Mean over images of the average precision: about 0.5 for a random map, and for a constant one."""
         return self.precision / self.images
 
     @property
@@ -116,7 +114,7 @@ class Segmentation:
 
 
 def scale(maps: Tensor, size: tuple[int, int], clip: bool = False) -> Tensor:
-    """[b, rows, cols] to [b, *size] in float64: resized bilinearly, scaled to 0..1; a constant map becomes 0.5."""
+    """[b, rows, cols] to [b, *size] float64: resized bilinearly, scaled to 0..1; a constant becomes 0.5."""
     maps = F.interpolate(maps.double()[:, None], size, mode="bilinear", align_corners=False)[:, 0]
     maps = maps.clamp_min(0) if clip else maps
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
@@ -126,8 +124,8 @@ def scale(maps: Tensor, size: tuple[int, int], clip: bool = False) -> Tensor:
 def average_precision(scores: Tensor, positive: Tensor, counted: Tensor | None = None) -> Tensor:
     """[b] area under each row's precision-recall steps, exactly: equal scores enter the ranking together.
 
-    Sum over distinct scores s, from the highest, of (recall down to s - recall before it) * (precision down to s). This is
-    sklearn.metrics.average_precision_score.
+    Sum over distinct scores s, from the highest, of (recall down to s - recall before it) * (precision down
+    to s). This is sklearn.metrics.average_precision_score.
 
     Args:
         scores: [b, p].
@@ -136,10 +134,10 @@ def average_precision(scores: Tensor, positive: Tensor, counted: Tensor | None =
     """
     counted = torch.ones_like(positive) if counted is None else counted
     scores, order = scores.sort(dim=1, descending=True)
-    true = (positive & counted).gather(1, order).double().cumsum(dim=1)
+    hits = (positive & counted).gather(1, order).double().cumsum(dim=1)  # true positives down to each rank
     taken = counted.gather(1, order).double().cumsum(dim=1)
     last = torch.ones_like(positive)  # of its group of equal scores
     last[:, :-1] = scores[:, :-1] != scores[:, 1:]
-    upto = torch.where(last, true, 0)
+    upto = torch.where(last, hits, 0)
     before = F.pad(upto.cummax(dim=1).values[:, :-1], (1, 0))  # true positives of all groups before
-    return ((upto - before) * last * true / taken.clamp_min(1)).sum(dim=1) / true[:, -1]
+    return ((upto - before) * last * hits / taken.clamp_min(1)).sum(dim=1) / hits[:, -1]

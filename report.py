@@ -1,9 +1,11 @@
-"""A page of results in one file: tables, charts and pictures that need no network and no script, to be opened or mailed.
+"""A page of results in one file: tables, charts and pictures that need no network and no script.
 
-    page("Heads of ViT-L-14", {"seed": "0"}, [section("Accuracy", "In percent.", table(["", "worst"], [["base", 54.8]]))])
+    accuracy = section("Accuracy", "In percent.", table(["", "worst"], [["base", 54.8]]))
+    page("Heads of ViT-L-14", {"seed": "0"}, [accuracy])
 
-Every function returns Html. Any other string is text: it is escaped, and a paragraph of its own where markup could stand.
-None, NaN and infinity are shown as a dash and never drawn. No colour stands alone: letters, dashes and shapes go with it.
+Every function returns Html. Any other string is text: it is escaped, and a paragraph of its own where markup
+could stand. None, NaN and infinity are shown as a dash and never drawn. No colour stands alone: letters,
+dashes and shapes go with it.
 """
 
 from __future__ import annotations
@@ -26,29 +28,25 @@ from unicodedata import east_asian_width
 import numpy as np
 from PIL import Image
 
-# Twelve tones, after Okabe and Ito, darkened or lightened until each has a contrast of 4.5 : 1 with its ground.
+# Twelve tones after Okabe and Ito, darkened or lightened until each has a contrast of 4.5 : 1 to its ground.
 LIGHT = "#0072b2 #c04a00 #00694a #b0387e #332288 #222222 #7a0f22 #7d55d8 #7a6700 #6b6b6b #007a72 #7a4a1e"
 DARK = "#56b4e9 #ff8a4d #1fd6a0 #f5a3d0 #8f8fff #f2f2f2 #c98a5e #cbbcff #f0e442 #a6a6a6 #7fdbe6 #ff6f6f"
 TONES, MISSING = 12, "\u2013"
 DASHES = ("none", "8 3", "2 2.5", "9 3 2 3", "4 3", "14 4", "1 3", "9 3 2 3 2 3")
 MARKERS = (  # disc, square, triangle, diamond, triangle upside down, plus, hourglass, flat bar
-    *(
-        "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0Z",
-        "M-3.3-3.3h6.6v6.6h-6.6Z",
-        "M0-4.5 4.4 3.3h-8.8Z",
-        "M0-5 4.2 0 0 5-4.2 0Z",
-    ),
-    *(
-        "M0 4.5 4.4-3.3h-8.8Z",
-        "M-1.4-4.6h2.8v3.2h3.2v2.8h-3.2v3.2h-2.8v-3.2h-3.2v-2.8h3.2Z",
-        "M-3.6-4h7.2L-3.6 4h7.2Z",
-        "M-5-2h10v4h-10Z",
-    ),
+    "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0Z",
+    "M-3.3-3.3h6.6v6.6h-6.6Z",
+    "M0-4.5 4.4 3.3h-8.8Z",
+    "M0-5 4.2 0 0 5-4.2 0Z",
+    "M0 4.5 4.4-3.3h-8.8Z",
+    "M-1.4-4.6h2.8v3.2h3.2v2.8h-3.2v3.2h-2.8v-3.2h-3.2v-2.8h3.2Z",
+    "M-3.6-4h7.2L-3.6 4h7.2Z",
+    "M-5-2h10v4h-10Z",
 )
 WIDTH, LETTER = (
     400,
     7.2,
-)  # units of a drawing: its width, and a wide letter's; on a phone a unit is a little less than a pixel
+)  # of a drawing, and of a wide letter; on a phone a unit is a little less than a pixel
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -76,17 +74,13 @@ def page(title: str, settings: Mapping[str, object], sections: Sequence[str], le
     """The whole document. Its policy forbids scripts and everything from elsewhere.
 
     Raises:
-        ValueError: two elements have one id (two grids of one anchor), so that links would lead to the wrong one.
+        ValueError: two elements have one id (two grids of one anchor), so that links would go wrong.
     """
     parts = [tag("div", block(part), id=f"part-{i}") for i, part in enumerate(sections, start=1)]
     names = [re.search("<h2>(.*?)</h2>", part, re.DOTALL) for part in parts]
-    links = [
-        tag("li", tag("a", Html(name[1]), href=f"#part-{i}")) for i, name in enumerate(names, start=1) if name
-    ]
+    links = [tag("li", tag("a", Html(name[1]), href=f"#part-{i}")) for i, name in enumerate(names, 1) if name]
     known = [tag("div", tag("dt", name), tag("dd", value)) for name, value in settings.items()]
-    light, dark = (
-        ";".join(f"--c{i}:{tone}" for i, tone in enumerate(tones.split())) for tones in (LIGHT, DARK)
-    )
+    light, dark = (";".join(f"--c{i}:{c}" for i, c in enumerate(tones.split())) for tones in (LIGHT, DARK))
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -108,9 +102,8 @@ def page(title: str, settings: Mapping[str, object], sections: Sequence[str], le
 
 def section(heading: str, *parts: str, note: str = "") -> Html:
     """A heading with what belongs to it; the note comes last, in small print."""
-    return tag(
-        "section", tag("h2", heading), *map(block, parts), tag("p", note, class_="note") if note else ""
-    )
+    last = tag("p", note, class_="note") if note else ""
+    return tag("section", tag("h2", heading), *map(block, parts), last)
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: str = "") -> Html:
@@ -121,9 +114,8 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: s
             raise ValueError(
                 f"a row must have {len(header)} cells like the header, got {len(row)}: {list(row)!r}"
             )
-        lines.append(
-            tag("tr", *(tag("td", cell) if i else tag("th", cell, scope="row") for i, cell in enumerate(row)))
-        )
+        cells = (tag("td", cell) if i else tag("th", cell, scope="row") for i, cell in enumerate(row))
+        lines.append(tag("tr", *cells))
     top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in header)))
     body = tag("tbody", *(lines or [tag("tr", tag("td", "nothing to show", colspan=len(header)))]))
     inside = tag("table", tag("caption", caption) if caption else "", top, body)
@@ -140,26 +132,20 @@ def pictures(items: Sequence[tuple[Image.Image, str]], *, size: int = 128, cap: 
     """
     figures = []
     for i, (image, caption) in enumerate(items[:cap], start=1):
-        words = (
-            tag("figcaption", caption, aria_hidden="true") if caption else ""
-        )  # read out once, with the picture
+        # Hidden from those who listen: it is read out with the picture.
+        words = tag("figcaption", caption, aria_hidden="true") if caption else ""
         figures.append(tag("figure", picture(image, caption or f"picture {i}", size), words))
-    more = (
-        f"{len(items) - len(figures):,} more not shown"
-        if len(items) > len(figures)
-        else ""
-        if items
-        else "nothing to show"
-    )
-    return Html(
-        tag("div", *figures, class_="pictures", style=f"--size:{size}px")
-        + tag("p", more, class_="note") * bool(more)
-    )
+    more = "" if items else "nothing to show"
+    if len(items) > len(figures):
+        more = f"{len(items) - len(figures):,} more not shown"
+    shown = tag("div", *figures, class_="pictures", style=f"--size:{size}px")
+    return Html(shown + tag("p", more, class_="note") * bool(more))
 
 
 def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -> Html:
-    """A cell for each head in rows of layers, coloured and lettered by role, with a bar for the role's share; below, a card for each
-    with all else that is known of it.
+    """A cell for each head in rows of layers, coloured and lettered by role, with a bar for the role's share.
+
+    Below follows a card for each head with all else that is known of it.
 
     Args:
         anchor: what the ids begin with; another one for each grid on a page.
@@ -168,41 +154,25 @@ def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -
     there = {(head.layer, head.head): head for head in heads}
     if len(there) < len(heads) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", anchor):
         raise ValueError(
-            f"heads must differ ({len(there)} of {len(heads)} do) and anchor must be a plain word, got {anchor!r}"
+            f"heads must differ ({len(there)} of {len(heads)} do) "
+            f"and anchor must be a plain word, got {anchor!r}"
         )
     roles = Counter(head.role for head in heads if head.role)
-    looks = {
-        role: (tone(i), mark)
-        for i, (role, mark) in enumerate(letters([role for role, _ in roles.most_common()]).items())
-    }
+    marks = letters([role for role, _ in roles.most_common()])
+    looks = {role: (tone(i), mark) for i, (role, mark) in enumerate(marks.items())}
     looks[""], roles[""] = ("--c:var(--soft)", MISSING), sum(not head.role for head in heads)
-    legend = [
-        tag(
-            "li",
-            tag("i", mark, class_="mark"),
-            f" {role or 'no role'} ",
-            tag("small", roles[role]),
-            style=style,
-        )
-        for role, (style, mark) in looks.items()
-        if roles[role]
-    ]
+    legend = []
+    for role, (style, mark) in looks.items():
+        words = [tag("i", mark, class_="mark"), f" {role or 'no role'} ", tag("small", roles[role])]
+        legend += [tag("li", *words, style=style)] * bool(roles[role])
     more = any(head.categories or head.texts or head.images or known(head.spread) for head in heads)
     cells, across = [], max((head.head for head in heads), default=0) + 1
     for layer in sorted({head.layer for head in heads}):
         cells.append(tag("span", layer, class_="layer", title=f"layer {layer}"))
-        cells += [
-            cell(there[layer, i], looks, anchor if more else "") if (layer, i) in there else tag("span")
-            for i in range(across)
-        ]
-    grid = tag(
-        "div",
-        *cells,
-        class_="heads",
-        role="group",
-        aria_label="Heads in rows of layers",
-        style=f"--across:{across}",
-    )
+        row = [there.get((layer, i)) for i in range(across)]
+        cells += [cell(head, looks, anchor if more else "") if head else tag("span") for head in row]
+    told = {"role": "group", "aria_label": "Heads in rows of layers"}
+    grid = tag("div", *cells, class_="heads", **told, style=f"--across:{across}")
     stable = any(head.stable is not None for head in heads)
     cards = [card(head, looks, anchor, images, stable) for _, head in sorted(there.items())] if more else []
     box = tag("div", grid, class_="wide", id=f"{anchor}-grid", tabindex=0)
@@ -210,74 +180,49 @@ def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -
 
 
 def cell(head: Head, looks: dict, anchor: str) -> Html:
-    (style, mark), name, role, share = (
-        looks[head.role],
-        f"{head.layer}.{head.head}",
-        head.role or "no role",
-        percent(head.role_share),
-    )
-    words = [
-        tag("b", name),
-        " ",
-        tag("i", mark, class_="mark"),
-        " ",
-        tag("span", role),
-        " ",
-        tag("small", share),
-        bar(head.role_share),
-    ]
+    """The square of one head; a link to its card where there is an anchor."""
+    style, mark = looks[head.role]
+    name, role, share = f"{head.layer}.{head.head}", head.role or "no role", percent(head.role_share)
+    top = [tag("b", name), " ", tag("i", mark, class_="mark"), " "]
+    words = [*top, tag("span", role), " ", tag("small", share), bar(head.role_share)]
     link = f"#{anchor}-{head.layer}-{head.head}" if anchor else None
-    return tag(
-        "a" if anchor else "div",
-        *words,
-        class_="cell",
-        style=style,
-        href=link,
-        title=f"head {name}: {role}, {share}",
-    )
+    title = f"head {name}: {role}, {share}"
+    return tag("a" if anchor else "div", *words, class_="cell", style=style, href=link, title=title)
 
 
 def card(head: Head, looks: dict, anchor: str, images: int, stable: bool) -> Html:
-    (style, mark), name = looks[head.role], f"{head.layer}.{head.head}"
-    role = f"{head.role or 'no role'} {percent(head.role_share)}"
-    facts = {"spread": head.spread, "unexplained": head.remainder} | (
-        {"stable": head.stable} if stable else {}
-    )
+    """All that is known of one head."""
+    style, mark = looks[head.role]
+    name, role = f"{head.layer}.{head.head}", f"{head.role or 'no role'} {percent(head.role_share)}"
+    known_facts = {"spread": head.spread, "unexplained": head.remainder}
+    if stable:
+        known_facts["stable"] = head.stable
+    facts = [tag("span", f"{key} ", tag("b", percent(share))) for key, share in known_facts.items()]
     shares = sorted(head.categories.items(), key=lambda item: -item[1] if known(item[1]) else math.inf)
-    return tag(
-        "article",
+    kinds = [
+        tag("li", kind, " ", tag("b", percent(share)), bar(share), style=looks.get(kind, looks[""])[0])
+        for kind, share in shares
+    ]
+    texts = [tag("li", text, " ", tag("b", percent(share))) for text, share in head.texts]
+    strip = [
+        picture(image, f"head {name} writes much: image {i}", 96)
+        for i, image in enumerate(head.images[:images], 1)
+    ]
+    parts = [
         tag("h3", tag("i", mark, class_="mark"), f" Head {name} ", tag("small", role)),
-        tag(
-            "p",
-            *(tag("span", f"{key} ", tag("b", percent(share))) for key, share in facts.items()),
-            class_="facts",
-        ),
-        folded(
-            [
-                tag("li", kind, " ", tag("b", percent(x)), bar(x), style=looks.get(kind, looks[""])[0])
-                for kind, x in shares
-            ],
-            "kinds",
-        ),
-        folded([tag("li", text, " ", tag("b", percent(share))) for text, share in head.texts], "texts"),
-        tag(
-            "div",
-            *(
-                picture(image, f"head {name} writes much: image {i}", 96)
-                for i, image in enumerate(head.images[:images], 1)
-            ),
-            class_="strip",
-        ),
+        tag("p", *facts, class_="facts"),
+        folded(kinds, "kinds"),
+        folded(texts, "texts"),
+        tag("div", *strip, class_="strip"),
         tag("a", "↑ grid", href=f"#{anchor}-grid", aria_label=f"from head {name} to the ↑ grid"),
-        **{"class_": "card", "id": f"{anchor}-{head.layer}-{head.head}", "style": style},
-    )
+    ]
+    return tag("article", *parts, class_="card", id=f"{anchor}-{head.layer}-{head.head}", style=style)
 
 
 def folded(items: list[Html], name: str, first: int = 5) -> Html:
     """A list of which all but the first are to be opened."""
-    rest = tag(
-        "details", tag("summary", f"{len(items) - first} more"), tag("ul", *items[first:], class_=name)
-    )
+    summary = tag("summary", f"{len(items) - first} more")
+    rest = tag("details", summary, tag("ul", *items[first:], class_=name))
     return Html(tag("ul", *items[:first], class_=name) * bool(items) + rest * (len(items) > first))
 
 
@@ -300,10 +245,9 @@ def curves(
         lines: values of y to compare with.
     """
     bands, lines = bands or {}, present(lines)
-    if set(bands) - set(series):
-        raise ValueError(
-            f"a band must have the name of a series, {', '.join(series)}; got {min(set(bands) - set(series))!r}"
-        )
+    strange = set(bands) - set(series)
+    if strange:
+        raise ValueError(f"a band must have the name of a series, {', '.join(series)}; got {min(strange)!r}")
     dots = [point for points in series.values() for point in points if known(*point)]
     edges = [(x, y) for band in bands.values() for x, *ends in band for y in ends if known(x, *ends)]
     if not dots:
@@ -312,33 +256,39 @@ def curves(
     x = Axis([x for x, _ in dots + edges], y.room + 8, WIDTH - 16, about=6)
     drawn, legend, rows = grid(x, 26, 216, x_label, y, y_label), [], []
     for i, (name, points) in enumerate(series.items()):
-        ranges, parts = {a: ends for a, *ends in bands.get(name, ()) if known(a, *ends)}, []
-        for there, run in groupby(bands.get(name, ()), key=lambda point: known(*point)):
-            run = list(run) * there
-            ring = trace([(a, low) for a, low, _ in run] + [(a, high) for a, _, high in reversed(run)], x, y)
-            parts.append(tag("path", d=ring, class_="band"))
-        parts.append(tag("path", d=trace(points, x, y), stroke_dasharray=dashes(i), class_="line"))
-        at = [point for point in points if known(*point)]
-        parts += [
-            marker(i, x(a), y(b), f"{name}: {x.tell(a, 2)}, {y.tell(b, 2)}")
-            for a, b in at[:: math.ceil(len(at) / 14) or 1]
-        ]
-        drawn.append(tag("g", *parts, style=tone(i)))
+        band = bands.get(name, ())
+        drawn.append(curve(i, name, points, band, x, y))
         sample = [tag("path", d="M0 6H40", stroke_dasharray=dashes(i), class_="line"), marker(i, 20, 6)]
-        legend.append(
-            tag("li", tag("svg", *sample, viewBox="0 0 40 12", aria_hidden="true", style=tone(i)), name)
-        )
-        rows += [[name, a, b, *(ranges.get(a, (None, None)) if bands else ())] for a, b in at]
+        key = tag("svg", *sample, viewBox="0 0 40 12", aria_hidden="true", style=tone(i))
+        legend.append(tag("li", key, name))
+        ranges = {a: ends for a, *ends in band if known(a, *ends)}
+        for point in points:
+            if known(*point):
+                rows.append([name, *point, *(ranges.get(point[0], (None, None)) if bands else ())])
     floor = 24
     for name, value in sorted(lines.items(), key=lambda item: -item[1]):
-        floor = (
-            y(value) - 4 if y(value) - 4 >= floor + 14 else max(floor + 14, y(value) + 13)
-        )  # below its line where one above is near
+        above, below = y(value) - 4, y(value) + 13
+        floor = above if above >= floor + 14 else max(floor + 14, below)  # below where another one is near
         drawn.append(tag("path", d=f"M{x.start} {y(value)}H{x.end}", class_="flag"))
         drawn.append(text(x.end, floor, f"{name} {y.tell(value, 1)}", "end", x.end - x.start))
-    told = f"{y_label} against {x_label}: {', '.join(series)}. {len(dots)} points, {y_label} from {y.low:.4g} to {y.high:.4g}."
+    told = f"{y_label} against {x_label}: {', '.join(series)}. {len(dots)} points, "
+    told += f"{y_label} from {y.low:.4g} to {y.high:.4g}."
     data = table(["", x_label, y_label, *(["low", "high"] if bands else [])], rows)
     return chart(title, told, 258, drawn, data, tag("ul", *legend, class_="legend"))
+
+
+def curve(i: int, name: str, points: Points, band: Points, x: Axis, y: Axis) -> Html:
+    """One series: its band, its line, and markers at some of its points."""
+    parts = []
+    for there, run in groupby(band, key=lambda point: known(*point)):
+        run = list(run) * there
+        ring = trace([(a, low) for a, low, _ in run] + [(a, high) for a, _, high in reversed(run)], x, y)
+        parts.append(tag("path", d=ring, class_="band"))
+    parts.append(tag("path", d=trace(points, x, y), stroke_dasharray=dashes(i), class_="line"))
+    at = [point for point in points if known(*point)]
+    for a, b in at[:: math.ceil(len(at) / 14) or 1]:
+        parts.append(marker(i, x(a), y(b), f"{name}: {x.tell(a, 2)}, {y.tell(b, 2)}"))
+    return tag("g", *parts, style=tone(i))
 
 
 def intervals(
@@ -351,48 +301,36 @@ def intervals(
     """Dots with whiskers, a line of text over each.
 
     Args:
-        groups: from a name ("" for none) to rows (label, value, low, high). Rows of one label look alike in every group.
+        groups: from a name ("" for none) to rows (label, value, low, high); rows of one label look alike.
         lines: values to compare with.
     """
     rows = [(group, *row) for group, members in groups.items() for row in members]
     values, lines = [value for row in rows for value in row[2:] if known(value)], present(lines)
     if not values:
         return chart(title, "", 0, [])
-    x, drawn, down, last = (
-        Axis([*values, *lines.values()], 12, WIDTH - 12, about=6),
-        [],
-        8 + 16 * len(lines),
-        "",
-    )
+    x = Axis([*values, *lines.values()], 12, WIDTH - 12, about=6)
+    drawn, top, last = [], 8 + 16 * len(lines), ""
+    down = top
     looks = {name: i for i, name in enumerate(dict.fromkeys(row[1] for row in rows))}
     for group, name, value, low, high in rows:
         if group != last:
             drawn.append(text(0, down + 16, group, class_="strong"))
             down, last = down + 22, group
-        numbers = x.tell(value, 1) + (f" [{x.tell(low, 1)}, {x.tell(high, 1)}]" if known(low, high) else "")
+        numbers, whisker, dot = x.tell(value, 1), "", ""
+        if known(low, high):
+            numbers += f" [{x.tell(low, 1)}, {x.tell(high, 1)}]"
+            whisker = tag("path", d=f"M{x(low)} {down + 18}v8m0-4H{x(high)}m0-4v8", class_="whisker")
+        if known(value):
+            dot = marker(looks[name], x(value), down + 22, f"{group} {name}: {numbers}")
         drawn.append(text(20, down + 12, name, room=WIDTH - 40 - LETTER * len(numbers)))
         drawn.append(text(WIDTH - 12, down + 12, numbers, "end"))
-        ends = (
-            tag("path", d=f"M{x(low)} {down + 18}v8m0-4H{x(high)}m0-4v8", class_="whisker")
-            if known(low, high)
-            else ""
-        )
-        dot = marker(looks[name], x(value), down + 22, f"{group} {name}: {numbers}") if known(value) else ""
-        drawn.append(tag("g", ends, dot, style=tone(looks[name])))
+        drawn.append(tag("g", whisker, dot, style=tone(looks[name])))
         down += 32
-    back = grid(x, 8 + 16 * len(lines), down + 4, x_label) + flags(lines, x, down + 4)
-    data = (
-        table(["group", "", x_label, "low", "high"], rows)
-        if any(groups)
-        else table(["", x_label, "low", "high"], [row[1:] for row in rows])
-    )
-    return chart(
-        title,
-        f"{x_label}: a dot with its interval for each of {len(rows)} rows.",
-        down + 46,
-        back + drawn,
-        data,
-    )
+    back = grid(x, top, down + 4, x_label) + flags(lines, x, down + 4)
+    skip = 0 if any(groups) else 1  # the column of groups without names
+    data = table(["group", "", x_label, "low", "high"][skip:], [row[skip:] for row in rows])
+    told = f"{x_label}: a dot with its interval for each of {len(rows)} rows."
+    return chart(title, told, down + 46, back + drawn, data)
 
 
 def histogram(values: Iterable[float], marks: Mapping[str, float], title: str, x_label: str) -> Html:
@@ -402,9 +340,8 @@ def histogram(values: Iterable[float], marks: Mapping[str, float], title: str, x
     if not values:
         return chart(title, "", 0, [])
     edges = Axis(values, 0, 1, about=min(24, 5 + math.isqrt(len(values)))).ticks
-    held = Counter(
-        min(max(bisect_right(edges, value), 1), len(edges) - 1) for value in values
-    )  # an edge belongs to the bar after it
+    # An edge belongs to the bar after it.
+    held = Counter(min(max(bisect_right(edges, value), 1), len(edges) - 1) for value in values)
     top = 26 + 16 * len(marks)
     y = Axis([0, max(4, *held.values())], top + 150, top, about=4)
     x = Axis([edges[0], edges[-1], *marks.values()], y.room + 8, WIDTH - 16, about=6)
@@ -415,9 +352,8 @@ def histogram(values: Iterable[float], marks: Mapping[str, float], title: str, x
         bars.append(tag("path", tag("title", f"{rows[-1][0]}: {held[i]}"), d=outline, class_="column"))
     drawn = grid(x, top, y.start, x_label, y, "count") + bars + flags(marks, x, y.start)
     told = f"{len(values)} of {len(given)} values of {x_label}, from {min(values):.4g} to {max(values):.4g}."
-    data = table(
-        [x_label, "count"], rows + [(f"{name}: {x.tell(value, 1)}", "") for name, value in marks.items()]
-    )
+    rows += [(f"{name}: {x.tell(value, 1)}", "") for name, value in marks.items()]
+    data = table([x_label, "count"], rows)
     return chart(title, told, y.start + 42, drawn, data)
 
 
@@ -433,12 +369,9 @@ def write(path: str | os.PathLike, document: str) -> None:
 
 
 def tag(name: str, /, *inside: object, **attributes: object) -> Html:
-    """An element. Everything is escaped that is not Html; class_ stands for class, stroke_width for stroke-width."""
-    marks = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{clean(value)}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
+    """An element; what is not Html is escaped. class_ stands for class, stroke_width for stroke-width."""
+    named = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()}
+    marks = "".join(f' {key}="{clean(value)}"' for key, value in named.items() if value is not None)
     words = "".join(item if isinstance(item, Html) else shown(item) for item in inside)
     return Html(f"<{name}{marks}>{words}" + f"</{name}>" * (name not in ("meta", "img")))
 
@@ -457,14 +390,10 @@ def shown(value: object) -> str:
     """Numbers with up to four digits, a dash for one that is missing; text, escaped."""
     if value is None or (isinstance(value, Real) and not math.isfinite(value)):
         return MISSING
+    if isinstance(value, Integral):
+        return f"{value:,}"
     if isinstance(value, Real):
-        return (
-            f"{value:,}"
-            if isinstance(value, Integral)
-            else f"{value:,.0f}"
-            if 1e4 <= abs(value) < 1e15
-            else f"{value:.4g}"
-        )
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
     return clean(value)
 
 
@@ -490,17 +419,13 @@ def letters(roles: Sequence[str]) -> dict[str, str]:
     marks: dict[str, str] = {}
     for role in roles:
         first, *rest = [letter for letter in role if letter.isalnum()] or ["?"]
-        options = (
-            (first + other).capitalize()
-            for other in [*rest, *range(1, len(roles) + 1)]
-            for other in [str(other)]
-        )
+        options = [(first + str(other)).capitalize() for other in [*rest, *range(1, len(roles) + 1)]]
         marks[role] = next(option for option in options if option not in marks.values())
     return marks
 
 
 def picture(image: Image.Image, alt: str, size: int) -> Html:
-    """The picture, kept no larger than needed; as PNG where it is small and every pixel counts. It is laid on white."""
+    """The picture on white, kept no larger than needed; as PNG where it is small and every pixel counts."""
     if image.mode[0] in "IF":  # grey of 16 or more bits: from its darkest to its brightest
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
         image = Image.fromarray((255 * (grey - grey.min()) / (np.ptp(grey) or 1)).astype(np.uint8))
@@ -523,10 +448,8 @@ class Axis:
         if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-60):  # as good as constant
             low, high = low - (abs(low) / 2 or 1), high + (abs(low) / 2 or 1)
         power = math.floor(math.log10((high - low) / about))
-        step = (
-            next(step for step in (1, 2, 5, 10) if step * 10.0**power >= (high - low) / about * (1 - 1e-9))
-            * 10.0**power
-        )
+        least = (high - low) / about * (1 - 1e-9)
+        step = next(step for step in (1, 2, 5, 10) if step * 10.0**power >= least) * 10.0**power
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         self.ticks = [round(i * step, -power) for i in range(first, last + 1)]
         self.decimals, self.start, self.end = max(0, -power), start, end
@@ -540,10 +463,9 @@ class Axis:
         """With as many decimals as the ticks have, or some more."""
         if not known(value):
             return MISSING
-        plain = self.decimals <= 6 and abs(value) < 1e7
-        return (
-            f"{value:,.{self.decimals + more}f}" if plain else f"{value:.{9 if self.decimals <= 6 else 5}g}"
-        )
+        if self.decimals > 6:
+            return f"{value:.5g}"
+        return f"{value:,.{self.decimals + more}f}" if abs(value) < 1e7 else f"{value:.9g}"
 
 
 def grid(
@@ -563,14 +485,11 @@ def flags(lines: Mapping[str, float], x: Axis, bottom: float) -> list[Html]:
     """Upright lines; their names are stacked above the drawing, so that near ones do not collide."""
     drawn, names = [], []
     for i, (name, value) in enumerate(lines.items()):
-        left = x(value) > WIDTH / 2
-        drawn.append(
-            tag("path", d=f"M{x(value)} {4 + 16 * i}V{bottom}", stroke_dasharray=dashes(i + 1), class_="flag")
-        )
+        outline = f"M{x(value)} {4 + 16 * i}V{bottom}"
+        drawn.append(tag("path", d=outline, stroke_dasharray=dashes(i + 1), class_="flag"))
+        shift, anchor = (-5, "end") if x(value) > WIDTH / 2 else (5, "start")
         words = f"{name} {x.tell(value, 1)}"
-        names.append(
-            text(x(value) + (-5 if left else 5), 14 + 16 * i, words, "end" if left else "start", WIDTH / 2)
-        )
+        names.append(text(x(value) + shift, 14 + 16 * i, words, anchor, WIDTH / 2))
     return drawn + names
 
 
@@ -594,13 +513,8 @@ def trace(points: Points, x: Axis, y: Axis) -> str:
 
 
 def marker(i: int, x: float, y: float, told: str = "") -> Html:
-    return tag(
-        "path",
-        tag("title", told) if told else "",
-        d=MARKERS[i % 8],
-        transform=f"translate({x} {y})",
-        class_="dot",
-    )
+    title = tag("title", told) if told else ""
+    return tag("path", title, d=MARKERS[i % 8], transform=f"translate({x} {y})", class_="dot")
 
 
 def dashes(i: int) -> str:
@@ -613,65 +527,80 @@ def tone(i: int) -> str:
 
 def chart(title: str, told: str, height: float, drawn: list[Html], data: str = "", legend: str = "") -> Html:
     """The drawing under its title, and its numbers to be opened."""
+    head = tag("figcaption", title)
     if not drawn:
-        return tag(
-            "figure", tag("figcaption", title), tag("p", "nothing to draw", class_="note"), class_="chart"
-        )
-    drawing = tag(
-        "svg", tag("title", title), tag("desc", told), *drawn, viewBox=f"0 0 {WIDTH} {height}", role="img"
-    )
+        return tag("figure", head, tag("p", "nothing to draw", class_="note"), class_="chart")
+    words = [tag("title", title), tag("desc", told)]
+    drawing = tag("svg", *words, *drawn, viewBox=f"0 0 {WIDTH} {height}", role="img")
     numbers = tag("details", tag("summary", "The numbers"), data)
-    return tag("figure", tag("figcaption", title), legend, drawing, numbers, class_="chart")
+    return tag("figure", head, legend, drawing, numbers, class_="chart")
 
 
 STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#545b66;--line:#d3d7de;--page:#fff;--card:#f5f6f8;--ground:#e6e6e6;--link:#0b5cad;
+:root{color-scheme:light dark;--ink:#1b1f24;--soft:#545b66;--line:#d3d7de;--page:#fff;--card:#f5f6f8;
+--ground:#e6e6e6;--link:#0b5cad;
 LIGHT}
 @media screen and (prefers-color-scheme:dark){
-:root{--ink:#e8ebef;--soft:#a9b1bc;--line:#3a414b;--page:#15181c;--card:#1f2329;--ground:#333;--link:#7cbcff;DARK}}
+:root{--ink:#e8ebef;--soft:#a9b1bc;--line:#3a414b;--page:#15181c;--card:#1f2329;--ground:#333;--link:#7cbcff;
+DARK}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:1140px;padding:16px;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif;
+body{margin:0 auto;max-width:1140px;padding:16px;background:var(--page);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif;
 overflow-wrap:anywhere}
-h1{font-size:1.7rem;line-height:1.2;margin:.4em 0}h2{font-size:1.3rem;margin:1.6em 0 .2em}h3{font-size:1rem;margin:0}
-a{color:var(--link)}p{max-width:75ch;margin:.4em 0}small,.note{font-size:.85rem;color:var(--soft);font-weight:400}
+h1{font-size:1.7rem;line-height:1.2;margin:.4em 0}h2{font-size:1.3rem;margin:1.6em 0 .2em}h3{font-size:1rem;
+margin:0}
+a{color:var(--link)}p{max-width:75ch;margin:.4em 0}small,.note{font-size:.85rem;color:var(--soft);
+font-weight:400}
 ul{list-style:none;margin:0;padding:0}nav ul,.legend{display:flex;flex-wrap:wrap;gap:.2em 1.1em}
 .settings{margin:1em 0;padding:.6em 1em;background:var(--card);border-radius:6px;font-size:.9rem}
 .settings div{display:grid;grid-template-columns:6.5em 1fr;gap:.8em}dt{color:var(--soft)}dd{margin:0}
 section{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:0 28px}
 section>*{grid-column:1/-1;min-width:0}section>.chart{grid-column:auto;max-width:560px}
 figure{margin:0}figcaption{font-size:.85rem}
-.wide{overflow-x:auto;margin:.6em 0;max-width:100%}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+.wide{overflow-x:auto;margin:.6em 0;max-width:100%}table{border-collapse:collapse;font-size:.9rem;
+font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding:.2em 0}
 th,td{padding:.3em .7em;text-align:right;overflow-wrap:normal;border-bottom:1px solid var(--line)}
-th{font-weight:600}td{white-space:nowrap}th:first-child,td:first-child{text-align:left;padding-left:0;overflow-wrap:anywhere}
-th:first-child{position:sticky;left:0;background:var(--page);min-width:7em;max-width:45vw}tbody th{font-weight:400}
-.chart{margin:.8em 0}.chart>figcaption{font-size:1rem;font-weight:600}.chart .legend{font-size:.85rem;margin:.3em 0}
-.chart>svg{display:block;width:100%;height:auto;margin:.3em 0}.legend svg{width:40px;height:12px;vertical-align:-1px;margin-right:.4em}
-text{font-size:12.5px;fill:var(--ink);stroke:var(--page);stroke-width:5px;paint-order:stroke}.strong{font-weight:600}
+th{font-weight:600}td{white-space:nowrap}th:first-child,td:first-child{text-align:left;padding-left:0;
+overflow-wrap:anywhere}
+th:first-child{position:sticky;left:0;background:var(--page);min-width:7em;max-width:45vw}
+tbody th{font-weight:400}
+.chart{margin:.8em 0}.chart>figcaption{font-size:1rem;font-weight:600}.chart .legend{font-size:.85rem;
+margin:.3em 0}
+.chart>svg{display:block;width:100%;height:auto;margin:.3em 0}.legend svg{width:40px;height:12px;
+vertical-align:-1px;margin-right:.4em}
+text{font-size:12.5px;fill:var(--ink);stroke:var(--page);stroke-width:5px;paint-order:stroke}
+.strong{font-weight:600}
 .grid{stroke:var(--line);fill:none}.flag{stroke:var(--ink);stroke-width:1.2;fill:none}
 .line{stroke:var(--c);stroke-width:2;fill:none}.whisker{stroke:var(--c);stroke-width:2;fill:none}
 .dot{fill:var(--c);stroke:var(--page);stroke-width:.8}.band{fill:var(--c);opacity:.18}
 .column{fill:var(--c0);stroke:var(--page)}summary{cursor:pointer;color:var(--link);font-size:.85rem}
-.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--size)),1fr));gap:12px;margin:.6em 0}
-.pictures figcaption{max-width:calc(var(--size) + 12px)}.strip{display:flex;flex-wrap:wrap;gap:6px;margin:.5em 0}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--size)),1fr));gap:12px;
+margin:.6em 0}
+.pictures figcaption{max-width:calc(var(--size) + 12px)}.strip{display:flex;flex-wrap:wrap;gap:6px;
+margin:.5em 0}
 img{display:block;max-width:100%;height:auto;background:var(--ground)}.pixels{image-rendering:pixelated}
-.mark{display:inline-block;min-width:1.9em;padding:0 .25em;border-radius:3px;background:var(--c);color:var(--page);
+.mark{display:inline-block;min-width:1.9em;padding:0 .25em;border-radius:3px;background:var(--c);
+color:var(--page);
 font:700 .75rem/1.5 monospace;text-align:center}
 .heads{display:grid;grid-template-columns:1.6em repeat(var(--across),1fr);gap:3px;padding:3px}
 .layer{align-self:center;color:var(--soft);font-size:.85rem}
 .cell{display:block;position:relative;padding:3px 5px 9px;border-radius:4px;background:var(--card);
 background:color-mix(in srgb,var(--c) 18%,var(--page));
 font-size:.78rem;line-height:1.45;text-decoration:none;color:var(--ink)}
-.cell>span,.cell small{display:none;width:0;min-width:100%}.cell .bar{display:block;width:auto}.cell b{white-space:nowrap}
+.cell>span,.cell small{display:none;width:0;min-width:100%}.cell .bar{display:block;width:auto}
+.cell b{white-space:nowrap}
 @media (min-width:700px){text{font-size:11px}
 .cell>span,.cell small{display:block;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}}
-.bar{display:block;height:5px;background:var(--line)}.bar::before{content:"";display:block;height:100%;width:var(--w);background:var(--c)}
+.bar{display:block;height:5px;background:var(--line)}.bar::before{content:"";display:block;height:100%;
+width:var(--w);background:var(--c)}
 .cell .bar{position:absolute;left:0;right:0;bottom:0}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px;margin:1em 0}
 .card{background:var(--card);border-top:4px solid var(--c);border-radius:6px;padding:10px 14px}
 .card:target{outline:3px solid var(--link)}
 .facts{display:flex;flex-wrap:wrap;gap:0 1em}.facts,.card li,.card>a{font-size:.85rem}
-.card ul{margin:.5em 0}.card li{display:grid;grid-template-columns:1fr auto;gap:0 1em}.card .bar{grid-column:1/-1}
+.card ul{margin:.5em 0}.card li{display:grid;grid-template-columns:1fr auto;gap:0 1em}
+.card .bar{grid-column:1/-1}
 @media print{body{max-width:none}nav,.chart summary,.card>a{display:none}.wide{overflow:visible}
 figure,.card,tr{break-inside:avoid}.card details::details-content{content-visibility:visible;display:block}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}a{color:inherit;text-decoration:none}}

@@ -1,14 +1,16 @@
+# MIT licence, copyright (c) 2026 The TextSpan reference authors; see LICENSE.
 """Give each head a role: the category of texts that explains what it writes, where one does.
 
-Reading a head's list of texts takes an expert, and its longest category often wins by size alone. Here every category is asked the
-same question: give each image the category's text that fits it best; how much of the head's variance lies between images of
-different text? A random set of as many texts, drawn from the whole bank, is asked too.
+Reading a head's list of texts is subjective, and its longest category often wins by size alone. Here every
+category is asked the same question: give each image the category's text that fits it best; how much of the
+head's variance lies between images of different text? A random set of as many texts, drawn from the whole
+bank, is asked too.
 
     roles = find_roles(values, maps, embedding, texts, categories)   # of some thousand images; no labels
     roles.name(layer, head)                                          # "places", or None
 
-This is the rule by which cue.py finds the heads of a cue, for all categories at once. Axes as in decompose.py; c categories,
-n images, t texts.
+This is the rule by which cue.py finds the heads of a cue, for all categories at once; the file needs cue.py
+and torch. Axes as in decompose.py; c categories, n images, t texts.
 """
 
 from __future__ import annotations
@@ -19,23 +21,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cue import THRESHOLD, corrected
+from cue import THRESHOLD, share_between
 
-NEGLIGIBLE = 1e-12  # variance over squared mean: values come in float32
 ROUNDING = 1e-4  # of shares
 
 
 @dataclass(frozen=True)
 class Roles:
-    """How far each category explains each head."""
+    """How far each category explains each head, corrected for the number of its texts."""
 
     categories: list[str]
-    share: Tensor  # [c, L, H] of the head's variance, between images of different text, corrected for the number of texts
+    share: Tensor  # [c, L, H] of the head's variance that lies between images of different text
     chance: Tensor  # [c, L, H] the same for random sets of as many texts, the mean over draws
     stable: Tensor  # [L, H] share of bootstrap samples of the images that give the same role
 
     def name(self, layer: int, head: int) -> str | None:
-        """The role; None where no category explains over THRESHOLD, or not more than a random set of as many texts does."""
+        """The role; None where no category explains over THRESHOLD, or more than as many random texts do."""
         return _name(self.categories, self.share[:, layer, head], self.chance[:, layer, head])
 
 
@@ -70,9 +71,7 @@ def find_roles(
     generator = torch.Generator().manual_seed(seed)
     chance = torch.zeros_like(share)
     for _ in range(draws):
-        order = torch.randperm(
-            len(categories), generator=generator
-        )  # one shuffle is a random set for every category
+        order = torch.randperm(len(categories), generator=generator)  # one shuffle serves every category
         for c, members in enumerate(order.split([len(members) for members in own])):
             chance[c] += explained(written, fit[:, members].argmax(dim=1)) / draws
     stable, heads = torch.zeros(share.shape[1:]), share.shape[1:].numel()
@@ -86,32 +85,26 @@ def find_roles(
 
 
 def in_own_space(values: Tensor, maps: Tensor) -> Tensor:
-    """[n, L, H, e] float32: the heads' terms up to a rotation, so with their lengths and angles, in e dimensions instead of d."""
+    """[n, L, H, e] float32: the heads' terms in e dimensions instead of d, with the same lengths and angles.
+
+    A term is x A. With S S' = A A', x S has its lengths and angles. An eigendecomposition finds S for all
+    heads at once, singular ones too (Moments.factor in textspan.py is for one large matrix of low rank).
+    """
     maps = maps.float().cpu()
-    return torch.einsum("nLHe,LHef->nLHf", values.float().cpu(), _factor(maps @ maps.mT))
+    strength, basis = torch.linalg.eigh((maps @ maps.mT).double())
+    S = (basis * strength.clamp_min(0).sqrt()[..., None, :]).float()
+    return torch.einsum("nLHe,LHef->nLHf", values.float().cpu(), S)
 
 
 def explained(written: Tensor, label: Tensor) -> Tensor:
-    """[L, H] share of the variance of written [n, L, H, e] between images of different label, corrected for the number of labels."""
+    """[L, H] share of the variance of written [n, L, H, e] between images of different label [n]."""
     mean = written.mean(dim=0)
-    flat = (written - mean).flatten(1)
+    deviations = (written - mean).contiguous()
     count = torch.bincount(label)
-    sums = torch.zeros(len(count), flat.shape[1]).index_add_(0, label, flat)
-    seen = count > 0
-    between = (sums[seen].square() / count[seen, None]).sum(dim=0).view(written.shape[1:]).sum(dim=-1)
-    total = flat.square().sum(dim=0).view(written.shape[1:]).sum(dim=-1)
-    varies = total > NEGLIGIBLE * len(written) * mean.square().sum(
-        dim=-1
-    )  # else the head always writes the same, but for rounding
-    return torch.where(varies, corrected(between, total, len(written), int(seen.sum())), 0.0)
+    by_label = torch.zeros(len(count), *mean.shape).index_add_(0, label, deviations)
+    return share_between(by_label, count, deviations.square().sum(dim=0).sum(dim=-1), mean)
 
 
 def _name(names: list[str], share: Tensor, chance: Tensor) -> str | None:
     best = int(share.argmax())
     return names[best] if share[best] > max(THRESHOLD, float(chance[best]) + ROUNDING) else None
-
-
-def _factor(gram: Tensor) -> Tensor:
-    """[..., e, e] F with F F' = gram, also where gram is singular."""
-    strength, basis = torch.linalg.eigh(gram.double())
-    return (basis * strength.clamp_min(0).sqrt()[..., None, :]).to(gram.dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cue import corrected
+from cue import share_between
 from data import DemoBirds, ImageFolder, InputError, Waterbirds
 from zeroshot import classifier, load_clip, templates
 
@@ -131,12 +131,10 @@ class Outcomes:
 
     def cue(self) -> Tensor:
         """[k] share of the variance of class scores, less their mean over classes, between images of different cue text."""
-        n, seen = self.images, self.count > 0
-        mean = self.by_text.sum(dim=1) / n  # [k, c]
-        shift = self.by_text[:, seen] / self.count[seen, None] - mean[:, None]
-        between = (self.count[seen, None] * shift.square()).sum(dim=(1, 2))
-        total = self.square - n * mean.square().sum(dim=1)
-        return torch.where(total > 1e-12 * self.square, corrected(between, total, n, int(seen.sum())), 0.0)
+        mean = self.by_text.sum(dim=1) / self.images  # [k, c]
+        deviations = self.by_text.transpose(0, 1) - self.count[:, None, None] * mean  # [t, k, c]
+        total = self.square - self.images * mean.square().sum(dim=1)
+        return share_between(deviations, self.count, total, mean)
 
     def rows(self) -> list[dict]:
         """Of each intervention."""

@@ -23,7 +23,7 @@ from metrics import Segmentation
 from zeroshot import Clip, classifier, load_clip, templates
 
 from . import pages
-from .attribution import NO_TEXT, OURS, OURS_ABS, attribute, choose_methods, clipped, score_of
+from .attribution import ATTRIBUTIONS, DECOMPOSITIONS, attribute, choose_methods, clipped, score_of
 from .common import print_settings, settings, table
 from .heatmap import overlay
 from .passes import one_pass
@@ -230,8 +230,8 @@ def predict(clip: Clip, images: Tensor, classes: Tensor) -> Tensor:
 
 def contrasted(method: str, contrast: str) -> bool:
     """Does the method explain the class minus the mean over classes?"""
-    return method not in NO_TEXT and (
-        contrast == "all" or (contrast == "paper" and method in (OURS, OURS_ABS))
+    return ATTRIBUTIONS[method].reads_text and (
+        contrast == "all" or (contrast == "paper" and method in DECOMPOSITIONS)
     )
 
 
@@ -257,7 +257,7 @@ def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) 
 def measures(method: str, total: Segmentation, args: Namespace) -> dict:
     told = (
         "-"
-        if method in (BLOB, RANDOM, *NO_TEXT)
+        if method in (BLOB, RANDOM) or not ATTRIBUTIONS[method].reads_text
         else "class - mean"
         if contrasted(method, args.contrast)
         else "class"

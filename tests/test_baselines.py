@@ -1,13 +1,17 @@
-"""baselines.py against small random CLIPs of open_clip, and against every attribution worked out the long way (`the_long_way`).
+"""baselines.py against small random CLIPs of open_clip, and against every attribution worked out the long way
+(`the_long_way`).
 
-The long way takes one image at a time, builds each attention matrix in the graph, keeps every tensor, and follows the rules term by
-term with loops. It shares no code with baselines.py. All of it runs in float64 unless a test says otherwise.
+The long way takes one image at a time, builds each attention matrix in the graph, keeps every tensor, and
+follows the rules term by term with loops. It shares no code with baselines.py. All of it runs in float64
+unless a test says otherwise.
 """
 
+import inspect
 import math
 from types import SimpleNamespace
 
 import pytest
+import releases
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -18,11 +22,14 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 import baselines
-from baselines import METHODS, BaselineError, relevance
+from baselines import METHODS, BaselineError
 
-EXACT = 1e-10  # float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this
-RELEVANCE = 1e-8  # relevance divides by sums that pass near zero; over 60 models like these the worst map lost seven digits of sixteen
-STABILISED = 1e-6  # what the 1e-9 in every denominator takes from a sum that would else be kept exactly; 1e-7 at most as measured
+# float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this.
+EXACT = 1e-10
+# Relevance divides by sums near zero: over 60 models like these the worst map lost seven digits of sixteen.
+RELEVANCE = 1e-8
+# What the 1e-9 in every denominator takes from a sum that would else be kept exactly; measured 1e-7 at most.
+STABILISED = 1e-6
 FAR = 1e-3  # what a negative control must differ by at least: far from any rounding error
 TEXT_TOWER = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
@@ -79,7 +86,9 @@ seeds = st.integers(0, 10**6)
 
 @torch.no_grad()
 def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, frozen=False, seed=0, **options):
-    """A CLIP of three blocks, four heads, 2 x 3 patches, with no parameter at its trivial value, in eval mode."""
+    """A CLIP of three blocks, four heads, 2 x 3 patches, with no parameter at its trivial value, in eval
+    mode.
+    """
     vision = {
         "layers": 3,
         "width": 32,
@@ -120,6 +129,13 @@ def blocks(model):
 
 def mapped(method, model, batch=3, **options):
     return METHODS[method](model, pictures(model, batch), sentences(model, batch), **options)
+
+
+@torch.no_grad()
+def relevance(model, images, texts, *, conserving, score="dot"):
+    """(layer, R_A, R) of every block, from the last one to the first."""
+    run = baselines._run(model, images, texts, score, first=0, keep=("x",))
+    yield from baselines._relevance(run, conserving)
 
 
 def every_layer(method, model):
@@ -279,7 +295,7 @@ def matmul_rule(a, b, R):
 
 
 def relevances(run, text, score, conserving):
-    """Relevance of each block's attention [L][H, N, N] and input [L][N, D], from the first block to the last."""
+    """Relevance of each block's attention [L][H, N, N] and input [L][N, D], from first block to last."""
     z = run.z.detach().requires_grad_()
     g = torch.autograd.grad(scored(run.model, z, text, score), z)[0]
     with torch.no_grad():
@@ -359,7 +375,9 @@ def long_legrad(run, text, score, layers=2):
 
 
 def similarity(run):
-    """lambda [N]: the class token's query against every key in the last block, over all heads at once, from 0 to 1 over the patches."""
+    """lambda [N]: the class token's query against every key in the last block, over all heads at once, from 0
+    to 1 over the patches.
+    """
     q, k = (torch.cat(t, dim=1) for t in (run.steps[-1].q, run.steps[-1].k))
     cosine = torch.stack([q[0] @ k[j] / q[0].norm() / k[j].norm() for j in range(len(k))])
     return (cosine - cosine[1:].min()) / (cosine[1:].max() - cosine[1:].min())
@@ -415,8 +433,17 @@ def test_the_methods_are_the_ten_of_the_table():
 
 
 @every_method
+def test_an_entry_says_which_score_its_function_explains_by_default(method):
+    entry = METHODS[method]
+    assert entry.score == (None if method in BLIND else DEFAULTS[method])
+    assert entry.reads_text == (method not in BLIND)
+    default = inspect.signature(entry.function).parameters["score"].default
+    assert default == (entry.score or "dot")
+
+
+@every_method
 def test_each_key_names_the_function_of_that_name(method):
-    assert METHODS[method] is getattr(baselines, method.replace("-", "_"))
+    assert METHODS[method].function is getattr(baselines, method.replace("-", "_"))
 
 
 @every_method
@@ -533,11 +560,13 @@ def test_each_map_is_that_of_the_long_way_whatever_the_shape_and_options(shape, 
     )
     ours = METHODS[method](model, images, texts, score=score, **options)
     truth = the_long_way(method, model, images, texts, score, **options)
-    # Where no patch is positive the map is zero. Entries are of order one otherwise, or less by what cancels in them.
+    # Where no patch is positive the map is zero. Entries are of order one otherwise, or less by what cancels
+    # in them.
     assert float((ours - truth).abs().max()) <= EXACT * max(float(truth.abs().max()), 1e-3)
 
 
-# Of any width but narrow ones, always the same: a model could be drawn on which relevance has no correct digit.
+# Of any width but narrow ones, always the same: a model could be drawn on which relevance has no correct
+# digit.
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     shapes(min_width=24),
@@ -775,7 +804,8 @@ def test_the_rule_of_a_sum_is_that_of_the_long_way(seed, b, N, D, conserving):
         for parts in zip(*(add_rule(x[n], y[n], R[n], conserving) for n in range(b)), strict=True)
     ]
     for ours, long in zip(baselines._add(x, y, R, conserving), truth, strict=True):
-        # a sum that nearly cancels divides rounding errors too; the rule is continuous, so scale by its own size
+        # a sum that nearly cancels divides rounding errors too; the rule is continuous, so scale by its own
+        # size
         assert float((ours - long).abs().max()) <= EXACT * max(1, float(long.abs().max()) ** 2)
 
 
@@ -861,7 +891,9 @@ def test_a_sum_is_shared_out_image_by_image(conserving, seed, batch):
 
 
 def test_the_conserving_sum_gives_each_term_a_share_of_one_sign():
-    """Published: R_a and R_b may be huge and opposite. Conserving: shares |S_a| / (|S_a| + |S_b|) of the whole."""
+    """Published: R_a and R_b may be huge and opposite. Conserving: shares |S_a| / (|S_a| + |S_b|) of the
+    whole.
+    """
     a, b, R = torch.tensor([[3.0, 1.0]]), torch.tensor([[-2.0, 1.0]]), torch.tensor([[1.0, 1.0]])
     R_a, R_b = baselines._add(
         a.double(), b.double(), R.double(), True
@@ -992,7 +1024,8 @@ def test_the_published_rules_do_not_keep_relevance(options):
         assert float((R.sum((1, 2)) - 1).abs().min()) > FAR
 
 
-# Widths of which every output has both a positive and a negative part; see the same theorem for one linear map above.
+# Widths of which every output has both a positive and a negative part; see the same theorem for one linear
+# map above.
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(shapes(min_width=24), st.integers(1, 3), seeds)
 def test_the_conserving_rules_keep_relevance_one_whatever_the_shape_and_options(shape, batch, seed):
@@ -1004,7 +1037,9 @@ def test_the_conserving_rules_keep_relevance_one_whatever_the_shape_and_options(
 
 
 def watched(monkeypatch, model, conserving):
-    """Each call of the linear rule: (relevance out, relevance in, size of the relevance out), a number per image."""
+    """Each call of the linear rule: (relevance out, relevance in, size of the relevance out), a number per
+    image.
+    """
     calls, rule = [], baselines._linear
 
     def linear(x, weight, R, conserving):
@@ -1075,7 +1110,9 @@ def test_the_two_rule_sets_differ():
 
 @torch.no_grad()
 def looking_at(model, images, patch):
-    """The class token of the last block attends to one patch and to nothing else, in every head. For one image."""
+    """The class token of the last block attends to one patch and to nothing else, in every head. For one
+    image.
+    """
     attn, y = blocks(model)[-1].attn, forward(model, images[0]).steps[-1].y.detach()
     only = torch.zeros(len(y), dtype=y.dtype)
     only[1 + patch] = 1
@@ -1114,7 +1151,9 @@ def test_a_map_weighted_by_attention_is_where_the_class_token_looks(method, at):
 
 @pytest.mark.parametrize("at", [(row, column) for row in range(2) for column in range(3)], ids=str)
 def test_the_patch_the_class_token_looks_at_is_where_it_is_in_the_image(at):
-    """By the pixels alone: the image is dark but for one patch, positions are all the same, and the class token looks for bright."""
+    """By the pixels alone: the image is dark but for one patch, positions are all the same, and the class
+    token looks for bright.
+    """
     model = build(layers=1)
     with torch.no_grad():
         model.visual.positional_embedding[1:] = model.visual.positional_embedding[1]
@@ -1239,7 +1278,8 @@ def test_only_attention_alone_does_not_depend_on_the_text(method):
 
 # Precision.
 
-# float32 rounds at 6e-8, which leaves these maps six digits. Relevance divides by sums near zero, and keeps three as measured.
+# float32 rounds at 6e-8, which leaves these maps six digits. Relevance divides by sums near zero, and keeps
+# three as measured.
 AGREEMENT = {**dict.fromkeys(KEYS, 1 - 1e-6), **dict.fromkeys(PROPAGATED, 0.999)}
 
 
@@ -1378,6 +1418,94 @@ def test_a_tower_of_older_releases_that_reads_its_class_token_has_the_same_map(m
     assert far(ours, mapped(method, model)) < tolerance(method)
 
 
+# Older releases, with the weights of this one.
+
+every_release = pytest.mark.parametrize("release", releases.RELEASES)
+
+
+def as_released(model, release):
+    """A CLIP of the older shape with the weights of a new one."""
+    older = releases.CLIP(release).to(model.visual.proj.dtype).eval()
+    older.visual.load_state_dict(model.visual.state_dict())
+    older.logit_scale.data.copy_(model.logit_scale.data)
+    return older
+
+
+def for_release(release, **options):
+    return build(ls_init_value=0.3 if releases.RELEASES[release].get("layer_scale") else None, **options)
+
+
+@every_release
+def test_an_older_release_has_the_same_embedding(release):
+    model = for_release(release)
+    older = as_released(model, release)
+    assert far(older.encode_image(pictures(model)), model.encode_image(pictures(model))) < EXACT
+
+
+@every_release
+@every_method
+@pytest.mark.parametrize("batch", [3, 7])  # 7 images of 7 tokens: no shape tells the axes apart
+def test_an_older_release_has_the_same_maps(release, method, batch):
+    model = for_release(release)
+    images, texts = pictures(model, batch), sentences(model, batch)
+    maps = METHODS[method](as_released(model, release), images, texts)
+    assert far(maps, METHODS[method](model, images, texts)) < EXACT
+
+
+@every_release
+@both_rules
+def test_an_older_release_has_the_same_relevance(release, conserving):
+    model = for_release(release)
+    images, texts = pictures(model), sentences(model)
+    older = relevance(as_released(model, release), images, texts, conserving=conserving)
+    for ours, theirs in zip(relevance(model, images, texts, conserving=conserving), older, strict=True):
+        assert ours[0] == theirs[0]
+        assert far(theirs[1], ours[1]) < EXACT
+        assert far(theirs[2], ours[2]) < EXACT
+
+
+@every_method
+def test_tokens_taken_for_images_would_be_noticed(monkeypatch, method):
+    model = build()
+    images, texts = pictures(model, 7), sentences(model, 7)
+    truth = METHODS[method](model, images, texts)
+    monkeypatch.setattr(baselines._Block, "batch_first", lambda self, x: x)
+    assert far(METHODS[method](as_released(model, "openai"), images, texts), truth) > FAR
+
+
+@every_release
+@every_method
+def test_an_older_release_is_left_as_found(release, method):
+    model = as_released(for_release(release), release).train()
+    before = found(model)
+    METHODS[method](model, pictures(build()), sentences(build()))
+    assert found(model) == before
+
+
+@every_method
+def test_a_release_that_casts_images_to_half_precision_has_finite_maps(method):
+    model = as_released(build(), "openai").half()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()  # as OpenAI's convert_weights leaves them
+    maps = METHODS[method](model, pictures(build()).float(), sentences(build()).float())
+    assert maps.dtype == torch.float32
+    assert maps.isfinite().all()
+
+
+def test_average_pooling_of_older_releases_is_refused():
+    model = as_released(for_release("open_clip 2.16"), "open_clip 2.16")
+    model.visual.global_average_pool = True
+    refused("VisionTransformer.*class token", model)
+
+
+@pytest.mark.parametrize("place", ["ln_attn", "mlp.ln"])
+def test_a_norm_in_the_block_of_an_early_release_is_refused(place):
+    model = as_released(build(), "open_clip 2.0")
+    blocks(model)[1].set_submodule(place, nn.LayerNorm(32))
+    refused("VisionTransformer.*Block.*standard", model)
+
+
 @pytest.mark.parametrize("name", ["transformer", "ln_post"])
 def test_a_tower_without_blocks_or_last_norm_is_refused(name):
     model = build()
@@ -1404,10 +1532,12 @@ def test_a_custom_block_is_refused(options):
 OTHER = "VisionTransformer.*block ResidualAttentionBlock"
 
 
-def test_tokens_on_the_first_axis_are_refused():
+@pytest.mark.parametrize("changed", [[1], [0, 1, 2]], ids=str)
+def test_blocks_that_take_other_axes_than_they_are_given_are_refused(changed):
     model = build()
-    blocks(model)[1].attn.batch_first = False
-    refused(OTHER, model)
+    for i in changed:
+        blocks(model)[i].attn.batch_first = False
+    refused(f"{OTHER}.*axes", model)
 
 
 def test_an_attention_with_separate_projections_is_refused():
@@ -1482,7 +1612,11 @@ def test_the_score_is_given_by_name(method):
 
 def test_relevance_has_no_default_rules():
     with pytest.raises(TypeError, match="conserving"):
-        list(relevance(build(), pictures(build()), sentences(build())))
+        list(
+            baselines._relevance(
+                baselines._run(build(), pictures(build()), sentences(build()), "dot", 0, ("x",))
+            )
+        )
 
 
 # The model is left as found.

@@ -15,7 +15,8 @@ from textspan import Moments
 SEEDS = st.integers(0, 2**31)
 few = settings(max_examples=25, deadline=None)
 
-# Float64 on a few hundred numbers near 1: two routes differ by some 1e-14, a wrong term by 1e-3 or more. 1e-9 lies far from both.
+# Float64 on a few hundred numbers near 1: two routes differ by some 1e-14, a wrong term by 1e-3 or more. 1e-9
+# lies far from both.
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 L, H, E, D = 2, 3, 4, 6
 
@@ -41,7 +42,7 @@ def pseudo_label(embedding: Tensor, texts: Tensor) -> Tensor:
 
 
 def world(seed: int, n: int = 60, t: int = 4, effect: float = 1.0):
-    """Texts, maps, embeddings and values that depend on the pseudo-label, the more so the larger `effect` is."""
+    """Texts, maps, embeddings, and values that depend on the pseudo-label, the more the larger `effect`."""
     texts, maps, embedding = (
         unit_texts(seed, t),
         normal(seed + 1, L, H, E, D),
@@ -73,7 +74,9 @@ def explained(
 
 
 def share(terms: Tensor, label: Tensor) -> tuple[float, float]:
-    """Of one head's terms [n, d]: the share of variance between labels, raw and as epsilon squared (SSb - (k-1) MSw) / SSt."""
+    """Of one head's terms [n, d]: the share of variance between labels, raw and as epsilon squared (SSb -
+    (k-1) MSw) / SSt.
+    """
     mean, total, between = terms.mean(dim=0), 0.0, 0.0
     groups = [terms[label == c] for c in label.unique()]
     for group in groups:
@@ -93,7 +96,7 @@ def explicit(texts: Tensor, maps: Tensor, embedding: Tensor, values: Tensor) -> 
     return torch.tensor(both, dtype=torch.float64).unbind(dim=-1)
 
 
-# ---- pseudo-labels ---------------------------------------------------------------------------------------------------------------
+# ---- pseudo-labels -----------------------------------------------------------------------------------------
 
 
 def votes_around(centre: Tensor, texts: Tensor) -> CueVotes:
@@ -127,7 +130,7 @@ def test_votes_count_the_labels():
     assert votes.count.tolist() == (2 * torch.bincount(pseudo_label(embedding, texts), minlength=4)).tolist()
 
 
-# ---- explained -------------------------------------------------------------------------------------------------------------------
+# ---- explained ---------------------------------------------------------------------------------------------
 
 
 @few
@@ -146,8 +149,8 @@ def test_explained_is_about_zero_when_values_do_not_depend_on_the_label():
     runs = [world(10 * seed, n=40, t=10, effect=0.0) for seed in range(5)]
     raw = torch.stack([explicit(*data)[0] for data in runs])
     corrected = torch.stack([explained(*data) for data in runs])
-    # Chance gives (k - 1) / (n - 1) = 0.23 of raw share. Clamped at 0, the mean of 30 heads keeps about half the spread of one head,
-    # sqrt(2 * 9 / 3) / 39 = 0.06: 0.03.
+    # Chance gives (k - 1) / (n - 1) = 0.23 of raw share. Clamped at 0, the mean of 30 heads keeps about half
+    # the spread of one head, sqrt(2 * 9 / 3) / 39 = 0.06: 0.03.
     assert 0.18 < raw.mean() < 0.28
     assert corrected.mean() < 0.05
 
@@ -173,7 +176,8 @@ def test_each_head_gets_its_own_share():
 
 
 def test_variance_counts_where_the_map_sends_it():
-    # Each of the two axes of the values matters to one head only: the first axis tells the label, the second does not.
+    # Each of the two axes of the values matters to one head only: the first axis tells the label, the second
+    # does not.
     texts, _, embedding, _ = world(0)
     label = pseudo_label(embedding, texts)
     values = torch.stack([label.double(), normal(5, 60)], dim=1)[:, None, None].expand(60, 1, 2, 2)
@@ -185,8 +189,8 @@ def test_variance_counts_where_the_map_sends_it():
 
 
 def test_a_share_by_hand():
-    # Groups {0, 2} and {10, 12} on one axis: mean 6, SSt = 36 + 16 + 16 + 36 = 104, SSb = 4 * 25 = 100, SSw = 4, n - k = 2.
-    # epsilon squared = (100 - 1 * 4 / 2) / 104.
+    # Groups {0, 2} and {10, 12} on one axis: mean 6, SSt = 36 + 16 + 16 + 36 = 104, SSb = 4 * 25 = 100, SSw =
+    # 4, n - k = 2. epsilon squared = (100 - 1 * 4 / 2) / 104.
     texts = torch.eye(2, dtype=torch.float64)
     values = torch.tensor([0.0, 2.0, 10.0, 12.0], dtype=torch.float64).reshape(4, 1, 1, 1)
     maps = torch.tensor([[[[0.0, 7.0]]]])
@@ -196,7 +200,8 @@ def test_a_share_by_hand():
 
 
 def test_a_label_with_one_image_counts_by_hand():
-    # Groups {0, 2} and {10}: mean 4, SSt = 16 + 4 + 36 = 56, SSb = 2 * 9 + 36 = 54, SSw = 2, n - k = 1: (54 - 1 * 2 / 1) / 56.
+    # Groups {0, 2} and {10}: mean 4, SSt = 16 + 4 + 36 = 56, SSb = 2 * 9 + 36 = 54, SSw = 2, n - k = 1: (54 -
+    # 1 * 2 / 1) / 56.
     texts = torch.eye(2, dtype=torch.float64)
     values = torch.tensor([0.0, 2.0, 10.0], dtype=torch.float64).reshape(3, 1, 1, 1)
     found = explained(texts, torch.ones(1, 1, 1, 2), texts[[0, 0, 1]], values)
@@ -261,7 +266,8 @@ def test_a_constant_added_to_all_values_does_not_matter():
 @pytest.mark.parametrize("place", [0, 2, 4])
 def test_texts_with_no_image_are_ignored(place):
     texts, maps, embedding, values = world(0)
-    # All embeddings lie beyond the centre along the first axis, which the old texts do not see and the new one opposes.
+    # All embeddings lie beyond the centre along the first axis, which the old texts do not see and the new
+    # one opposes.
     texts[:, 0], embedding[:, 0] = 0, 5
     centre = embedding.mean(dim=0) - 5 * torch.eye(D, dtype=torch.float64)[0]
     values = values + normal(5, 4, L, H, E)[pseudo_label(embedding, texts)]
@@ -345,7 +351,7 @@ def test_the_scale_of_the_values_does_not_matter(scale):
     close(explained(texts, maps, embedding, scale * values), explained(texts, maps, embedding, values))
 
 
-# ---- subspace --------------------------------------------------------------------------------------------------------------------
+# ---- subspace ----------------------------------------------------------------------------------------------
 
 SHARES = st.sampled_from([0.2, 0.5, 0.8, 0.95, 0.99])
 
@@ -396,7 +402,8 @@ def test_the_directions_are_the_principal_ones(seed):
     texts = normal(seed, 5, D)
     Q = subspace(texts, 0.5)
     top = torch.linalg.eigh(torch.cov(texts.T)).eigenvectors[:, -len(Q) :]
-    # A projector onto eigenvectors moves by rounding over the gap to the next eigenvalue; 1e-6 allows gaps down to 1e-9.
+    # A projector onto eigenvectors moves by rounding over the gap to the next eigenvalue; 1e-6 allows gaps
+    # down to 1e-9.
     torch.testing.assert_close(Q.T @ Q, top @ top.T, rtol=0, atol=1e-6)
 
 

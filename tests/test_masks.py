@@ -1,4 +1,6 @@
-"""Images with masks: what is read, what is refused, and that a mask lies where its image does after any resizing and cropping."""
+"""Images with masks: what is read, what is refused, and that a mask lies where its image does after any
+resizing and cropping.
+"""
 
 import sys
 
@@ -70,7 +72,7 @@ def left_half():
 
 
 def write_mat(path, pictures, masks):
-    """As MATLAB stores cell arrays in a file of version 7.3: references to arrays with their axes reversed."""
+    """As MATLAB stores cell arrays in files of version 7.3: references to arrays with their axes reversed."""
     h5py = pytest.importorskip("h5py")
     with h5py.File(path, "w") as file:
         for name, arrays in (("img", pictures), ("gt", masks)):
@@ -548,8 +550,9 @@ def mask_of_real_numbers(root):
 
 
 DAMAGES = [
-    broken_image, cut_image, broken_mask, cut_mask, empty_mask_file, mask_of_another_size, turned_mask, mask_with_three_values,
-    grey_photograph_as_a_mask, colour_mask, mask_with_transparency, mask_of_real_numbers,
+    broken_image, cut_image, broken_mask, cut_mask, empty_mask_file, mask_of_another_size, turned_mask,
+    mask_with_three_values, grey_photograph_as_a_mask, colour_mask, mask_with_transparency,
+    mask_of_real_numbers,
 ]  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""roles.py against epsilon squared written out in numpy, and on worlds whose heads write one known factor each."""
+"""roles.py against epsilon squared written out in numpy, and on worlds whose heads write one known factor
+each.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from roles import Roles, explained, find_roles, in_own_space
 SEEDS = st.integers(0, 2**31)
 few = settings(max_examples=25, deadline=None)
 
-# roles.py works in float32, which rounds at 6e-8. Sums of some hundred numbers near 1 lose two digits of that; a wrong term would
-# show at 1e-2. 1e-4 lies between.
+# roles.py works in float32, which rounds at 6e-8. Sums of some hundred numbers near 1 lose two digits of
+# that; a wrong term would show at 1e-2. 1e-4 lies between.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 L, H, E, D = 2, 3, 4, 7
 
@@ -35,11 +37,13 @@ def integers(seed: int, high: int, n: int) -> Tensor:
     return torch.randint(high, (n,), generator=torch.Generator().manual_seed(seed))
 
 
-# ---- explained -------------------------------------------------------------------------------------------------------------------
+# ---- explained ---------------------------------------------------------------------------------------------
 
 
 def epsilon_squared(rows: np.ndarray, label: np.ndarray) -> tuple[float, float]:
-    """Of rows [n, e]: the share of variance between labels, raw, and as epsilon squared (SSb - (k - 1) MSw) / SSt."""
+    """Of rows [n, e]: the share of variance between labels, raw, and as epsilon squared (SSb - (k - 1) MSw) /
+    SSt.
+    """
     rows = rows.astype(np.float64)
     mean = rows.mean(axis=0)
     total = sum(float((row - mean) @ (row - mean)) for row in rows)
@@ -62,7 +66,7 @@ def explicit(written: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def labelled(seed: int, n: int = 60, k: int = 4, effect: float = 1.0) -> tuple[Tensor, Tensor]:
-    """What heads write, [n, L, H, E], and labels [n] that it depends on, the more so the larger `effect` is."""
+    """What heads write, [n, L, H, E], and labels [n] that it depends on, the more the larger `effect` is."""
     label = integers(seed, k, n)
     return normal(seed + 1, n, L, H, E) + effect * normal(seed + 2, k, L, H, E)[label] + 1, label
 
@@ -80,16 +84,16 @@ def test_explained_is_not_the_raw_share():
 
 
 def test_a_share_by_hand():
-    # Groups {0, 2} and {10, 12} on one axis: mean 6, SSt = 36 + 16 + 16 + 36 = 104, SSb = 4 * 25 = 100, SSw = 4, n - k = 2.
-    # Epsilon squared = (100 - 1 * 4 / 2) / 104.
+    # Groups {0, 2} and {10, 12} on one axis: mean 6, SSt = 36 + 16 + 16 + 36 = 104, SSb = 4 * 25 = 100, SSw =
+    # 4, n - k = 2. Epsilon squared = (100 - 1 * 4 / 2) / 104.
     written = torch.tensor([0.0, 2.0, 10.0, 12.0]).reshape(4, 1, 1, 1)
     close(explained(written, torch.tensor([0, 0, 1, 1])), torch.tensor([[98 / 104]]))
 
 
 def test_labels_at_random_explain_nothing_on_average():
     runs = [(normal(3 * seed, 60, L, H, E), integers(3 * seed + 1, 10, 60)) for seed in range(20)]
-    # 120 heads. The share of one, unclamped, is 0 within sqrt(2 * 9 / 4) / 59 = 0.036 (four axes average); clamped at 0, its mean is
-    # 0.4 of that, 0.014.
+    # 120 heads. The share of one, unclamped, is 0 within sqrt(2 * 9 / 4) / 59 = 0.036 (four axes average);
+    # clamped at 0, its mean is 0.4 of that, 0.014.
     assert torch.stack([explained(*run) for run in runs]).mean() < 0.025
 
 
@@ -200,7 +204,7 @@ def test_shares_lie_between_zero_and_one(seed):
     assert found.max() <= 1
 
 
-# ---- in_own_space ----------------------------------------------------------------------------------------------------------------
+# ---- in_own_space ------------------------------------------------------------------------------------------
 
 
 def terms(values: Tensor, maps: Tensor) -> Tensor:
@@ -248,16 +252,18 @@ def test_shares_in_own_space_are_those_of_the_terms():
     assert (found - explained(values, label)).abs().max() > 0.05  # the values' own shares are others
 
 
-# ---- find_roles ------------------------------------------------------------------------------------------------------------------
+# ---- find_roles --------------------------------------------------------------------------------------------
 
 WIDE = 40  # dimensions of the world's embedding
 
 
 def world(seed: int = 0, n: int = 400, unrelated: int = 60):
-    """Images of five colours and four shapes; six heads, of which one writes the colour, one the shape, one a constant.
+    """Images of five colours and four shapes; six heads, of which one writes the colour, one the shape, one a
+    constant.
 
-    Texts lie along the axes of the colours (0 to 4) and shapes (5 to 8). `unrelated` texts of a third category lie in the 20 dimensions
-    where images differ at random. Texts of the three categories stand mixed, not one category after the other.
+    Texts lie along the axes of the colours (0 to 4) and shapes (5 to 8). `unrelated` texts of a third
+    category lie in the 20 dimensions where images differ at random. Texts of the three categories stand
+    mixed, not one category after the other.
     """
     colour, shape = integers(seed, 5, n), integers(seed + 1, 4, n)
     axes = torch.eye(WIDE)
@@ -384,8 +390,8 @@ def test_the_best_category_is_held_against_its_own_chance():
 
 
 def test_a_bank_of_one_category_gives_no_roles():
-    # A random set of as many texts is the whole bank again: it explains exactly as much, so not more. Many worlds, because in each
-    # of them rounding may fall either way.
+    # A random set of as many texts is the whole bank again: it explains exactly as much, so not more. Many
+    # worlds, because in each of them rounding may fall either way.
     found = set()
     for seed in range(30):
         values, maps, embedding, texts, _, _, heads = world(seed)
@@ -406,8 +412,8 @@ def test_chance_is_the_mean_share_of_random_sets_of_as_many_texts():
             chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(1000 + draw))[:size]
             found.append(explained(written, fit[:, chosen].argmax(dim=1)))
         found = torch.stack(found)
-        # Two means of 100 draws each differ by sqrt(2 / 100) = 0.14 of the spread of a draw: 0.5 is 3.5 times that. 0.003 is for
-        # heads of hardly any spread.
+        # Two means of 100 draws each differ by sqrt(2 / 100) = 0.14 of the spread of a draw: 0.5 is 3.5 times
+        # that. 0.003 is for heads of hardly any spread.
         assert ((chance - found.mean(dim=0)).abs() < 0.5 * found.std(dim=0) + 0.003).all()
 
 

@@ -1,4 +1,6 @@
-"""The segmentation and heatmap tasks, run in-process on the demo, on folders of its birds and on pictures of any shape."""
+"""The segmentation and heatmap tasks, run in-process on the demo, on folders of its birds and on pictures of
+any shape.
+"""
 
 import contextlib
 import functools
@@ -17,14 +19,15 @@ from PIL import Image
 import tasks.heatmap
 import tasks.segmentation
 import zeroshot
-from baselines import METHODS, BaselineError
+from baselines import METHODS, Attribution, BaselineError
 from data import DemoBirds
 from decompose import heatmap
 from evaluate import main
 from masks import DemoMasks, MaskFolder, seen
 from metrics import Segmentation
-from tasks.attribution import attribute
+from tasks.attribution import ATTRIBUTIONS, attribute, score_of
 from tasks.heatmap import INFERNO, LONG_SIDE, colours, covers, overlay, resized, sheet, slug
+from tasks.segmentation import contrasted
 from zeroshot import classifier, embed_texts, templates
 
 KINDS = ["sparrow", "cardinal", "crow", "woodpecker", "duck", "gull", "heron", "pelican"]
@@ -139,7 +142,9 @@ def save_pair(root, name, picture, mask):
 
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory):
-    """A folder with folders of classes: eight birds, in the corners of plain pictures that are square, wide and tall."""
+    """A folder with folders of classes: eight birds, in the corners of plain pictures that are square, wide
+    and tall.
+    """
     root = tmp_path_factory.mktemp("birds")
     for i, (bird, mask, kind) in enumerate(cut_out(8, 28)):
         picture, marked = in_corner(bird, mask, CORNERS[i % 4])
@@ -302,7 +307,9 @@ def measured(maps, masks, clip=False):
 
 
 def assert_same_row(row, expected):
-    """float32 maps of one image and of many differ in their last digits: pixels that are equal change places, one may cross a mean."""
+    """float32 maps of one image and of many differ in their last digits: pixels that are equal change places,
+    one may cross a mean.
+    """
     assert row["mAP"] == pytest.approx(expected["mAP"], abs=1e-5)
     assert row["mAP standard error"] == pytest.approx(expected["mAP standard error"], abs=1e-5)
     assert row["pixel accuracy"] == pytest.approx(expected["pixel accuracy"], abs=1e-4)
@@ -413,12 +420,13 @@ def test_each_row_says_what_it_explains(tmp_path):
         "chefer2021-mm",
         "random",
     ]
+    none, relative = ("-", "-"), "class - mean"
+    published = [("dot", relative), ("cosine", relative), ("logit", relative)]
     expected = {
-        ("all", "published"): [("dot", "class - mean")] * 2 + [("-", "-")] * 2
-        + [("dot", "class - mean"), ("cosine", "class - mean"), ("logit", "class - mean"), ("-", "-")],
-        ("paper", "dot"): [("dot", "class - mean")] * 2 + [("-", "-")] * 2 + [("dot", "class")] * 3 + [("-", "-")],
-        ("none", "cosine"): [("dot", "class")] * 2 + [("-", "-")] * 2 + [("cosine", "class")] * 3 + [("-", "-")],
-    }  # fmt: skip
+        ("all", "published"): [("dot", relative)] * 2 + [none] * 2 + [*published, none],
+        ("paper", "dot"): [("dot", relative)] * 2 + [none] * 2 + [("dot", "class")] * 3 + [none],
+        ("none", "cosine"): [("dot", "class")] * 2 + [none] * 2 + [("cosine", "class")] * 3 + [none],
+    }
     for (contrast, score), cells in expected.items():
         rows = segment(
             tmp_path, "--limit", "2", "--contrast", contrast, "--score", score, "--methods", *methods
@@ -440,8 +448,16 @@ def unsupported(*args, **options):
     raise BaselineError("this method does not read such a model")
 
 
+def test_a_new_entry_alone_says_what_the_table_shows(monkeypatch):
+    monkeypatch.setitem(ATTRIBUTIONS, "new", Attribution(unsupported, "cosine"))
+    monkeypatch.setitem(ATTRIBUTIONS, "blind", Attribution(unsupported, None))
+    assert [score_of("new", score) for score in ("published", "dot", "logit")] == ["cosine", "dot", "logit"]
+    assert [score_of("blind", score) for score in ("published", "dot", "logit")] == ["-"] * 3
+    assert [contrasted(name, "all") for name in ("new", "blind")] == [True, False]
+
+
 def test_a_method_that_does_not_support_the_model_is_left_out_and_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(METHODS, "gradcam", unsupported)
+    monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
     code, results = run(tmp_path, "segmentation", "--limit", "1", "--workers", "0")
     assert code == 0
     assert "gradcam" not in results["rows"]
@@ -451,7 +467,7 @@ def test_a_method_that_does_not_support_the_model_is_left_out_and_named(tmp_path
 
 
 def test_a_method_that_does_not_support_the_model_is_refused_when_asked_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(METHODS, "gradcam", unsupported)
+    monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
     argv = ["--limit", "1", "--workers", "0", "--methods", "decomposition", "gradcam"]
     refused(tmp_path, capsys, "segmentation", argv, "this method does not read such a model")
 
@@ -933,7 +949,7 @@ def test_without_methods_all_are_drawn(tmp_path):
 
 
 def test_a_method_that_does_not_support_the_model_is_not_drawn_but_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(METHODS, "gradcam", unsupported)
+    monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
     noise(64, 64).save(tmp_path / "picture.png")
     argv = ["--image", tmp_path / "picture.png", "--text", "a duck"]
     code, results = run(tmp_path, "heatmap", *argv)
@@ -1273,7 +1289,9 @@ def test_pictures_have_one_long_side(size, expected):
 
 
 def test_small_pictures_keep_their_pixels_and_large_ones_are_smoothed():
-    checks = lambda n: Image.fromarray(np.uint8(np.indices((n, n)).sum(axis=0) % 2 * 255)).convert("RGB")  # noqa: E731
+    def checks(n):
+        return Image.fromarray(np.uint8(np.indices((n, n)).sum(axis=0) % 2 * 255)).convert("RGB")
+
     assert set(np.unique(values(resized(checks(64))))) == {0, 255}
     assert len(np.unique(values(resized(checks(400))))) > 2
 

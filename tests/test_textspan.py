@@ -15,8 +15,9 @@ from textspan import Moments, TextSpan, reconstruct, textspan
 SEEDS = st.integers(0, 2**31)
 few = settings(max_examples=25, deadline=None)
 
-# Everything runs in float64 on a few hundred numbers near 1, so two routes to the same number differ by some 1e-14 (1e-16 each, a
-# hundred operations, conditioning of small random matrices); a wrong term shows at 1e-3 or more. 1e-9 lies far from both.
+# Everything runs in float64 on a few hundred numbers near 1, so two routes to the same number differ by some
+# 1e-14 (1e-16 each, a hundred operations, conditioning of small random matrices); a wrong term shows at 1e-3
+# or more. 1e-9 lies far from both.
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -65,7 +66,9 @@ def without(X: Tensor, r: Tensor) -> Tensor:
 
 
 def top(C: Tensor, texts: Tensor, rank: int | None) -> Tensor:
-    """The texts projected onto the top right singular vectors of the uncentred contributions, left in the full space."""
+    """The texts projected onto the top right singular vectors of the uncentred contributions, left in the
+    full space.
+    """
     V = torch.eye(C.shape[1], dtype=C.dtype) if rank is None else torch.linalg.svd(C).Vh[:rank]
     return texts @ V.T @ V
 
@@ -83,7 +86,7 @@ def naive(C: Tensor, texts: Tensor, size: int, rank: int | None) -> tuple[list[i
     return picks, torch.stack(rows)
 
 
-# ---- the picks -------------------------------------------------------------------------------------------------------------------
+# ---- the picks ---------------------------------------------------------------------------------------------
 
 
 @few
@@ -143,7 +146,8 @@ def test_the_default_is_20_texts_and_rank_80():
 
 
 def test_projected_texts_are_not_normalised_again():
-    # Uncentred, the first axis is the only one that counts. The long text lies mostly off it but has more of it: 0.8 against 0.5.
+    # Uncentred, the first axis is the only one that counts. The long text lies mostly off it but has more of
+    # it: 0.8 against 0.5.
     C = hand([10.0, 0.0], [8.0, 0.0], [9.0, 0.1], [9.0, -0.1])
     texts = hand([0.5, 0.0], [0.8, 5.0])
     span = textspan(C, texts, 1, rank=1)
@@ -169,21 +173,23 @@ def test_unit_texts_are_picked_by_variance_by_hand():
 
 
 def test_a_text_is_cleared_of_the_ones_before_by_hand():
-    # (3, 1) scores 4 * 9 + 1 = 37, (2.9, 1) 34.64 and (0, 1.5) 2.25. Cleared of (3, 1), i.e. along (-1, 3) / sqrt(10), the second keeps
-    # 0.1 / sqrt(10) of its length and the third 4.5 / sqrt(10): the third wins though it scored least.
+    # (3, 1) scores 4 * 9 + 1 = 37, (2.9, 1) 34.64 and (0, 1.5) 2.25. Cleared of (3, 1), i.e. along (-1, 3) /
+    # sqrt(10), the second keeps 0.1 / sqrt(10) of its length and the third 4.5 / sqrt(10): the third wins
+    # though it scored least.
     span = textspan(CROSS, hand([3.0, 1.0], [2.9, 1.0], [0.0, 1.5]), 2, rank=None)
     assert span.indices == [0, 2]
     close(span.directions[1], hand(-0.45, 1.35))
 
 
 def test_a_text_that_is_nearly_another_still_adds_a_direction_by_hand():
-    # Cleared of the first, the second keeps a thousandth of its length: a millionth of its square, far above rounding.
+    # Cleared of the first, the second keeps a thousandth of its length: a millionth of its square, far above
+    # rounding.
     span = textspan(CROSS, hand([1.0, 0.0], [1.001, 0.001]), 2, rank=None)
     assert span.indices == [1, 0]
     close(span.explained.sum(), 1.0)
 
 
-# ---- what the picks say ----------------------------------------------------------------------------------------------------------
+# ---- what the picks say ------------------------------------------------------------------------------------
 
 
 @few
@@ -272,7 +278,7 @@ def test_random_texts_explain_less_than_the_greedy_picks():
     assert torch.stack(shares).mean() < 0.75 * span.explained.sum()
 
 
-# ---- the same from data and from moments -----------------------------------------------------------------------------------------
+# ---- the same from data and from moments -------------------------------------------------------------------
 
 
 def split(x: Tensor, seed: int) -> list[Tensor]:
@@ -414,13 +420,16 @@ def test_a_heads_span_comes_from_the_moments_of_its_values():
 
 
 def far(dtype: torch.dtype) -> Tensor:
-    """Rows of standard deviation 1 at a distance of a million, every number exact in float32 (steps of 1/16 there)."""
+    """Rows of standard deviation 1 at a distance of a million, every number exact in float32 (steps of 1/16
+    there).
+    """
     return ((normal(0, 200, 3) * 16).round() / 16 + 1e6).to(dtype)
 
 
 def test_float32_rows_are_summed_in_float64():
     moments = moments_of(list(far(torch.float32).split(7)))
-    # Squares of 1e6 in float64 carry 1e-4; deviations are taken first, so 1e6 * 1e-16 * a few hundred rows is left: below 1e-7.
+    # Squares of 1e6 in float64 carry 1e-4; deviations are taken first, so 1e6 * 1e-16 * a few hundred rows is
+    # left: below 1e-7.
     torch.testing.assert_close(
         moments.covariance, torch.cov(far(torch.float64).T, correction=0), rtol=0, atol=1e-7
     )
@@ -434,7 +443,7 @@ def test_summing_the_same_rows_in_float32_would_fail():
     assert (x.mean(dim=0).double() - far(torch.float64).mean(dim=0)).abs().max() > 1e-4
 
 
-# ---- reconstruction --------------------------------------------------------------------------------------------------------------
+# ---- reconstruction ----------------------------------------------------------------------------------------
 
 
 @few
@@ -480,7 +489,7 @@ def test_reconstruction_keeps_the_type_of_the_rows():
     assert reconstruct(head(0).float(), span, head(0).mean(dim=0)).dtype == torch.float32
 
 
-# ---- invariances -----------------------------------------------------------------------------------------------------------------
+# ---- invariances -------------------------------------------------------------------------------------------
 
 RANKS = st.sampled_from([None, 4, 80])
 
@@ -562,7 +571,7 @@ def test_a_longer_run_starts_with_the_shorter_one(seed, rank, size):
     same(TextSpan(long.indices[:size], long.directions[:size], long.explained[:size]), short)
 
 
-# ---- what cannot be named --------------------------------------------------------------------------------------------------------
+# ---- what cannot be named ----------------------------------------------------------------------------------
 
 
 def test_texts_of_another_width_are_refused():

@@ -1,12 +1,127 @@
-"""Files that can be copied alone say so by what they import."""
+"""Files that can be copied alone: each is imported and run in a process of its own that knows nothing of this
+repository.
+
+To add a file: a line of FILES with what has to lie beside it, and a program of the same name in PROGRAMS.
+"""
 
 import ast
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+# Each file, and the files that it needs beside it.
+FILES = {
+    "towers.py": set(),
+    "decompose.py": {"towers.py"},
+    "textspan.py": set(),
+    "cue.py": set(),
+    "roles.py": {"cue.py"},
+    "metrics.py": set(),
+    "baselines.py": set(),
+}
+
+# A small computation with a known result; `m` is the file, imported.
+PROGRAMS = {
+    "textspan.py": """
+        rows = torch.tensor([[3.0, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]])
+        span = m.textspan(m.Moments(3).update(rows), torch.eye(3), size=2)
+        assert span.indices == [0, 1]
+        assert torch.allclose(span.explained, torch.tensor([0.9, 0.1]).double())
+        assert torch.allclose(m.reconstruct(rows, span, rows.mean(dim=0)), rows)
+    """,
+    "cue.py": """
+        class moments:
+            mean = torch.zeros(1, 2, 1).double()
+            scatter = torch.full((1, 2, 1, 1), 4.0).double()
+        texts = torch.eye(2)
+        votes = m.CueVotes(texts, torch.ones(1, 2, 1, 2), torch.zeros(2))
+        values = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])  # one head follows, one does not
+        votes.update(texts[[0, 0, 1, 1]], values[:, None, :, None])
+        assert torch.allclose(votes.explained(moments), torch.tensor([[1.0, 0.0]]).double())
+        assert m.subspace(texts).shape == (1, 2)
+    """,
+    "roles.py": """
+        embedding = torch.eye(4).repeat(25, 1)
+        values = embedding[:, :1, None, None] - embedding[:, 1:2, None, None]
+        values = torch.cat([values, torch.randn(100, 1, 1, 1)], dim=2)
+        found = m.find_roles(values, torch.ones(1, 2, 1, 4), embedding, torch.eye(4), ["a", "a", "b", "b"])
+        assert found.name(0, 0) == "a"
+        assert found.name(0, 1) is None
+    """,
+    "metrics.py": """
+        mask = torch.tensor([[[1, 1, 0, 0]]])
+        found = m.Segmentation().update(mask.float(), mask)
+        assert (found.pixel_accuracy, found.mean_iou, found.mean_ap) == (1, 1, 1)
+    """,
+    "baselines.py": """
+        import releases
+        model = releases.CLIP("openai").eval()
+        for method in m.METHODS.values():
+            maps = method(model, torch.randn(2, 3, 8, 12), torch.randn(2, 24))
+            assert maps.shape == (2, 2, 3)
+            assert maps.isfinite().all()
+    """,
+}
+
+
+def run(folder, file, package=False, beside=()):
+    """Run the program of a file in a folder that holds it, what it needs, and nothing else."""
+    home = folder / "vendored" if package else folder
+    home.mkdir(exist_ok=True)
+    if package:
+        (home / "__init__.py").touch()
+    for name in (file, *beside):
+        shutil.copy(ROOT / name, home)
+    shutil.copy(ROOT / "tests" / "releases.py", folder)
+    program = "\n".join(
+        [
+            f"import sys; sys.path.insert(0, {str(folder)!r})",
+            "import torch",
+            f"import {'vendored.' * package}{Path(file).stem} as m",
+            *(line[8:] for line in PROGRAMS[file].splitlines()),
+            "files = [str(getattr(module, '__file__', '')) for module in sys.modules.values()]",
+            f"assert not any(file.startswith({str(ROOT)!r}) for file in files)",
+            "assert 'open_clip' not in sys.modules",
+            "print('ran')",
+        ]
+    )
+    command = [sys.executable, "-I", "-c", program]  # -I: neither the current folder nor PYTHONPATH
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def ran(result):
+    assert result.returncode == 0, result.stderr
+    return result.stdout == "ran\n"
+
+
+@pytest.mark.parametrize("file", PROGRAMS)
+def test_a_copied_file_runs(tmp_path, file):
+    assert ran(run(tmp_path, file, beside=FILES[file]))
+
+
+@pytest.mark.parametrize("file", [file for file in PROGRAMS if not FILES[file]])
+def test_a_copied_file_runs_inside_a_package(tmp_path, file):
+    assert ran(run(tmp_path, file, package=True))
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_a_file_without_the_sibling_that_it_imports_would_be_noticed(tmp_path, package):
+    result = run(tmp_path, "roles.py", package=package, beside=FILES["roles.py"] if package else ())
+    assert "ModuleNotFoundError: No module named 'cue'" in result.stderr
+    assert result.returncode == 1
+
+
+def test_a_wrong_result_would_be_noticed(tmp_path, monkeypatch):
+    monkeypatch.setitem(PROGRAMS, "metrics.py", PROGRAMS["metrics.py"].replace("(1, 1, 1)", "(1, 1, 0)"))
+    assert "AssertionError" in run(tmp_path, "metrics.py").stderr
+
+
+# What they import.
 
 
 def imported(path):
@@ -17,13 +132,19 @@ def imported(path):
             yield node.module.split(".")[0]
 
 
-@pytest.mark.parametrize(
-    ("file", "beside"),
-    [("towers.py", set()), ("decompose.py", {"towers"}), ("textspan.py", set()), ("cue.py", {"textspan"})],
-)
+@pytest.mark.parametrize(("file", "beside"), FILES.items())
 def test_the_core_imports_torch_alone(file, beside):
-    assert set(imported(ROOT / file)) - set(sys.stdlib_module_names) <= {"torch"} | beside
+    known = {"torch", *(Path(name).stem for name in beside)}
+    assert set(imported(ROOT / file)) - set(sys.stdlib_module_names) <= known
 
 
 def test_the_check_sees_other_imports():
     assert "open_clip" in set(imported(ROOT / "zeroshot.py"))
+
+
+@pytest.mark.parametrize("file", PROGRAMS)
+def test_a_file_to_copy_names_its_licence_and_whose_it_is(file):
+    licence, _, holder = (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines()[:3]
+    first = (ROOT / file).read_text(encoding="utf-8").splitlines()[0]
+    assert licence.split()[0] in first  # MIT
+    assert holder.removeprefix("Copyright (c) ") in first

@@ -1,0 +1,116 @@
+"""Small CLIPs shaped like those of older releases: the same parts, names and order of axes, with torch alone.
+
+open_clip's blocks take tokens before images ([N, b, D]) up to 2.24, and OpenAI's always do. Weights of the
+same names and shapes as open_clip's load into all of them.
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+# What tells the releases apart, as far as these shapes go.
+RELEASES = {
+    "openai": {"names_patch": False},
+    "open_clip 2.0": {"early": True},
+    "open_clip 2.16": {"layer_scale": True, "average": False},
+    "open_clip 2.24": {"layer_scale": True, "pool_type": "tok", "norm_all": True},
+    "open_clip 2.26": {"layer_scale": True, "pool_type": "tok", "norm_all": True, "batch_first": True},
+}
+
+
+class Norm(nn.LayerNorm):
+    """In float32 for a model of half precision, as all of them do it."""
+
+    def forward(self, x):
+        exact = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        return super().forward(exact).to(x.dtype)
+
+
+class Scale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, batch_first, layer_scale, early):
+        super().__init__()
+        self.ln_1 = Norm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=batch_first)
+        self.ln_2 = Norm(width)
+        steps = {
+            "c_fc": nn.Linear(width, 2 * width),
+            "gelu": nn.GELU(),
+            "c_proj": nn.Linear(2 * width, width),
+        }
+        if early:
+            self.ln_attn = nn.Identity()
+            steps = {"c_fc": steps["c_fc"], "ln": nn.Identity(), **steps}
+        self.mlp = nn.Sequential(OrderedDict(steps))
+        if layer_scale:
+            self.ls_1, self.ls_2 = Scale(width), Scale(width)
+
+    def forward(self, x):
+        y = self.ln_1(x)
+        a = self.attn(y, y, y, need_weights=False)[0]
+        a = self.ln_attn(a) if hasattr(self, "ln_attn") else a
+        x = x + (self.ls_1(a) if hasattr(self, "ls_1") else a)
+        m = self.mlp(self.ln_2(x))
+        return x + (self.ls_2(m) if hasattr(self, "ls_2") else m)
+
+
+class Transformer(nn.Module):
+    """From 2.25 on it says which order its blocks take."""
+
+    def __init__(self, blocks, batch_first):
+        super().__init__()
+        self.resblocks = nn.Sequential(*blocks)
+        if batch_first:
+            self.batch_first = True
+
+    def forward(self, x):
+        return self.resblocks(x)
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, release, layers=3, width=32, heads=4, patch=(4, 4), grid=(2, 3), dim=24):
+        super().__init__()
+        facts = RELEASES[release]
+        if facts.get("names_patch", True):
+            self.patch_size = patch
+        if "pool_type" in facts:
+            self.pool_type, self.attn_pool = facts["pool_type"], None
+        if "average" in facts:
+            self.global_average_pool, self.attn_pool = facts["average"], None
+        self.norm_all, self.batch_first = facts.get("norm_all", False), facts.get("batch_first", False)
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.positional_embedding = nn.Parameter(torch.randn(grid[0] * grid[1] + 1, width))
+        self.ln_pre = Norm(width)
+        shape = (self.batch_first, facts.get("layer_scale", False), facts.get("early", False))
+        self.transformer = Transformer([Block(width, heads, *shape) for _ in range(layers)], self.batch_first)
+        self.ln_post = Norm(width)
+        self.proj = nn.Parameter(torch.randn(width, dim) / width**0.5)
+
+    def forward(self, images):
+        x = self.conv1(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
+        x = x if self.batch_first else x.transpose(0, 1)
+        x = self.transformer(x)
+        x = x if self.batch_first else x.transpose(0, 1)
+        return (self.ln_post(x)[:, 0] if self.norm_all else self.ln_post(x[:, 0])) @ self.proj
+
+
+class CLIP(nn.Module):
+    def __init__(self, release, **shape):
+        super().__init__()
+        self.visual = VisionTransformer(release, **shape)
+        self.logit_scale = nn.Parameter(torch.tensor(14.3).log())
+
+    def encode_image(self, images):
+        return self.visual(images.to(self.visual.conv1.weight.dtype))
