@@ -32,7 +32,7 @@ class CueVotes:
             everything); without the centre those win most votes, and the pseudo-labels say little.
     """
 
-    running = ("count", "sum")  # what changes, for whoever saves them
+    state_names = ("count", "sum")  # what changes, for whoever saves them
 
     def __init__(self, texts: Tensor, maps: Tensor, centre: Tensor) -> None:
         depth, heads, width, _ = maps.shape

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from argparse import Namespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
 
+import report
 from baselines import BaselineError
-from data import InputError
+from decompose import _embedding as image_embedding
+from files import InputError
 from masks import seen
 from metrics import scale
-from zeroshot import Clip, embed_texts, load_clip
+from zeroshot import embed_texts
 
-from . import pages
 from .attribution import attribute, choose_methods, clipped, score_of
-from .common import open_picture, print_settings, save_picture, settings, table
+from .job import Job
+from .pictures import open_picture, save_picture
+from .tables import print_settings, settings, table
 
 LONG_SIDE = 512  # of the pictures
 TILE, ACROSS, GAP = 200, 6, 8  # of the sheet
@@ -37,18 +40,19 @@ INFERNO = np.float32(
 )
 
 
-def run(args: Namespace) -> tuple[dict, list]:
+def run(job: Job) -> tuple[dict, list]:
     """Every method's map of every text, drawn over the image."""
+    args = job.args
     if args.image is None or not args.text:
         raise InputError(f"--task heatmap needs {'--image FILE' if args.image is None else '--text TEXT'}")
     if any(not text.strip() for text in args.text):
         raise InputError("--text is empty: give a text to look for")
     image = open_picture(args.image)
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
+    clip = job.clip
     methods = choose_methods(args)
     texts = embed_texts(clip, args.text)
     pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
-    cosine = similarity(clip, pixels, texts)
+    cosine = similarity(clip.model, pixels, texts)
     box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
     folder, files, sheets, refused = args.out / "heatmap", {}, {}, {}
     for i, text in enumerate(args.text):
@@ -62,46 +66,49 @@ def run(args: Namespace) -> tuple[dict, list]:
                 refused[method] = str(error)
                 continue
             tiles[method] = overlay(image, heat, box, clipped(method))
-            name = f"{i + 1}-{slug(text)}-{method}.png"
-            files[name] = tiles[method]
-        sheets[f'"{text}", cosine {cosine[i]:.3f}'] = tiles
-        files[f"{i + 1}-{slug(text)}-all.png"] = sheet(list(sheets)[-1], tiles)
+        title = f'"{text}", cosine {cosine[i]:.3f}'
+        sheets[title] = tiles
+        for name, picture in [*tiles.items(), ("all", sheet(title, tiles))][1:]:
+            files[f"{i + 1}-{slug(text)}-{name}.png"] = picture
     for name, picture in files.items():
         save_picture(picture, folder / name)
-    where = settings(
-        args, clip, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods)
-    )
-    where["seen"] = (
-        "all of it" if covers(box, image.size) else "what the model's cropping leaves; the rest is dimmed"
-    )
+    all_seen = covers(box, image.size)
+    where = settings(job, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods))
+    where["seen"] = "all of it" if all_seen else "what the model's cropping leaves; the rest is dimmed"
     print_settings(where)
-    print()
     rows = [
         [text, f"{cosine[i]:.3f}", str(folder / f"{i + 1}-{slug(text)}-all.png")]
         for i, text in enumerate(args.text)
     ]
-    print(table(["text", "cosine", "all methods in one picture"], rows))
+    print("\n" + table(["text", "cosine", "all methods in one picture"], rows))
     print(
-        f"\n{len(files)} pictures in {folder}. Each map from its least (dark) to its most (bright); the decomposition from zero."
+        f"\n{len(files)} pictures in {folder}. Each map from its least (dark) to its most (bright); "
+        "the decomposition from zero."
     )
-    for reason in dict.fromkeys(refused.values()):
-        print(f"Without {', '.join(method for method in refused if refused[method] == reason)}: {reason}")
-    scores = {method: score_of(method, args.score) for method in methods}
+    print_refused(refused)
     results = {
         "settings": where,
         "cosine": dict(zip(args.text, cosine, strict=True)),
-        "scores": scores,
+        "scores": {method: score_of(method, args.score) for method in methods},
         "files": list(files),
     }
-    return results, pages.heatmap(sheets)
+    sections = [
+        report.section(title, report.pictures([(tile, name) for name, tile in tiles.items()], size=200))
+        for title, tiles in sheets.items()
+    ]
+    return results, sections
+
+
+def print_refused(refused: dict[str, str]) -> None:
+    """A line for each reason why methods do not support the model."""
+    for reason in dict.fromkeys(refused.values()):
+        print(f"Without {', '.join(method for method in refused if refused[method] == reason)}: {reason}")
 
 
 @torch.no_grad()
-def similarity(clip: Clip, pixels: torch.Tensor, texts: torch.Tensor) -> list[float]:
+def similarity(model: nn.Module, pixels: Tensor, texts: Tensor) -> list[float]:
     """Cosine of the image with each text."""
-    embedding = clip.model.encode_image(pixels)
-    embedding = embedding[0] if isinstance(embedding, tuple) else embedding
-    return (F.normalize(embedding.to(texts), dim=-1) @ texts.T)[0].tolist()
+    return (F.normalize(image_embedding(model, pixels).to(texts), dim=-1) @ texts.T)[0].tolist()
 
 
 def resized(image: Image.Image, side: int = LONG_SIDE) -> Image.Image:
@@ -112,7 +119,7 @@ def resized(image: Image.Image, side: int = LONG_SIDE) -> Image.Image:
 
 
 def overlay(
-    image: Image.Image, heat: torch.Tensor, box: tuple[float, ...], clip: bool = False, side: int = LONG_SIDE
+    image: Image.Image, heat: Tensor, box: tuple[float, ...], clip: bool = False, side: int = LONG_SIDE
 ) -> Image.Image:
     """The image with the map [1, rows, cols] laid on `box` of it; what lies outside is dimmed."""
     canvas = resized(image, side)

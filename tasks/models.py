@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from decompose import DecompositionError
 from towers import Tower, open_tower
+from zeroshot import quiet
 
 LAYERS, WIDTH, HEADS, GRID = 2, 64, 4, 4  # of the small copies; patches in a row
 
@@ -45,7 +44,7 @@ class Listed:
 
 def listed(name: str) -> Listed:
     """The configuration at its full size, on torch's meta device: no memory, no weights, no network."""
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         model = Images(_tower(open_clip.get_model_config(name)))
     tower, refusal = None, ""
     try:
@@ -98,7 +97,7 @@ def small(name: str, seed: int = 0) -> Images:
             "attn_pooler_heads": HEADS,
             "image_size": side,
         }
-    with _quiet(), torch.random.fork_rng(devices=[]), _timm_with(more):
+    with quiet(), torch.random.fork_rng(devices=[]), _timm_with(more):
         torch.manual_seed(seed)
         model = Images(_tower(config))
         with torch.no_grad():
@@ -112,7 +111,7 @@ def small(name: str, seed: int = 0) -> Images:
 
 def _smaller(config: dict) -> tuple[dict, int]:
     """What to tell timm for a small copy, and the side of its images."""
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         trunk = _tower(config).trunk
     embed = trunk.patch_embed
     stride = embed.feat_ratio() if hasattr(embed, "feat_ratio") else embed.patch_size
@@ -146,14 +145,3 @@ def _timm_with(more: dict) -> Iterator[None]:
 
 def _tower(config: dict) -> nn.Module:
     return _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
