@@ -1,17 +1,18 @@
 """Run one of the experiments and print its table; results/<task>/ gets a page to look at and everything as JSON.
 
-    $ python evaluate.py --task waterbirds      # the embedded demo, offline: take the background out of what decides
-    $ python evaluate.py --list-models          # which of open_clip's models can be decomposed?
-    $ python evaluate.py --task check           # do the terms sum to the embedding? (--model all: of every architecture)
-    $ python evaluate.py --task textspan        # what each head writes, in words, and its role
-    $ python evaluate.py --task segmentation    # do maps lie on the object? the decomposition and ten other attributions
-    $ python evaluate.py --task heatmap --image FILE --text "a bird"
+    $ python evaluate.py --task waterbirds      # the embedded demo, offline: take the background out of what
+    decides $ python evaluate.py --list-models          # which of open_clip's models can be decomposed?
+    $ python evaluate.py --task check           # do the terms sum to the embedding? (--model all: of every
+    architecture) $ python evaluate.py --task textspan        # what each head writes, in words, and its role
+    $ python evaluate.py --task segmentation    # do maps lie on the object? the decomposition and ten other
+    attributions $ python evaluate.py --task heatmap --image FILE --text "a bird"
     $ python evaluate.py --task ablation        # which terms does accuracy need?
     $ python evaluate.py --task completeness    # how much of the heads do their texts hold?
     $ python evaluate.py --task retrieval --head 3.4 --image FILE
     $ python evaluate.py --task debias --classes NAME NAME --cue TEXT TEXT --data FOLDER
     $ python evaluate.py --task neurons         # what single neurons of an MLP write
-    $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper --data DIR
+    $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper
+    --data DIR
 
 DIR is the folder waterbird_complete95_forest2water2, with metadata.csv in it.
 """

@@ -55,13 +55,14 @@ def load_clip(
     """A model ready to run: the demo's without `model`, else open_clip's of that name.
 
     Args:
-        model: a name that open_clip knows ("ViT-L-14"), hf-hub:... or local-dir:..., or the demo's name, to load other
-            weights into it.
+        model: a name that open_clip knows ("ViT-L-14"), hf-hub:... or local-dir:..., or the demo's name, to
+            load other weights into it.
         pretrained: one of open_clip's tags for it, or a checkpoint file (.safetensors, .pt, .bin; loaded with
             weights_only). "none": random weights, which is enough to check the decomposition.
         device: "auto" (a GPU where there is one), or torch's name of a device.
         precision: "fp32" or "bf16" (the sums of the decomposition stay in fp32).
-        image_size: side of the images in pixels, if not the model's own; open_clip interpolates the positions.
+        image_size: side of the images in pixels, if not the model's own; open_clip interpolates the
+            positions.
         out: folder for results; the embeddings of banks of texts are kept in it for the next run.
 
     Raises:

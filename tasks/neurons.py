@@ -1,11 +1,12 @@
 """--task neurons: which single neurons of one layer's MLP write most to the embedding, and what?
 
-A neuron adds its activation times a fixed vector, its map. So var(activation) |map|^2 is the spread of its direct effect
-over images, the texts nearest to the map say what it writes, and ablating it changes a class score by one product. What
-a neuron does through later layers is not measured.
+A neuron adds its activation times a fixed vector, its map. So var(activation) |map|^2 is the spread of its
+direct effect over images, the texts nearest to the map say what it writes, and ablating it changes a class
+score by one product. What a neuron does through later layers is not measured.
 
-Attention pooling reads a neuron once for each of its r rows, each time through another map. There the activation that is
-shown is the length of what the neuron adds, and the texts are nearest to the direction in which that varies most.
+Attention pooling reads a neuron once for each of its r rows, each time through another map. There the
+activation that is shown is the length of what the neuron adds, and the texts are nearest to the direction in
+which that varies most.
 
 Axes as in decompose.py; k images kept of each neuron, m neurons shown, c classes.
 """
@@ -165,7 +166,8 @@ class Activity:
     def direction(self, j: int) -> Tensor:
         """[d] the map of neuron j.
 
-        Under attention pooling, the direction in which the neuron's term varies most, with the sign of the term's mean.
+        Under attention pooling, the direction in which the neuron's term varies most, with the sign of the
+        term's mean.
         """
         maps = self.maps[j].cpu()
         if len(maps) == 1:

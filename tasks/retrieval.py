@@ -1,7 +1,7 @@
 """--task retrieval: the images that one head, or the heads of one role, find most like a query. (section 5 of the paper)
 
-An image is compared by what these heads write alone, less what they write on average; what they do not look at does not
-count. Only that is kept of each image, in the heads' own space.
+An image is compared by what these heads write alone, less what they write on average; what they do not look
+at does not count. Only that is kept of each image, in the heads' own space.
 """
 
 from __future__ import annotations

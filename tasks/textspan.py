@@ -84,7 +84,8 @@ def strongest(values: Tensor, A: Tensor, span: TextSpan) -> list[int]:
 def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Head) -> TextSpan:
     """The head's texts.
 
-    Where no number was asked for, at most as many as the head has directions: none if it writes the same to every image.
+    Where no number was asked for, at most as many as the head has directions: none if it writes the same to
+    every image.
     """
     held = len(moments.factor())
     if not held:

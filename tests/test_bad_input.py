@@ -42,8 +42,9 @@ import evaluate
 import report
 import tasks.ablation
 import tasks.check
-import tasks.common
+import tasks.job
 import tasks.models
+import tasks.pictures
 from data import DemoBirds
 
 ROOT = Path(__file__).parent.parent
@@ -1330,7 +1331,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tasks.check, "run", lambda args: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(tasks.check, "run", lambda job: pytest.fail("worked before it looked"))
     out = where(tmp_path)
     ran = call([*LITTLE, "--out", out], capsys)
     one_clear_line(ran.stderr, "cannot write to --out", str(out))
@@ -1372,7 +1373,7 @@ def test_a_full_disk_while_a_picture_is_saved(
         Path(file).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tasks.common.Image.Image, "save", save)
+    monkeypatch.setattr(Image.Image, "save", save)
     ran = call(
         ["--task", "retrieval", "--head", "3.4", "--text", "a bird", *QUICK, "--out", tmp_path], capsys
     )
@@ -1569,7 +1570,7 @@ MOMENTS = {
     "while torch and this project are loaded": lambda patch: patch.setitem(
         sys.modules, "baselines", Interrupts()
     ),
-    "while the model is loaded": lambda patch: patch.setattr(tasks.check, "load_clip", interrupt),
+    "while the model is loaded": lambda patch: patch.setattr(tasks.job, "load_clip", interrupt),
     "while results.json is put in place": lambda patch: patch.setattr(evaluate.os, "replace", interrupt),
     "while report.html is written": lambda patch: patch.setattr(report, "write", interrupt),
 }
@@ -1725,10 +1726,10 @@ def test_a_picture_that_another_run_saves_at_the_same_moment(
         monkeypatch.setattr(Image.Image, "save", save)
         with monkeypatch.context() as patch:
             patch.setattr(os, "getpid", lambda: 1)
-            tasks.common.save_picture(Image.new("RGB", (8, 8), "red"), tmp_path / "sheet.png")
+            tasks.pictures.save_picture(Image.new("RGB", (8, 8), "red"), tmp_path / "sheet.png")
 
     monkeypatch.setattr(Image.Image, "save", save_and_let_another_in)
-    tasks.common.save_picture(Image.new("RGB", (8, 8), "blue"), tmp_path / "sheet.png")
+    tasks.pictures.save_picture(Image.new("RGB", (8, 8), "blue"), tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as picture:
         assert picture.getpixel((0, 0)) == (0, 0, 255)
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]

@@ -14,7 +14,8 @@ import demo
 from data import DemoBirds
 from decompose import decompose
 from evaluate import main
-from tasks.common import parse_heads, wilson
+from tasks.heads import parse_heads
+from tasks.tables import wilson
 from zeroshot import classifier, load_clip, templates
 
 QUICK = ["--limit", "160", "--batch-size", "80", "--workers", "0", "--draws", "5"]

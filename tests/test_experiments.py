@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from argparse import Namespace
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -31,8 +30,9 @@ from demo import scenes
 from evaluate import main, parse_args
 from roles import find_roles
 from tasks.ablation import ablations
-from tasks.common import Kept, Reference
 from tasks.completeness import random_texts
+from tasks.job import Job
+from tasks.reference import Kept, Reference
 from tasks.removal import Plan, Scores, auto_heads, pick, random_heads
 from tasks.retrieval import agree, cosine, heads_of, sheet
 from tasks.textspan import agreement
@@ -648,8 +648,9 @@ def test_random_vectors_are_fixed_by_the_seed():
 
 
 def test_the_seed_of_the_run_draws_the_random_vectors(clip, pools):
-    args = Namespace(text_bank=None, words=None, seed=5)
-    found = tasks.completeness.text_pools(args, clip, ["duck", "crow"])
+    job = Job(parse_args(["--task", "completeness", "--seed", "5"]))
+    job.clip = clip
+    found = tasks.completeness.text_pools(job, ["duck", "crow"])
     torch.testing.assert_close(found["random vectors"], random_texts(pools["descriptions"], 5))
     assert list(found) == ["descriptions", "class prompts", "random vectors"]
 
@@ -762,27 +763,16 @@ def test_a_role_is_all_heads_that_have_it(tmp_path, clip, demo, photo, query):
 
 def test_heads_of_a_role_are_explained_by_its_texts(clip, demo):
     """By the plainest route: of the true places, which the images of the demo have."""
-    args = parse_args(
-        [
-            "--task",
-            "retrieval",
-            "--role",
-            "places",
-            "--limit",
-            str(LIMIT),
-            "--batch-size",
-            "80",
-            "--workers",
-            "0",
-        ]
-    )
+    options = ["--role", "places", "--limit", str(LIMIT), "--batch-size", "80", "--workers", "0"]
+    job = Job(parse_args(["--task", "retrieval", *options]))
+    job.clip = clip
     place = DemoBirds("train", clip.preprocess, LIMIT).facts["place"].numpy()
     share = {
         (i, j): epsilon_squared(demo.train.heads[:, i, j].numpy(), place)[1]
         for i in range(4)
         for j in range(8)
     }
-    found = heads_of(args, clip)
+    found = heads_of(job)
     others = set(share) - set(found)
     assert np.mean([share[head] for head in found]) > 0.4 > 0.2 > np.mean([share[head] for head in others])
 
@@ -1380,8 +1370,8 @@ def test_the_images_kept_are_those_drawn_in_any_batches(batch):
         kept.update(SimpleNamespace(values=values[rows], embedding=embedding[rows]), rows)
     wanted = subset(30, 11, 7)
     assert kept.rows == wanted
-    assert torch.equal(kept.done().values, values[wanted][:, 2:5])
-    assert torch.equal(kept.embedding, embedding[wanted])
+    assert torch.equal(kept.values.tensor(), values[wanted][:, 2:5])
+    assert torch.equal(kept.embedding.tensor(), embedding[wanted])
 
 
 # ---- textspan: roles, and how often they are the demo's true factors -------------------------------------------------------------
