@@ -33,7 +33,7 @@ class ImageFiles(Dataset):
     Attributes:
         files: relative to `root`.
         y, place: [n] labels, None where they are not known.
-        trusted: the files' names are known to lie in the folder.
+        confined_to: the folder that the files must lie in, where their names come from a file.
     """
 
     root: Path
@@ -41,23 +41,17 @@ class ImageFiles(Dataset):
     files: Sequence[str | Path]
     y: Tensor | None = None
     place: Tensor | None = None
-    trusted = True
+    confined_to: Path | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
-        return self._read(index, self.transform), index
-
-    def _read(self, index: int, transform: Callable) -> Any:
-        return read(self.root / self.files[index], transform, None if self.trusted else self.root)
+        return read(self.root / self.files[index], self.transform, self.confined_to), index
 
     def picture(self, index: int) -> Image.Image:
         """The image before the transform."""
-        image = self._read(index, lambda image: image)
-        if isinstance(image, str):
-            raise InputError(image)
-        return image
+        return read_picture(self.root / self.files[index], self.confined_to)
 
     def caption(self, index: int) -> str:
         """What to write under an image."""
@@ -87,12 +81,12 @@ class Waterbirds(ImageFiles):
     classes = ("landbird", "waterbird")
     places = ("land", "water")
     splits = ("train", "val", "test")
-    trusted = False
 
     def __init__(
         self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
     ) -> None:
         self.root, self.transform = Path(root), transform
+        self.confined_to = self.root
         rows = [row for row in self._metadata() if row["split"] == self.splits.index(split)]
         if not rows:
             raise InputError(
@@ -103,7 +97,7 @@ class Waterbirds(ImageFiles):
         self.y, self.place = (torch.tensor([row[name] for row in rows]) for name in ("y", "place"))
         self.description = f"Waterbirds in {self.root}, {split} split, {len(rows):,} images"
 
-    def _metadata(self) -> Iterator[dict]:
+    def _metadata(self) -> list[dict]:
         path = self.root / "metadata.csv"
         if not path.is_file():
             raise InputError(
@@ -115,28 +109,22 @@ class Waterbirds(ImageFiles):
         if missing:
             found = ", ".join(reader.fieldnames or ["nothing"])
             raise InputError(f"{path} has no column {sorted(missing)[0]!r}; found {found}")
-        for line, row in enumerate(self._rows(reader, path), start=2):
-            if not row["img_filename"] or "\0" in row["img_filename"]:
-                raise InputError(
-                    f"{path}, line {line}: img_filename must name a file, found {row['img_filename']!r}"
-                )
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            expected = ", ".join(reader.fieldnames or ())
+            raise InputError(f"{path}, line {reader.line_num}: {error}; expected {expected}") from error
+        for line, row in enumerate(rows, start=2):
+            file = row["img_filename"]
+            if not file or "\0" in file:
+                raise InputError(f"{path}, line {line}: img_filename must name a file, found {file!r}")
             for name, allowed in (("y", "01"), ("place", "01"), ("split", "012")):
                 if row[name] not in list(allowed):
-                    values = ", ".join(allowed)
                     raise InputError(
-                        f"{path}, line {line}: {name} must be one of {values}, found {row[name]!r}"
+                        f"{path}, line {line}: {name} must be one of {', '.join(allowed)}, found {row[name]!r}"
                     )
                 row[name] = int(row[name])
-            yield row
-
-    @staticmethod
-    def _rows(reader: csv.DictReader, path: Path) -> Iterator[dict]:
-        try:
-            yield from reader
-        except csv.Error as error:
-            raise InputError(
-                f"{path}, line {reader.line_num}: {error}; expected {', '.join(reader.fieldnames or ())}"
-            ) from error
+        return rows
 
     def caption(self, index: int) -> str:
         """What to write under an image."""
@@ -212,7 +200,8 @@ class ImageFolder(ImageFiles):
         if len(ids) != len(folders) or len(ids) != len(IMAGENET_CLASSNAMES):
             raise InputError(
                 f"{self.root} holds {len(folders):,} folders, {len(ids):,} of them WordNet ids; "
-                f"expected all {len(IMAGENET_CLASSNAMES):,} of ImageNet (an id's place among them names the class), "
+                f"expected all {len(IMAGENET_CLASSNAMES):,} of ImageNet "
+                "(an id's place among them names the class), "
                 "or folders named by their class"
             )
         return tuple(IMAGENET_CLASSNAMES)
@@ -299,6 +288,18 @@ def read(path: Path, transform: Callable, root: Path | None = None, keep_mode: b
         return f"{path} is not an image that Pillow can read"
     except Exception as error:  # Pillow's readers raise nearly anything for damaged files
         return f"cannot read image {path}: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def read_picture(path: Path, root: Path | None = None) -> Image.Image:
+    """The image in RGB, upright.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    image = read(path, lambda image: image, root=root)
+    if isinstance(image, str):
+        raise InputError(image)
+    return image
 
 
 def file_sizes(root: Path, files: Sequence[str | Path]) -> list[int | None]:

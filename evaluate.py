@@ -1,4 +1,4 @@
-"""Run one of the experiments and print its table; results/<task>/ gets a page to look at and everything as JSON.
+"""Run one of the experiments and print its table; results/<task>/ gets a page and everything as JSON.
 
     $ python evaluate.py --task waterbirds      # the embedded demo, offline: take the background out of what
     decides $ python evaluate.py --list-models          # which of open_clip's models can be decomposed?
@@ -251,7 +251,7 @@ def run(job: Job, first: bool) -> None:
 
 @contextlib.contextmanager
 def printable() -> Iterator[None]:
-    """Inside, characters that the terminal cannot show are printed as their codes; a reader that left is no error."""
+    """Print characters that the terminal cannot show as their codes; a reader that left is no error."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -275,7 +275,7 @@ def check_writable(folder: Path) -> None:
 
 
 def write(folder: Path, results: dict, sections: list[str]) -> None:
-    """results.json and the page. Both are replaced when both are complete; until then, the earlier ones stay."""
+    """results.json and the page; the earlier ones are replaced when both are complete."""
     import report
 
     title = f"{results['task']}: {results['settings']['model'].split(',')[0]}"

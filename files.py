@@ -1,4 +1,4 @@
-"""The error for what a user gave and cannot be used, and files that are written whole. Needs the standard library alone."""
+"""The error for what a user gave and cannot be used; text files read; files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class InputError(ValueError):
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which replaces `path` when the block ends; after an error `path` is as it was.
+    """A path to write to, which replaces `path` when the block ends; after an error `path` is as it was.
 
     The name holds this process's number, so that two runs can write the same file at the same time.
     """

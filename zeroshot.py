@@ -1,4 +1,4 @@
-"""A CLIP model and what it makes of words: loading, text embeddings, zero-shot classifiers, banks of descriptions."""
+"""A CLIP model and its texts: loading, text embeddings, zero-shot classifiers, banks of descriptions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Clip:
-    """A model with its image transform and tokenizer. `name` and `weights` are printed beside every number."""
+    """A model with its transform and tokenizer. `name` and `weights` are printed above every table."""
 
     model: nn.Module
     preprocess: Callable
@@ -141,7 +141,7 @@ def _from_open_clip(
 
 @contextmanager
 def _loading(model: str, weights: str | None, size: dict[str, int]) -> Iterator[None]:
-    """While open, any error becomes an InputError: open_clip, torch, safetensors and the hub raise many kinds."""
+    """Any error inside becomes an InputError: open_clip, torch, safetensors and the hub raise many kinds."""
     try:
         with quiet():
             yield
@@ -232,7 +232,7 @@ CACHED = 500  # texts from which their embeddings are kept: fewer are soon made 
 
 @torch.no_grad()
 def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batch_size: int = 256) -> Tensor:
-    """[t, d] unit vectors in float32, on the model's device. Those of many texts are kept in a file for the next run.
+    """[t, d] unit vectors in float32, on the model's device; those of many texts are kept in a file.
 
     Raises:
         InputError: as `tokenize`; or the text tower's numbers overflow.
@@ -268,7 +268,7 @@ _hashes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A hash of all parameters and buffers and of the layers' types (GELU has no weights), made once for a model."""
+    """Of all parameters and buffers, and of the layers' types (GELU has no weights); made once a model."""
     if model not in _hashes:
         parts = [str(model)]
         for name, tensor in model.state_dict().items():
@@ -316,7 +316,7 @@ def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
 def classifier(
     clip: Clip, names: Sequence[str], templates: Sequence[str | Callable], title: str | None = None
 ) -> Tensor:
-    """[c, d] unit vectors: the mean of a class's prompt embeddings, normalised (Radford et al. 2021, 3.1.4)."""
+    """[c, d] unit vectors: each class's mean prompt embedding, normalised (Radford et al. 2021, 3.1.4)."""
     embeddings = embed_texts(clip, fill_templates(names, templates), title)
     return F.normalize(embeddings.unflatten(0, (len(names), len(templates))).mean(dim=1), dim=-1)
 
@@ -357,7 +357,7 @@ def default_bank(clip: Clip) -> Path:
 
 
 def load_bank(path: str | Path) -> Bank:
-    """One description per line, under `# category` lines; without any, the whole file is one category, "texts".
+    """One description per line, under `# category` lines; without any, all are of one category, "texts".
 
     Raises:
         InputError: no such file, no descriptions, or one that stands in it twice.

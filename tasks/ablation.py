@@ -14,10 +14,9 @@ from decompose import Decomposition, decompose
 
 from .accumulators import Sums
 from .heads import LAST_LAYERS, head_name
-from .job import Job
+from .job import Job, open_zero_shot
 from .passes import one_pass
 from .reference import Reference, summarise
-from .splits import open_zero_shot
 from .tables import in_percent, means_of, percent, print_settings, prompts_of, settings, table
 
 PAPER = (
@@ -27,7 +26,7 @@ PAPER = (
 
 
 def run(job: Job) -> tuple[dict, list]:
-    """Accuracy without the MLPs, without the class token's attention to itself, without layers and without heads."""
+    """Accuracy without the MLPs, the class token's attention to itself, each layer, and each head."""
     clip = job.clip
     test, names, labels, classes = open_zero_shot(job)
     reference = summarise(job)

@@ -1,4 +1,4 @@
-"""Accumulators: what a task learns from images, in a form that can be merged over processes, saved and continued.
+"""Accumulators: what a task learns from images, to be merged over processes, saved and continued.
 
 An accumulator has `merge(other)`, which adds what another one of its kind has seen. Its state is all of its
 attributes, or those that it lists in `state_names`. Here are three that serve many tasks, and the functions
@@ -72,7 +72,7 @@ class Largest:
 
 
 def state_dict(accumulator: Accumulator) -> dict[str, Any]:
-    """A copy of all that changes in an accumulator, on the CPU, of types that torch.load reads without unpickling."""
+    """A copy of all that changes in an accumulator, on the CPU, for torch.save and weights_only loading."""
     return {name: _to_state(getattr(accumulator, name)) for name in _state_names(accumulator)}
 
 
@@ -83,7 +83,7 @@ def load_state_dict(accumulator: Accumulator, state: dict[str, Any]) -> None:
 
 
 def fresh_copy(accumulator: Accumulator) -> Any:
-    """An accumulator that another state can be loaded into; what does not change is shared with the original."""
+    """A copy that another state can be loaded into; what does not change is shared with the original."""
     other = copy.copy(accumulator)
     for name in _state_names(accumulator):
         value = getattr(accumulator, name)

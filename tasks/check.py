@@ -13,9 +13,8 @@ from towers import open_tower
 
 from . import models
 from .accumulators import Largest
-from .job import Job
+from .job import Job, open_split
 from .passes import one_pass
-from .splits import open_split
 from .tables import print_settings, settings, table
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -61,7 +60,7 @@ def token_error(model: nn.Module, images: Tensor, terms: Decomposition) -> float
 
 
 def run_all() -> tuple[dict, list]:
-    """Every configuration that open_clip has, as a small copy with random weights in float64; nothing is downloaded."""
+    """Every configuration of open_clip, as a small copy with random weights in float64: no downloads."""
     rows = [check_small(name) for name in tqdm(open_clip.list_models(), desc="configurations", leave=False)]
     where = {
         "models": f"the {len(rows)} configurations of open_clip {open_clip.__version__}; random weights, "

@@ -38,7 +38,7 @@ FILE_OPTIONS = (
 
 
 class Checkpoint:
-    """The files of one pass: `path` while it runs, one for each process, and `final_path` when it is finished.
+    """The files of one pass: `path` while it runs, for each process, and `final_path` when it is finished.
 
     Args:
         title: names the pass; titles differ within a task.
@@ -53,14 +53,14 @@ class Checkpoint:
         self.final_path = self.folder / f"{slug}.pt"
 
     def load_finished(self, accumulators: Sequence[Accumulator]) -> bool:
-        """Whether the run that is resumed has finished this pass. If so, the accumulators are as it left them."""
+        """Whether the resumed run has finished this pass; if so, the accumulators get what it found."""
         if not self.job.args.resume:
             return False
         found = processes.broadcast(self._read(self.final_path) if processes.process_rank() == 0 else None)
         return self._load(found, accumulators) is not None
 
     def load_unfinished(self, accumulators: Sequence[Accumulator]) -> int:
-        """How many of its images this process has seen in the run that is resumed; the accumulators are as then."""
+        """How many images this process has seen in the resumed run; the accumulators get what it found."""
         if not self.job.args.resume:
             return 0
         found = problem = None
@@ -109,7 +109,7 @@ class Checkpoint:
             ) from error
 
     def _delete_old(self) -> None:
-        """Delete what an earlier run left, as soon as a run that does not resume it saves something of its own."""
+        """Delete what an earlier run left, when a run that does not resume it saves something itself."""
         if not self.job.args.resume and not self.job.old_checkpoints_deleted:
             for path in self.folder.glob("*.pt"):
                 owner = path.suffixes[0][1:] if len(path.suffixes) > 1 else "0"
@@ -144,7 +144,7 @@ class Checkpoint:
 
 
 def print_resume_hint(job: Job) -> None:
-    """One line where an earlier run stopped and this one does not go on from there, or where --resume finds nothing."""
+    """One line if an earlier run stopped and this one does not resume it, or if --resume finds nothing."""
     folder, found = job.checkpoint_folder, job.checkpoint_folder.exists()
     hint = None
     if found and not job.args.resume:
@@ -161,7 +161,7 @@ def delete_checkpoints(job: Job) -> None:
 
 
 def fingerprint(job: Job, data: Dataset, title: str) -> dict[str, Any]:
-    """All that must be the same in two runs for one to continue the other: options, files, weights, images, code."""
+    """What must be equal for one run to continue another: options, files, weights, images, program."""
     args = vars(job.args) | {"device": job.device}
     options = {
         f"--{name.replace('_', '-')}": str(value)

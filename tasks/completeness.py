@@ -18,10 +18,9 @@ from zeroshot import embed_texts, fill_templates, load_bank, templates
 
 from .accumulators import Sums
 from .heads import LAST_LAYERS
-from .job import Job
+from .job import Job, open_zero_shot
 from .passes import one_pass
 from .reference import Reference, summarise
-from .splits import open_zero_shot
 from .tables import means_of, percent, print_settings, prompts_of, settings, table
 from .textspan import name_head
 
@@ -75,7 +74,7 @@ def run(job: Job) -> tuple[dict, list]:
 def along_texts(
     away: Tensor, still: Tensor, reads: dict[str, tuple[Tensor, Tensor]], sizes: list[int]
 ) -> dict[tuple[str, int], Tensor]:
-    """{(pool, m): class scores [b, c]} with each head's deviation from its mean kept along its first m texts alone.
+    """{(pool, m): class scores [b, c]} with each head's deviation from its mean kept along its m texts alone.
 
     Args:
         away: [b, l, H, e] the deviations.
@@ -94,7 +93,7 @@ def along_texts(
 
 
 def text_pools(job: Job, names: list[str]) -> dict[str, Tensor]:
-    """[t, d] each: the bank, the user's words, prompts of the classes, and as many random vectors as the bank has texts."""
+    """[t, d] each: the bank, the user's words, prompts of the classes, and random vectors."""
     clip = job.clip
     embedded = embed_texts(clip, job.load_bank().texts, "text bank")
     pools = {"descriptions": embedded}

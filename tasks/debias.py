@@ -16,10 +16,10 @@ from cue import corrected
 from files import InputError
 from zeroshot import classifier, templates
 
-from .job import Job
+from .accumulators import Sums
+from .job import Images, Job, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score
-from .splits import Images, open_split
-from .tables import logits, percent, print_settings, settings, table
+from .tables import logits, mean_and_std, percent, print_settings, settings, table
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -46,18 +46,11 @@ def run(job: Job) -> tuple[dict, list]:
         classes=f"{some_names}; {len(templates(clip))} templates; {logits(clip)}",
         labels="none given" if labels is None else used,
         means=cue.reference.description,
-        **cue.words(),
-        sum=cue.reference.sum_error(),
+        **cue.settings(),
     )
     print_settings(where)
     print_rows(rows, control, len(test), len(cue.heads))
-    results = {
-        "settings": where,
-        "rows": rows,
-        "random": control,
-        "explained": cue.explained.tolist(),
-        "heads": [list(head) for head in cue.heads],
-    }
+    results = {"settings": where, "rows": rows, "random": control, **cue.results()}
     return results, page(rows, control)
 
 
@@ -81,8 +74,8 @@ def class_problem(asked: list[str] | None, test: Images) -> tuple[list[str], Ten
     return names, torch.tensor([names.index(name) for name in own])[y]
 
 
-class Outcomes:
-    """What each intervention did, counted over images; the first intervention changes nothing.
+class Outcomes(Sums):
+    """What each intervention did, summed over images; the first intervention changes nothing.
 
     Axes: k interventions, b images, c classes, t texts of the cue, g groups.
 
@@ -92,42 +85,30 @@ class Outcomes:
         group: [images] the group of each image, or None.
     """
 
-    state_names = ("images", "changed", "by_text", "count", "square", "right", "members")
+    state_names = ("sums",)
 
     def __init__(self, texts: int, labels: Tensor | None, group: Tensor | None) -> None:
+        super().__init__()
+        self.texts, self.labels = texts, labels
         keys = {"worst class": labels, "worst group": group}
         self.keys = {name: key for name, key in keys.items() if key is not None}
-        self.labels, self.texts = labels, texts
-        self.images = self.changed = self.by_text = self.square = 0
-        self.count = torch.zeros(texts, dtype=torch.float64)
-        self.right = dict.fromkeys(self.keys, 0)  # [k, g]
-        self.members = dict.fromkeys(self.keys, 0)  # [g]
 
     def update(self, scores: Tensor, label: Tensor, indices: Tensor) -> None:
-        """Add images: class scores [k, b, c], the cue's text that fits each best [b], indices in the data set."""
+        """Add images: class scores [k, b, c], the cue's text that fits best [b], indices in the data set."""
         scores, label = scores.cpu(), label.cpu()
         predicted = scores.argmax(dim=2)  # [k, b]
-        self.images += len(indices)
-        self.changed = self.changed + (predicted != predicted[0]).sum(dim=1)
         relative = (scores - scores.mean(dim=2, keepdim=True)).double()
         one_hot = F.one_hot(label, self.texts).double()  # [b, t]
-        self.count = self.count + one_hot.sum(dim=0)
-        self.by_text = self.by_text + torch.einsum("bt,kbc->ktc", one_hot, relative)
-        self.square = self.square + relative.square().sum(dim=(1, 2))  # [k]
+        self.add("images", len(indices))
+        self.add("changed", (predicted != predicted[0]).sum(dim=1))  # [k]
+        self.add("count", one_hot.sum(dim=0))
+        self.add("by text", torch.einsum("bt,kbc->ktc", one_hot, relative))
+        self.add("square", relative.square().sum(dim=(1, 2)))  # [k]
         for name, key in self.keys.items():
             size, mine = int(key.max()) + 1, key[indices]
             right = (predicted == self.labels[indices]).long()
-            counts = right.new_zeros(len(right), size).index_add_(1, mine, right)
-            self.right[name] = self.right[name] + counts
-            self.members[name] = self.members[name] + torch.bincount(mine, minlength=size)
-
-    def merge(self, other: Outcomes) -> None:
-        """Add what `other` has seen."""
-        for name in ("images", "changed", "by_text", "count", "square"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in self.keys:
-            self.right[name] = self.right[name] + other.right[name]
-            self.members[name] = self.members[name] + other.members[name]
+            self.add(f"right, {name}", right.new_zeros(len(right), size).index_add_(1, mine, right))  # [k, g]
+            self.add(f"members, {name}", torch.bincount(mine, minlength=size))
 
     def cue(self) -> Tensor:
         """[k] how far class scores follow the cue.
@@ -135,22 +116,24 @@ class Outcomes:
         That is the share of the variance of class scores, less their mean over classes, that lies between
         images of different cue texts, corrected for the number of texts.
         """
-        n, seen = self.images, self.count > 0
-        mean = self.by_text.sum(dim=1) / n  # [k, c]
-        shift = self.by_text[:, seen] / self.count[seen, None] - mean[:, None]
-        between = (self.count[seen, None] * shift.square()).sum(dim=(1, 2))
-        total = self.square - n * mean.square().sum(dim=1)
-        return torch.where(total > 1e-12 * self.square, corrected(between, total, n, int(seen.sum())), 0.0)
+        n, count, by_text, square = (self[name] for name in ("images", "count", "by text", "square"))
+        seen = count > 0
+        mean = by_text.sum(dim=1) / n  # [k, c]
+        shift = by_text[:, seen] / count[seen, None] - mean[:, None]
+        between = (count[seen, None] * shift.square()).sum(dim=(1, 2))
+        total = square - n * mean.square().sum(dim=1)
+        return torch.where(total > 1e-12 * square, corrected(between, total, n, int(seen.sum())), 0.0)
 
     def rows(self) -> list[dict]:
         """What is known of each intervention, as shares."""
-        found = []
-        for i, (changed, cue) in enumerate(zip(self.changed.tolist(), self.cue().tolist(), strict=True)):
-            row = {"changed": changed / self.images, "cue": cue}
-            for name, right in self.right.items():
-                present = self.members[name] > 0
-                row["average"] = int(right[i].sum()) / self.images
-                row[name] = float((right[i][present] / self.members[name][present]).min())
+        found, images = [], self["images"]
+        for i, (changed, cue) in enumerate(zip(self["changed"].tolist(), self.cue().tolist(), strict=True)):
+            row = {"changed": changed / images, "cue": cue}
+            for name in self.keys:
+                right, members = self[f"right, {name}"][i], self[f"members, {name}"]
+                present = members > 0
+                row["average"] = float(right.sum()) / images
+                row[name] = float((right[present].float() / members[present].float()).min())
             found.append(row)
         return found
 
@@ -165,12 +148,8 @@ def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: in
             cells[2] = percent(row["average"], count)
         lines.append([label, *cells])
     if control:
-        draws = [
-            torch.tensor([row[key] for row in control], dtype=torch.float64)
-            for key in ("changed", "cue", *accuracies)
-        ]
-        shown = [f"{100 * x.mean():.1f} ± {100 * x.std(correction=0):.1f}" for x in draws]
-        lines.append([f"{heads} random heads, mean ± std", *shown])
+        draws = [[row[key] for row in control] for key in ("changed", "cue", *accuracies)]
+        lines.append([f"{heads} random heads, mean ± std", *map(mean_and_std, draws)])
     print("\n" + table(header, lines))
     print(
         "\nFollows the cue: share of the variance of class scores between images "

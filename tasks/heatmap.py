@@ -1,8 +1,9 @@
-"""--task heatmap: where in an image does each method see a text? One picture per text and method, and a sheet of them all."""
+"""--task heatmap: where in an image does each method see a text? Pictures of every map, and a sheet of all."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,15 +13,16 @@ from torch import Tensor, nn
 
 import report
 from baselines import BaselineError
+from data import read_picture
 from decompose import _embedding as image_embedding
-from files import InputError
+from files import InputError, atomic_write
 from masks import seen
 from metrics import scale
 from zeroshot import embed_texts
 
 from .attribution import attribute, choose_methods, clipped, score_of
 from .job import Job
-from .pictures import open_picture, save_picture
+from .processes import process_rank
 from .tables import print_settings, settings, table
 
 LONG_SIDE = 512  # of the pictures
@@ -47,7 +49,7 @@ def run(job: Job) -> tuple[dict, list]:
         raise InputError(f"--task heatmap needs {'--image FILE' if args.image is None else '--text TEXT'}")
     if any(not text.strip() for text in args.text):
         raise InputError("--text is empty: give a text to look for")
-    image = open_picture(args.image)
+    image = read_picture(Path(args.image))
     clip = job.clip
     methods = choose_methods(args)
     texts = embed_texts(clip, args.text)
@@ -155,6 +157,17 @@ def sheet(title: str, tiles: dict[str, Image.Image]) -> Image.Image:
         draw.text((left, top), name, "#333", font)
         picture.paste(tile.resize((width, height), Image.Resampling.LANCZOS), (left, top + 22))
     return picture
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Save as PNG, in the first process alone; an earlier file stays until the new one is complete."""
+    if process_rank() > 0:
+        return
+    try:
+        with atomic_write(path) as partial:
+            picture.save(partial, format="PNG")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def slug(text: str) -> str:

@@ -1,4 +1,4 @@
-"""One run of evaluate.py: its options, its model, and what has happened in it so far."""
+"""One run of evaluate.py: its options, model and images, and what has happened in it so far."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from data import DemoBirds, ImageFolder, Waterbirds
 from files import InputError
-from zeroshot import Bank, Clip, default_bank, load_bank, load_clip
+from zeroshot import Bank, Clip, classifier, default_bank, load_bank, load_clip, templates
 
 from .processes import init_processes
+
+Images = DemoBirds | Waterbirds | ImageFolder
 
 
 class Job:
@@ -52,3 +55,30 @@ class Job:
     def checkpoint_folder(self) -> Path:
         """Where this run keeps what --resume needs."""
         return Path(self.args.out) / self.args.task / ".state"
+
+
+def open_split(job: Job, split: str, default_limit: int | None = None) -> Images:
+    """--data: Waterbirds where it holds metadata.csv, else any folder of images; without it the demo."""
+    args, options = job.args, (job.clip.preprocess, job.args.limit or default_limit, job.args.seed)
+    if args.data is None:
+        return DemoBirds(split, *options)
+    kind = Waterbirds if (Path(args.data) / "metadata.csv").exists() else ImageFolder
+    return kind(args.data, split, *options)
+
+
+def zero_shot_problem(data: Images) -> tuple[list[str], Tensor]:
+    """(the classes' names, the class of each image); in the demo the classes are kinds of birds."""
+    if isinstance(data, DemoBirds):
+        return list(data.kinds), data.facts["kind"]
+    if data.y is None or len(data.classes) < 2:
+        raise InputError(
+            f"{data.root} has no labels: expected folders of images named by their class, two at least"
+        )
+    return list(data.classes), data.y
+
+
+def open_zero_shot(job: Job) -> tuple[Images, list[str], Tensor, Tensor]:
+    """(test images, the classes' names, the class of each image, classes' embeddings [c, d])."""
+    test = open_split(job, "test")
+    names, labels = zero_shot_problem(test)
+    return test, names, labels, classifier(job.clip, names, templates(job.clip), title="classes")

@@ -1,4 +1,4 @@
-"""open_clip's models, one by one: which can be decomposed, how they are read out; and small random copies of them to prove it on."""
+"""open_clip's models: which can be decomposed, how they are read out; small random copies to check it on."""
 
 from __future__ import annotations
 
@@ -68,9 +68,8 @@ def print_list() -> None:
         else:
             size = f"{len(found.tower.blocks)} x {found.tower.blocks[0].heads}"
             print(f"{name:<38}  {found.tower.readout.name:<30}  {size:>14}  {', '.join(found.tags) or '-'}")
-    print(
-        f"\n{len(names) - refused} of {len(names)} configurations of open_clip {open_clip.__version__} can be decomposed."
-    )
+    found = f"{len(names) - refused} of {len(names)} configurations"
+    print(f"\n{found} of open_clip {open_clip.__version__} can be decomposed.")
 
 
 def family(visual: nn.Module) -> str:
@@ -80,9 +79,10 @@ def family(visual: nn.Module) -> str:
 
 
 def small(name: str, seed: int = 0) -> Images:
-    """The same architecture with few layers, narrow, for small images, its weights random and none at its trivial value, in float64.
+    """The same architecture with few, narrow layers for small images, with random weights in float64.
 
-    A convolutional stem fixes the width of the blocks behind it: there, and there alone, it stays.
+    No weight keeps a trivial value, 0 or 1. The width of blocks behind a convolutional stem stays: the stem
+    fixes it.
     """
     config = copy.deepcopy(open_clip.get_model_config(name))
     vision, more = config["vision_cfg"], {}
@@ -102,9 +102,8 @@ def small(name: str, seed: int = 0) -> Images:
         model = Images(_tower(config))
         with torch.no_grad():
             for parameter in model.parameters():
-                if (
-                    parameter.ndim == 1 or not parameter.any()
-                ):  # gamma, beta, biases; latents and tokens that start at zero
+                # gamma, beta and biases; latents and tokens that start at zero
+                if parameter.ndim == 1 or not parameter.any():
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.double().eval()
 
@@ -119,9 +118,8 @@ def _smaller(config: dict) -> tuple[dict, int]:
     more = {"depth": LAYERS, "img_size": side}
     if not hasattr(embed, "backbone"):
         more |= {"embed_dim": WIDTH, "num_heads": HEADS}
-    if (
-        hasattr(trunk, "rope") and getattr(trunk, "attn_pool", None) is not None
-    ):  # the one family that sets them apart
+    # One family gives the pooling heads of its own.
+    if hasattr(trunk, "rope") and getattr(trunk, "attn_pool", None) is not None:
         more["attn_pool_num_heads"] = HEADS
     return more, side
 

@@ -31,12 +31,11 @@ from zeroshot import Bank, embed_texts
 
 from .accumulators import Rows, Sums
 from .heads import head_name
-from .job import Job
+from .job import Job, open_split, open_zero_shot
 from .passes import one_pass
 from .reference import check_varies
 from .removal import random_heads
-from .splits import open_split, open_zero_shot
-from .tables import means_of, percent, print_settings, prompts_of, settings, table
+from .tables import mean_and_std, means_of, percent, print_settings, prompts_of, settings, table
 
 KEPT = 6  # images of each neuron, for the page
 SHOWN = 3  # texts and images of each neuron on screen
@@ -44,7 +43,7 @@ DRAWS = 20  # of random neurons
 
 
 def run(job: Job) -> tuple[dict, list]:
-    """The neurons whose direct effect varies most: what they write, what fires them, and accuracy without them."""
+    """The neurons whose direct effect varies most: what they write, what fires them, accuracy without."""
     args, clip = job.args, job.clip
     depth = len(head_maps(clip.model))
     layer = choose_layer(args.layer, depth)
@@ -160,7 +159,7 @@ class Activity:
         return self.activations.covariance[:, 0, 0]
 
     def spread(self) -> Tensor:
-        """[n] variance of each neuron's term over the embedding's; neurons can cancel, so these need not sum to 1."""
+        """[n] variance of each neuron's term over the embedding's; these need not sum to 1."""
         return (self.rows.covariance * self.gram.cpu()).sum(dim=(1, 2)) / self.embedding.covariance.sum()
 
     def direction(self, j: int) -> Tensor:
@@ -173,10 +172,8 @@ class Activity:
         if len(maps) == 1:
             return maps[0]
         variance, axes = torch.linalg.eigh(self.rows.covariance[j])
-        root = (
-            variance.clamp_min(0).sqrt()[:, None] * axes.T @ maps.double()
-        )  # root' root = the term's covariance
-        found = torch.linalg.svd(root, full_matrices=False).Vh[0]
+        root = variance.clamp_min(0).sqrt()[:, None] * axes.T @ maps.double()
+        found = torch.linalg.svd(root, full_matrices=False).Vh[0]  # root' root is the term's covariance
         return (found * torch.sign(self.rows.mean[j] @ maps.double() @ found)).to(maps)
 
 
@@ -212,7 +209,7 @@ def ablate(
     sets: Sequence[Sequence[int]],
     kept: Sequence[int] = (),
 ) -> tuple[list[float], Tensor | None]:
-    """Accuracy on the test images for each set of neurons, mean-ablated together; one pass, nothing is run again.
+    """Accuracy on the test images for each set of neurons, mean-ablated together, in one pass.
 
     Args:
         labels: [images] the true class.
@@ -254,12 +251,12 @@ def describe(j: int, activity: Activity, texts: Tensor, bank: Bank, data: Datase
 
 
 def likeness(direction: Tensor, texts: Tensor) -> Tensor:
-    """[t] cosine of a direction [d] with each text [t, d] less their mean, since all texts are near to each other."""
+    """[t] cosine of a direction [d] with each text [t, d] less the texts' mean, which they all share."""
     return F.cosine_similarity(texts - texts.mean(dim=0), direction[None], dim=1)
 
 
 def add_factors(found: list[dict], fired: Tensor, facts: dict[str, Tensor]) -> None:
-    """Add to each neuron the share of the variance of its activation [images, m] that each factor of the demo explains."""
+    """Add to each neuron the share of its activation's variance that each factor of the demo explains."""
     shares = {factor: explained(fired[:, None, :, None], values)[0] for factor, values in facts.items()}
     for i, row in enumerate(found):
         row["factors"] = {factor: float(share[i]) for factor, share in shares.items()}
@@ -310,10 +307,9 @@ def accuracies(results: dict) -> list[list[str]]:
         [f"the {shown} neurons above", percent(results["accuracy"]["without the neurons shown"], count)],
     ]
     if results["random"]:  # none where all neurons of the layer are shown
-        draws = 100 * torch.tensor(results["random"], dtype=torch.float64)
-        both = f"{draws.mean():.1f} ± {draws.std(correction=0):.1f}"
-        rows.append([f"{shown} random neurons of the layer, mean ± std of {len(draws)} draws", both])
-        rows.append([f"{shown} random neurons of the layer, worst draw", f"{draws.min():.1f}"])
+        label, draws = f"{shown} random neurons of the layer", results["random"]
+        rows.append([f"{label}, mean ± std of {len(draws)} draws", mean_and_std(draws)])
+        rows.append([f"{label}, worst draw", f"{100 * min(draws):.1f}"])
     return rows
 
 
@@ -327,9 +323,9 @@ def page(results: dict, images: dict[str, list[Image.Image]]) -> list[report.Htm
         parts.append(report.table(["towards", "away from"], cells))
         captions = [f"{caption} ({activation:.2f})" for _, caption, activation in row["images"]]
         parts.append(report.pictures(list(zip(images[row["neuron"]], captions, strict=True))))
-    note = "Texts: by their cosine with what the neuron adds when it fires more. Images: those that fire it most."
+    texts = "Texts: by their cosine with what the neuron adds when it fires more."
     accuracy = report.table(["mean-ablated", "accuracy, %"], accuracies(results))
     return [
         report.section("Accuracy without them", accuracy),
-        report.section("What single neurons write", *parts, note=note),
+        report.section("What single neurons write", *parts, note=f"{texts} Images: those that fire it most."),
     ]

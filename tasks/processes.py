@@ -65,14 +65,14 @@ def broadcast(x: Any, source: int = 0) -> Any:
 
 
 def raise_everywhere(problem: str | None) -> None:
-    """Raise the first problem that any process found as an InputError in all of them, with the same message."""
+    """Raise the first problem that any process found as an InputError in all of them."""
     for source in range(process_count()):
         if message := broadcast(problem, source):
             raise InputError(message)
 
 
 def merge_over_processes(accumulators: Sequence[Accumulator]) -> None:
-    """Merge every process's accumulators in the order of the processes; afterwards all processes hold the same."""
+    """Merge all processes' accumulators in the order of the processes; afterwards all hold the same."""
     rank, count = process_rank(), process_count()
     if count == 1:
         return

@@ -14,83 +14,34 @@ from decompose import Decomposition, decompose, head_maps
 from files import InputError
 from textspan import Moments
 
-from .accumulators import Accumulator, Rows, Sums
-from .job import Job
+from .accumulators import Accumulator, Largest, Rows, Sums
+from .job import Job, open_split
 from .passes import one_pass
-from .splits import open_split
 
-MEANS = ("mlps", "stem", "own", "pool")  # terms of which only the mean is needed
 CENTRE_IMAGES = 512
 
 
 @dataclass
 class Reference:
-    """Moments and means over the reference images. While the pass runs, the means are sums."""
+    """What the reference images say of every term; None for a term that the model does not have."""
 
     values: Moments  # of every head's values, [L, H, e]
-    mlps: Tensor | None  # [L, d] mean
-    stem: Tensor | None  # [d] mean
-    # [L, H, e] mean of what the class token's attention to itself adds to the values, where a class token is
-    # read
-    own: Tensor | None
+    mlps: Tensor  # [L, d] mean
+    stem: Tensor  # [d] mean
+    own: Tensor | None  # [L, H, e] mean of what the class token's attention to itself adds to the values
     embedding: Moments  # [d]
     maps: Tensor  # [L, H, e, d] from values to terms, on the model's device
     error: float  # largest relative error of the sum of terms
     description: str
-    pool: Tensor | None = None  # [d] mean of what attention pooling's own MLP adds, where there is one
-    state_names = ("values", "embedding", *MEANS, "error")
-
-    def update(self, terms: Decomposition) -> None:
-        """Add images."""
-        self.error = max(self.error, terms.error())
-        self.values.update(terms.values)
-        self.embedding.update(terms.embedding.float())
-        present = {name: x for name in MEANS if (x := getattr(terms, name)) is not None}
-        self.add({name: x.sum(dim=0, dtype=torch.float64).cpu() for name, x in present.items()})
-
-    def merge(self, other: Reference) -> None:
-        """Add what `other` has seen."""
-        self.values.merge(other.values)
-        self.embedding.merge(other.embedding)
-        self.add({name: getattr(other, name) for name in MEANS})
-        self.error = max(self.error, other.error)
-
-    def add(self, sums: dict[str, Tensor | None]) -> None:
-        """Add sums of terms over images, by name; None where the model has no such term."""
-        for name, x in sums.items():
-            so_far = getattr(self, name)
-            if x is not None:
-                setattr(self, name, x if so_far is None else so_far + x)
-
-    def divide(self, count: int) -> None:
-        """From sums to means, when the pass is finished."""
-        for name in MEANS:
-            if getattr(self, name) is not None:
-                setattr(self, name, (getattr(self, name) / count).to(self.maps))
-
-    def total_variance(self) -> float:
-        """Variance of the embedding over the images, summed over its axes.
-
-        Raises:
-            InputError: all images have the same embedding.
-        """
-        total = float(self.embedding.covariance.trace())
-        check_varies(total, self.description)
-        return total
+    pool: Tensor | None = None  # [d] mean of what attention pooling's own MLP adds
 
     def sum_error(self) -> str:
         """For the settings above a table."""
         return f"the terms sum to the embedding within {self.error:.0e} of its largest entry"
 
 
-def check_varies(variance: float, description: str) -> None:
-    """Refuse reference images that all have the same embedding."""
-    if not variance > 0:
-        raise InputError(f"the reference images ({description}) all have the same embedding; raise --limit")
-
-
 class Kept:
-    """The values and embeddings of some images of a pass, so that memory does not grow with the number of images.
+    """The values and embeddings of some images of a pass: memory does not grow with the number of images.
 
     Args:
         count: number of images of the data set.
@@ -134,20 +85,33 @@ def summarise(
         update: called with every batch's terms and indices; by default the accumulator's own `update`.
     """
     data = open_split(job, job.args.reference) if data is None else data
+    update = update or getattr(accumulator, "update", None)
     maps = head_maps(job.clip.model)
     depth, heads, width, dim = maps.shape
-    values = Moments(width, (depth, heads))
-    reference = Reference(values, None, None, None, Moments(dim), maps, 0.0, data.description)
-    update = getattr(accumulator, "update", None) if update is None else update
-    accumulators = [reference] if accumulator is None else [reference, accumulator]
+    values, embedding, sums, errors = Moments(width, (depth, heads)), Moments(dim), Sums(), Largest()
+    accumulators = [values, embedding, sums, errors, *([] if accumulator is None else [accumulator])]
     for images, indices in one_pass(job, data, f"reference ({job.args.reference})", *accumulators):
         terms = decompose(job.clip.model, images)
         job.check_finite(terms.embedding)
-        reference.update(terms)
+        errors.add("sum of terms", terms.error())
+        values.update(terms.values)
+        embedding.update(terms.embedding.float())
+        for name in ("mlps", "stem", "own", "pool"):  # of these, only the mean is needed
+            if getattr(terms, name) is not None:
+                sums.add(name, getattr(terms, name).sum(dim=0, dtype=torch.float64))
         if update is not None:
             update(terms, indices)
-    reference.divide(len(data))
-    return reference
+    means = {"own": None} | {name: (total / len(data)).to(maps) for name, total in sums.sums.items()}
+    error, description = errors.largest["sum of terms"], data.description
+    return Reference(
+        values=values, embedding=embedding, maps=maps, error=error, description=description, **means
+    )
+
+
+def check_varies(variance: float, description: str) -> None:
+    """Refuse reference images that all have the same embedding."""
+    if not variance > 0:
+        raise InputError(f"the reference images ({description}) all have the same embedding; raise --limit")
 
 
 def centre(job: Job) -> Tensor:

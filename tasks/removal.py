@@ -1,4 +1,4 @@
-"""What waterbirds and debias share: find the heads that look at a cue, and score every image with and without it.
+"""What waterbirds and debias share: find the heads that look at a cue, and score images without it.
 
 Every intervention changes the embedding by a sum of terms, and a class score is the embedding's dot product
 with the class, up to a positive factor that does not change which class wins. So one pass over the test
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -51,17 +51,22 @@ class Cue:
     heads: list[Head]
     how: str  # the heads were chosen
 
-    def words(self) -> dict[str, str]:
+    def settings(self) -> dict[str, str]:
         """Lines for the settings above a table."""
         heads = f"{', '.join(map(head_name, self.heads))} ({self.how})"
         return {
             "heads": heads if self.heads else "none: the embedding as a whole",
             "cue": f"{self.name}, {len(self.texts)} texts, {len(self.directions)} directions",
+            "sum": self.reference.sum_error(),
         }
+
+    def results(self) -> dict[str, list]:
+        """For results.json."""
+        return {"explained": self.explained.tolist(), "heads": [list(head) for head in self.heads]}
 
 
 def look_for_cue(job: Job) -> Cue:
-    """The cue of --cue and the heads of --heads, with a pass over the reference images. No labels are used."""
+    """The cue of --cue and the heads of --heads, in a pass over the reference images; no labels are used."""
     maps = head_maps(job.clip.model)
     given, how = given_heads(job, *maps.shape[:2])
     texts, title = find_cue(job)
@@ -118,14 +123,13 @@ def auto_heads(explained: Tensor, cue_name: str) -> list[Head]:
     return chosen
 
 
-# The terms that an intervention can add, in the order of the columns of `Plan`'s rows; names of fields of
-# `Scores`.
+# The fields of Scores that an intervention can add, in the order of the columns of a Plan's rows.
 TERMS = ("heads", "mlps", "stem", "heads_cue", "embedding_cue")
 
 
 @dataclass
 class Scores:
-    """Dot products with every class, for some images: of the embedding, and of what each term would add to it."""
+    """Dot products with every class: of the embedding, and of what each term would add to it."""
 
     embedding: Tensor  # [n, c]
     heads: Tensor  # [n, L, H, c] mean - term
@@ -179,15 +183,8 @@ def score(
         yield scorer(decompose(job.clip.model, images)), indices
 
 
-def collect(batches: Iterator[tuple[Scores, Tensor]]) -> Scores:
-    """The scores of all images in one, for those who try many interventions on few images."""
-    found = [scores for scores, _ in batches]
-    names = [field.name for field in fields(Scores)]
-    return Scores(*(torch.cat([getattr(scores, name).cpu() for scores in found]) for name in names))
-
-
 class Plan:
-    """The interventions as rows of zeros and ones [k, t], which say what each takes out; the columns are TERMS.
+    """The interventions as rows of zeros and ones [k, t]: which of the TERMS each adds.
 
     Args:
         ways: of --remove.
@@ -195,10 +192,6 @@ class Plan:
         chosen: heads.
         draws: other sets of heads, for the random control; they are mean-ablated.
 
-    Attributes:
-        labels, rows: the interventions of the table.
-        chosen: one row, the chosen heads mean-ablated.
-        draws: a row for each of the other sets of heads.
     """
 
     def __init__(
@@ -224,8 +217,8 @@ class Plan:
         if "embedding" in ways:
             rows["cue's directions everywhere"] = self.row(everywhere=True)
         self.labels = list(rows)
-        self.rows = torch.stack(list(rows.values()))  # [k, t]
-        self.chosen = torch.stack([self.row(heads=chosen)])  # [1, t]
+        self.rows = torch.stack(list(rows.values()))  # [k, t] the interventions of the table
+        self.chosen = self.row(heads=chosen)[None]  # [1, t] the chosen heads mean-ablated
         self.draws = torch.stack([self.row(heads=drawn) for drawn in draws]) if draws else self.rows[:0]
 
     def row(
@@ -235,14 +228,7 @@ class Plan:
         directions: Iterable[Head] = (),
         everywhere: bool = False,
     ) -> Tensor:
-        """[t] one intervention.
-
-        Args:
-            heads: to mean-ablate.
-            others: mean-ablate the MLPs and the stem.
-            directions: heads to take the cue's directions out of.
-            everywhere: take the cue's directions out of the whole embedding.
-        """
+        """[t]: heads to mean-ablate, MLPs and stem, the cue's directions in heads or in the embedding."""
         masks = {
             "heads": self._mask(heads),
             "mlps": torch.full((self.shape[0],), float(others)),
@@ -265,14 +251,8 @@ def in_blocks(results: list, blocks: Sequence[Tensor]) -> list[list]:
     return [list(islice(remaining, len(block))) for block in blocks]
 
 
-def pick(scores: Tensor, chosen: list[Head]) -> Tensor:
-    """[n, c] the sum over the chosen heads of scores [n, L, H, c]."""
-    layers, heads = zip(*chosen, strict=True) if chosen else ((), ())
-    return scores[:, list(layers), list(heads)].sum(dim=1)
-
-
 def random_heads(chosen: list[Head], width: int, draws: int, seed: int) -> list[list[Head]]:
-    """Sets of as many heads in each layer as were chosen there, never the chosen set; none if there is no other."""
+    """Sets of as many heads per layer as were chosen, never the chosen set; none if there is no other."""
     generator = torch.Generator().manual_seed(seed)
     per_layer = Counter(layer for layer, _ in chosen)
     if all(count == width for count in per_layer.values()):  # true of no heads, too

@@ -1,4 +1,4 @@
-"""--task retrieval: the images that one head, or the heads of one role, find most like a query. (section 5 of the paper)
+"""--task retrieval: the images that one head, or the heads of a role, find most like a query. (section 5)
 
 An image is compared by what these heads write alone, less what they write on average; what they do not look
 at does not count. Only that is kept of each image, in the heads' own space.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import report
 from cue import THRESHOLD
-from data import DemoBirds
+from data import DemoBirds, read_picture
 from decompose import decompose, head_maps
 from files import InputError
 from roles import find_roles, in_own_space
@@ -24,11 +25,10 @@ from zeroshot import embed_texts
 
 from .accumulators import Rows
 from .heads import Head, head_name, parse_heads
-from .job import Job
+from .heatmap import save_picture
+from .job import Images, Job, open_split
 from .passes import one_pass
-from .pictures import open_picture, save_picture
 from .reference import Kept, summarise
-from .splits import Images, open_split
 from .tables import print_settings, settings, table
 from .textspan import ROLE_IMAGES
 
@@ -39,7 +39,7 @@ def run(job: Job) -> tuple[dict, list]:
     """The nearest images, as a table and a contact sheet."""
     args = job.args
     check_options(args)
-    query = None if args.image is None else open_picture(args.image)
+    query = None if args.image is None else read_picture(Path(args.image))
     maps = head_maps(job.clip.model)
     heads = parse_heads(args.head, *maps.shape[:2], "--head") if args.role is None else heads_of(job)
     data = open_split(job, "test")
@@ -87,7 +87,7 @@ def check_options(args: Namespace) -> None:
 def score_images(
     job: Job, data: Images, maps: Tensor, heads: list[Head], query: Image.Image | None
 ) -> tuple[Tensor, str]:
-    """(how near each image is to the query [n], the measure in words); without an image the query is --text."""
+    """(how near each image is to the query [n], the measure in words); the query is an image or --text."""
     clip = job.clip
     layer, head = (list(index) for index in zip(*heads, strict=True))
     written = Rows()

@@ -92,7 +92,7 @@ def maps_of(method: str, job: Job, images: Tensor, indices: Tensor, classes: Ten
 def examples(
     job: Job, data: Masked, methods: list[str], names: list[str], classes: Tensor, labels: Tensor | None
 ) -> dict[str, list[tuple[Image.Image, str]]]:
-    """For some images, drawn with the seed: the image, its mask, and every method's map laid over it, by title."""
+    """{title: (picture, caption)} of some images: the image, its mask, and every method's map over it."""
     found, clip = {}, job.clip
     for i in subset(len(data), EXAMPLES, job.args.seed):
         image, values = data.pair(i)
@@ -109,7 +109,7 @@ def examples(
 
 
 class Found:
-    """What the pass finds: totals of each method, the masks' value for foreground, and the methods that refuse the model."""
+    """What the pass finds: totals of each method, the value of foreground, methods that are refused."""
 
     state_names = ("totals", "foregrounds", "refused")
 
@@ -149,7 +149,7 @@ def open_masks(job: Job) -> Masked:
 
 
 def class_names(asked: list[str] | None, data: Masked) -> list[str]:
-    """The classes that an image is told from: --classes, else what the data set says, else ImageNet's 1,000."""
+    """The classes to choose from: --classes, else those of the data set, else ImageNet's 1,000."""
     if asked is None:
         from open_clip import IMAGENET_CLASSNAMES
 
@@ -175,7 +175,7 @@ def class_names(asked: list[str] | None, data: Masked) -> list[str]:
 
 
 def choose_prompt(prompt: str, data: Masked, names: list[str]) -> tuple[str, Tensor | None]:
-    """(--prompt in words, the class of each image that it means); None: the predicted class, not known yet."""
+    """(--prompt in words, the class of each image; None for the predicted class, not known yet)."""
     if prompt == "predicted":
         return "the predicted class", None
     if prompt == "true":
@@ -207,8 +207,8 @@ def predict(clip: Clip, images: Tensor, classes: Tensor) -> Tensor:
 
 def contrasted(method: str, contrast: str) -> bool:
     """Does the method explain the class minus the mean over classes?"""
-    methods = {"all": True, "paper": method in (OURS, OURS_ABS), "none": False}
-    return method not in NO_TEXT and methods[contrast]
+    chosen = contrast == "all" or (contrast == "paper" and method in (OURS, OURS_ABS))
+    return chosen and method not in NO_TEXT
 
 
 def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) -> Tensor | None:
@@ -264,8 +264,7 @@ def print_rows(rows: dict[str, dict]) -> None:
 def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]]]) -> list[report.Html]:
     """The same for report.html, drawn, with some of the maps."""
     keys = ("pixel accuracy", "mIoU", "mAP")
-    cells = []
-    precision = []
+    cells, precision = [], []
     for method, row in rows.items():
         cells.append([method, row["score"], row["text"], *(f"{100 * row[key]:.1f}" for key in keys)])
         half = 1.96 * row["mAP standard error"]

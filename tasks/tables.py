@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from zeroshot import Clip, templates
 
 from .job import Job
@@ -28,6 +30,12 @@ def percent(accuracy: float, count: int) -> str:
     """ "54.8 [51.2, 58.3]": an accuracy in percent with its 95 % interval."""
     value, low, high = in_percent(accuracy, count)
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def mean_and_std(shares: Sequence[float]) -> str:
+    """ "54.8 ± 2.1", in percent."""
+    values = torch.tensor(shares, dtype=torch.float64)
+    return f"{100 * values.mean():.1f} ± {100 * values.std(correction=0):.1f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -71,7 +79,7 @@ def prompts_of(clip: Clip, classes: int | Sequence[str]) -> str:
 
 
 def logits(clip: Clip) -> str:
-    """What the model makes of a cosine: CLIP's softmax or SigLIP's sigmoid. Neither changes which class wins."""
+    """What the model makes of a cosine: CLIP's softmax or SigLIP's sigmoid; the same class wins."""
     scale, bias = (getattr(clip.model, name, None) for name in ("logit_scale", "logit_bias"))
     if scale is None:
         return "cosines"

@@ -21,10 +21,9 @@ from zeroshot import Bank, embed_texts
 
 from .accumulators import Rows
 from .heads import LAST_LAYERS, Head, head_name
-from .job import Job
+from .job import Job, open_split
 from .passes import one_pass
-from .reference import Kept, summarise
-from .splits import open_split
+from .reference import Kept, check_varies, summarise
 from .tables import print_settings, settings
 
 PICTURES = 6  # per head on the page
@@ -36,7 +35,7 @@ AGREEMENTS = ("roles from categories", "roles from greedy texts", "roles dealt a
 
 
 def run(job: Job) -> tuple[dict, list]:
-    """Each head's texts with the share of its variance that they explain, what is left, and its role by category."""
+    """Each head's texts with the share of its variance that they explain, what is left, and its role."""
     args, bank = job.args, job.load_bank()
     depth, heads, width, _ = head_maps(job.clip.model).shape
     size = choose_size(args.texts, width, len(bank.texts))
@@ -45,7 +44,8 @@ def run(job: Job) -> tuple[dict, list]:
     first = max(0, depth - LAST_LAYERS)
     kept = Kept(len(data), ROLE_IMAGES, args.seed, slice(first, depth))
     reference = summarise(job, kept, data)
-    total = reference.total_variance()
+    total = float(reference.embedding.covariance.trace())
+    check_varies(total, reference.description)
     values, embedding = kept.values.tensor(), kept.embedding.tensor()
     roles = find_roles(values, reference.maps[first:], embedding, texts, bank.categories, seed=args.seed)
     found, images = [], {}
@@ -76,7 +76,7 @@ def run(job: Job) -> tuple[dict, list]:
 
 
 def strongest(values: Tensor, A: Tensor, span: TextSpan) -> list[int]:
-    """The images, of values [n, e], whose term under the map A [e, d] goes farthest along the head's first text."""
+    """The images, of values [n, e], whose terms, values @ A, go farthest along the head's first text."""
     along = values @ (A.cpu().double() @ span.directions[0]).float()
     return along.argsort(descending=True)[:PICTURES].tolist()
 
@@ -99,7 +99,7 @@ def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Hea
 
 
 def choose_size(asked: int | None, width: int, bank: int) -> int:
-    """--texts, or the authors' 20, but at most half of the width of a head: that many texts explain any head."""
+    """--texts; else the authors' 20, but at most half of a head's width: as many as that explain any head."""
     if asked is None:
         return min(20, width // 2, bank)
     if not 1 <= asked <= min(width, bank):
@@ -144,7 +144,7 @@ def in_words(head: dict) -> str:
 
 
 def true_factors(job: Job, first: int) -> dict[str, Tensor]:
-    """{factor: [L, H] share of each head's variance that it explains}, on the demo's balanced validation split."""
+    """{factor: [L, H] share of each head's variance that it explains}, on the demo's validation split."""
     data = DemoBirds("val", job.clip.preprocess)
     values = Rows()
     for images, _ in one_pass(job, data, "truth (val)", values):
@@ -154,13 +154,13 @@ def true_factors(job: Job, first: int) -> dict[str, Tensor]:
 
 
 def agreement(truth: dict[str, Tensor], found: list[dict]) -> dict:
-    """How often a head's role is the factor that explains most of it, among heads that one explains over THRESHOLD of."""
+    """How often a head's role is its true factor, among heads that one factor explains over THRESHOLD of."""
     shares = torch.stack(list(truth.values())).flatten(1)  # [factors, heads]
     clear = [i for i in range(shares.shape[1]) if shares[:, i].max() > THRESHOLD]
     true = [list(truth)[int(shares[:, i].argmax())] for i in clear]
     by_role = [FACTORS.get(found[i]["role"]) for i in clear]
     most = [found[i]["texts by category"] for i in clear]
-    by_texts = [FACTORS.get(max(shares, key=shares.get, default=None)) for shares in most]
+    by_texts = [FACTORS.get(max(counts, key=counts.get, default=None)) for counts in most]
     # Expected when the roles are shuffled over the heads.
     dealt = sum(by_role.count(factor) * true.count(factor) for factor in truth) / max(len(clear), 1)
     others = [head for i, head in enumerate(found) if i not in clear]
@@ -186,7 +186,8 @@ def print_results(results: dict) -> None:
         counts = results["agreement"]
         clear, total = counts["clear heads"], counts["heads"]
         print(
-            f"\nA true factor explains over {THRESHOLD:.0%} of {clear} of {total} heads (validation split). It is the role in"
+            f"\nA true factor explains over {THRESHOLD:.0%} of {clear} of {total} heads "
+            "(validation split). It is the role in"
         )
         for key in AGREEMENTS:
             print(f"  {key:<24} {counts[key]:4.1f} of {clear}  ({counts[key] / max(clear, 1):.0%})")
@@ -207,17 +208,13 @@ def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report
         shares = {category: share for category, (share, _) in head["categories"].items()}
         shown = dict(sorted(shares.items(), key=lambda item: -item[1])[:5])
         largest = max(shares.values(), default=None)
-        more = (
-            head["texts"],
-            head["spread"],
-            head["remainder"],
-            images.get(head["head"], ()),
-            head["stable"],
-        )
-        heads.append(report.Head(layer, number, head["role"] or "", largest, shown, *more))
+        more = {"images": images.get(head["head"], ()), "stable": head["stable"]}
+        texts = (head["texts"], head["spread"], head["remainder"])
+        heads.append(report.Head(layer, number, head["role"] or "", largest, shown, *texts, **more))
     note = (
-        "Bars of categories: share of the head's variance between images that different texts of the category "
-        "fit best. Beside each text, the share of variance along what it adds to those above it. "
+        "Bars of categories: share of the head's variance between images that different texts "
+        "of the category fit best. "
+        "Beside each text, the share of variance along what it adds to those above it. "
         "Stable: share of bootstrap samples with the same role. "
         "Images: of those that roles were found on, where the head writes most along its first text."
     )
@@ -229,8 +226,8 @@ def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report
             (key, f"{counts[key]:.1f} of {clear}", f"{counts[key] / max(clear, 1):.0%}") for key in AGREEMENTS
         ]
         words = (
-            f"In the demo the truth is known: one factor explains over 30% of {clear} of {counts['heads']} heads. "
-            "It is the role in"
+            "In the demo the truth is known: "
+            f"one factor explains over 30% of {clear} of {counts['heads']} heads. It is the role in"
         )
         section = report.section("Roles and the true factors", words, report.table(["", "heads", ""], rows))
         sections.append(section)

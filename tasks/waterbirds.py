@@ -1,4 +1,4 @@
-"""--task waterbirds: take the background out of what decides between landbird and waterbird (section 4 of the paper)."""
+"""--task waterbirds: tell landbirds from waterbirds without their background (section 4 of the paper)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from data import DemoBirds, Waterbirds
 from files import InputError
 from zeroshot import classifier, templates
 
-from .job import Job
+from .accumulators import Sums
+from .job import Job, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score
-from .splits import open_split
 from .tables import in_percent, means_of, percent, print_settings, prompts_of, settings, table
 
 GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
@@ -43,18 +43,11 @@ def run(job: Job) -> tuple[dict, list]:
         test=test.description,
         means=means_of(job, cue.reference.description, note),
         prompts=prompts_of(clip, test.classes),
-        **cue.words(),
-        sum=cue.reference.sum_error(),
+        **cue.settings(),
     )
     print_settings(where)
     print_rows(rows, control, counts, len(cue.heads))
-    results = {
-        "settings": where,
-        "rows": rows,
-        "random": control,
-        "explained": cue.explained.tolist(),
-        "heads": [list(head) for head in cue.heads],
-    }
+    results = {"settings": where, "rows": rows, "random": control, **cue.results()}
     return results, page(results, counts)
 
 
@@ -78,16 +71,14 @@ def count_groups(test: DemoBirds | Waterbirds) -> dict[str, int]:
     return counts
 
 
-class Groups:
+class Groups(Sums):
     """Right answers by group, counted over images, for several interventions at once."""
 
-    state_names = ("right", "kinds", "images")
+    state_names = ("sums",)
 
     def __init__(self, test: DemoBirds | Waterbirds) -> None:
+        super().__init__()
         self.test, self.group = test, 2 * test.y + test.place
-        self.right: int | Tensor = 0  # [k, 4]
-        self.kinds: int | Tensor = 0  # [k]
-        self.images = torch.zeros(4, dtype=torch.long)
 
     def update(self, scores: Tensor, indices: Tensor) -> None:
         """Add images.
@@ -99,39 +90,23 @@ class Groups:
         scores, group = scores.cpu(), self.group[indices]
         of_classes, of_kinds = scores.tensor_split([len(self.test.classes)], dim=2)
         right = of_classes.argmax(dim=2) == self.test.y[indices]  # [k, b]
-        by_group = torch.stack([right[:, group == i].sum(dim=1) for i in range(4)], dim=1)
-        self.right = self.right + by_group
+        self.add("right", torch.stack([right[:, group == i].sum(dim=1) for i in range(4)], dim=1))  # [k, 4]
+        self.add("images", torch.bincount(group, minlength=4))
         if of_kinds.shape[2]:
             right_kind = of_kinds.argmax(dim=2) == self.test.facts["kind"][indices]
-            self.kinds = self.kinds + right_kind.sum(dim=1)
-        self.images = self.images + torch.bincount(group, minlength=4)
-
-    def merge(self, other: Groups) -> None:
-        """Add what `other` has seen."""
-        for name in self.state_names:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            self.add("right kinds", right_kind.sum(dim=1))  # [k]
 
     def rows(self) -> list[dict]:
         """Accuracies of each intervention."""
-        total, found = int(self.images.sum()), []
-        for i, right in enumerate(self.right.double()):
-            by_group = (right / self.images).tolist()
-            row = {
-                "groups": dict(zip(GROUPS, by_group, strict=True)),
-                "worst": min(by_group),
-                "average": float(right.sum()) / total,
-            }
-            if isinstance(self.kinds, Tensor):
-                row["kinds"] = int(self.kinds[i]) / total
-            found.append(row)
+        total, found = int(self["images"].sum()), []
+        for right in self["right"]:
+            by_group = (right / self["images"]).tolist()
+            groups = dict(zip(GROUPS, by_group, strict=True))
+            found.append({"groups": groups, "worst": min(by_group), "average": float(right.sum()) / total})
+        if "right kinds" in self.sums:
+            for row, right in zip(found, self["right kinds"].tolist(), strict=True):
+                row["kinds"] = right / total
         return found
-
-
-def measure(scores: Tensor, test: DemoBirds | Waterbirds) -> dict:
-    """Accuracies from class scores [n, c] of all images."""
-    groups = Groups(test)
-    groups.update(scores[None], torch.arange(len(test)))
-    return groups.rows()[0]
 
 
 def random_control(ours: dict, drawn: list[dict]) -> dict:
@@ -143,45 +118,36 @@ def random_control(ours: dict, drawn: list[dict]) -> dict:
     }
     for key in ("worst", "average"):
         values = torch.tensor([row[key] for row in drawn], dtype=torch.float64)
-        control[key] = {
-            "mean": values.mean().item(),
-            "std": values.std(correction=0).item(),
-            "max": values.max().item(),
-        }
+        spread = values.std(correction=0).item()
+        control[key] = {"mean": values.mean().item(), "std": spread, "max": values.max().item()}
     return control
 
 
 def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, int], chosen: int) -> None:
     """The table, groups as bird/place, and the random control under it."""
     kinds, total = "kinds" in rows["base"], sum(counts.values())
-    header = ["accuracy, %", *GROUPS, "worst group", "average", *(["kinds of birds"] if kinds else [])]
-    sizes = [f"{count:,}" for count in counts.values()]
-    lines = [["n", *sizes, "", f"{total:,}", *([f"{total:,}"] if kinds else [])]]
+    header = ["accuracy, %", *GROUPS, "worst group", "average", "kinds of birds"]
+    lines = [["n", *(f"{count:,}" for count in counts.values()), "", f"{total:,}", f"{total:,}"]]
     for label, row in rows.items():
         worst = min(GROUPS, key=row["groups"].get)
-        lines.append(
-            [
-                label,
-                *(f"{100 * row['groups'][group]:.1f}" for group in GROUPS),
-                percent(row["worst"], counts[worst]),
-                percent(row["average"], total),
-                *([f"{100 * row['kinds']:.1f}"] if kinds else []),
-            ]
-        )
+        by_group = [f"{100 * share:.1f}" for share in row["groups"].values()]
+        lines.append([label, *by_group, percent(row["worst"], counts[worst]), percent(row["average"], total)])
+        lines[-1].append(f"{100 * row.get('kinds', 0):.1f}")
     words = "none: no other set of as many heads from the same layers is left"
     if control is not None:
         both = [control["worst"], control["average"]]
         means = [f"{100 * drawn['mean']:.1f} ± {100 * drawn['std']:.1f}" for drawn in both]
         most = [f"{100 * drawn['max']:.1f}" for drawn in both]
-        last = [""] if kinds else []
-        lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *means, *last])
-        lines.append([f"{chosen} random heads, best", *[""] * 4, *most, *last])
+        lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *means, ""])
+        lines.append([f"{chosen} random heads, best", *[""] * 4, *most, ""])
         below = round(control["below the chosen heads"] * control["draws"])
         words = (
-            f"{control['draws']} draws of as many heads from each of the same layers (never the chosen set),\n"
+            f"{control['draws']} draws of as many heads from each of the same layers "
+            "(never the chosen set),\n"
             f"mean-ablated; the chosen heads' worst group is above {below} of them."
         )
-    print("\n" + table(header, lines))
+    columns = 8 if kinds else 7
+    print("\n" + table(header[:columns], [line[:columns] for line in lines]))
     print(f"\nGroups are bird/place. [..]: 95 % interval (Wilson). Random: {words}")
 
 

@@ -42,9 +42,9 @@ import evaluate
 import report
 import tasks.ablation
 import tasks.check
+import tasks.heatmap
 import tasks.job
 import tasks.models
-import tasks.pictures
 from data import DemoBirds
 
 ROOT = Path(__file__).parent.parent
@@ -1726,10 +1726,10 @@ def test_a_picture_that_another_run_saves_at_the_same_moment(
         monkeypatch.setattr(Image.Image, "save", save)
         with monkeypatch.context() as patch:
             patch.setattr(os, "getpid", lambda: 1)
-            tasks.pictures.save_picture(Image.new("RGB", (8, 8), "red"), tmp_path / "sheet.png")
+            tasks.heatmap.save_picture(Image.new("RGB", (8, 8), "red"), tmp_path / "sheet.png")
 
     monkeypatch.setattr(Image.Image, "save", save_and_let_another_in)
-    tasks.pictures.save_picture(Image.new("RGB", (8, 8), "blue"), tmp_path / "sheet.png")
+    tasks.heatmap.save_picture(Image.new("RGB", (8, 8), "blue"), tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as picture:
         assert picture.getpixel((0, 0)) == (0, 0, 255)
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]

@@ -24,6 +24,7 @@ from test_roles import epsilon_squared
 from torch import Tensor
 
 import tasks.textspan
+from benchmarks.cue_study import pick
 from data import DemoBirds, ImageFolder, subset
 from decompose import Decomposition, decompose, head_maps, token_scores
 from demo import scenes
@@ -33,7 +34,7 @@ from tasks.ablation import ablations
 from tasks.completeness import random_texts
 from tasks.job import Job
 from tasks.reference import Kept, Reference
-from tasks.removal import Plan, Scores, auto_heads, pick, random_heads
+from tasks.removal import Plan, Scores, auto_heads, random_heads
 from tasks.retrieval import agree, cosine, heads_of, sheet
 from tasks.textspan import agreement
 from textspan import Moments, reconstruct, textspan

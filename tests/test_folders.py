@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import DemoBirds, ImageFolder, InputError
 from evaluate import main
-from tasks.splits import zero_shot_problem
+from tasks.job import zero_shot_problem
 
 
 def run(tmp_path: Path, *argv: str) -> tuple[int, dict]:

@@ -201,9 +201,8 @@ def test_a_task_runs_on_other_read_outs(tmp_path, tower, bank, waterbirds, task)
 def test_neurons_under_attention_pooling_are_summed_up_rightly(tmp_path, tower, bank, waterbirds):  # noqa: F811
     """Spread and accuracy, from the terms themselves."""
     from evaluate import parse_args
-    from tasks.job import Job
+    from tasks.job import Job, open_split
     from tasks.neurons import watch
-    from tasks.splits import open_split
 
     job = Job(parse_args(["--task", "neurons", *tower, *bank, "--device", "cpu", "--data", str(waterbirds)]))
     clip, data = job.clip, open_split(job, "train")

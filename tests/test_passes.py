@@ -29,7 +29,7 @@ from tasks.checkpoint import Checkpoint
 from tasks.debias import Outcomes
 from tasks.job import Job
 from tasks.neurons import Activity
-from tasks.reference import Kept, Reference
+from tasks.reference import Kept
 from tasks.waterbirds import Groups
 from textspan import Moments
 from zeroshot import load_clip, weights_hash
@@ -66,13 +66,6 @@ def segmentation(accumulator, rows):
     accumulator.update(X[rows, 0], (X[rows, 1] > 0).long())
 
 
-def reference(accumulator, rows):
-    accumulator.values.update(X[rows])
-    accumulator.embedding.update(X[rows, 0, 0])
-    accumulator.add({"mlps": X[rows, 0].double().sum(dim=0), "own": None})
-    accumulator.error = max(accumulator.error, float(X[rows].abs().max()))
-
-
 class Terms:
     def __init__(self, rows):
         self.values, self.embedding = X[rows], X[rows].flatten(1)
@@ -94,10 +87,6 @@ ACCUMULATORS = {
     "Moments": (lambda: Moments(4, (2, 3)), lambda accumulator, rows: accumulator.update(X[rows])),
     "CueVotes": (lambda: CueVotes(torch.eye(24)[:7], torch.ones(2, 3, 4, 24), torch.zeros(24)), votes),
     "Segmentation": (lambda: Segmentation(clip=True), segmentation),
-    "Reference": (
-        lambda: Reference(Moments(4, (2, 3)), None, None, None, Moments(4), None, 0.0, ""),
-        reference,
-    ),
     "Kept": (
         lambda: Kept(40, 9, 0, slice(1, 2)),
         lambda accumulator, rows: accumulator.update(Terms(rows), rows),
