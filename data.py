@@ -64,9 +64,7 @@ class ImageFiles(Dataset):
 
 
 class Waterbirds(ImageFiles):
-    """One split of waterbird_complete95_forest2water2 (Sagawa et al. 2020).
-
-    Its images are landbirds and waterbirds pasted onto land and water.
+    """One split of Sagawa et al. 2020: photos of landbirds and waterbirds, pasted onto land and water.
 
     Args:
         root: the folder with metadata.csv (columns img_filename, y, split, place) and the images it names.
@@ -120,9 +118,8 @@ class Waterbirds(ImageFiles):
                 raise InputError(f"{path}, line {line}: img_filename must name a file, found {file!r}")
             for name, allowed in (("y", "01"), ("place", "01"), ("split", "012")):
                 if row[name] not in list(allowed):
-                    raise InputError(
-                        f"{path}, line {line}: {name} must be one of {', '.join(allowed)}, found {row[name]!r}"
-                    )
+                    expected = f"{name} must be one of {', '.join(allowed)}"
+                    raise InputError(f"{path}, line {line}: {expected}, found {row[name]!r}")
                 row[name] = int(row[name])
         return rows
 
@@ -201,8 +198,7 @@ class ImageFolder(ImageFiles):
             raise InputError(
                 f"{self.root} holds {len(folders):,} folders, {len(ids):,} of them WordNet ids; "
                 f"expected all {len(IMAGENET_CLASSNAMES):,} of ImageNet "
-                "(an id's place among them names the class), "
-                "or folders named by their class"
+                "(an id's place among them names the class), or folders named by their class"
             )
         return tuple(IMAGENET_CLASSNAMES)
 
@@ -210,8 +206,8 @@ class ImageFolder(ImageFiles):
 class DemoBirds(Dataset):
     """One split of the demo world. `facts` holds every factor of every image; see demo/scenes.py.
 
-    The train split is drawn from the distribution of the model's own web pictures, where nearly all birds are
-    where such birds live. val and test are balanced: the place says nothing about the bird.
+    The train split holds other pictures than the model was trained on, from the same distribution: nearly all
+    birds are where such birds live. val and test are balanced: the place says nothing about the bird.
     """
 
     classes = ("landbird", "waterbird")

@@ -1,4 +1,4 @@
-"""--task heatmap: where in an image does each method see a text? Pictures of every map, and a sheet of all."""
+"""--task heatmap: where in an image does each method see a text? Pictures of the maps, and a sheet of all."""
 
 from __future__ import annotations
 

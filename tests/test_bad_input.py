@@ -1,7 +1,8 @@
 """Bad input is met with one clear line: what was expected, what was found, what to do. Nothing is lost by it.
 
-Most cases are rows of tables: how to make the arguments, and the words that the line must hold. Where a row fails, the program
-should be changed, not the row. The last part is about what must work although it looks odd, and about runs that are cut short.
+Most cases are rows of tables: how to make the arguments, and the words that the line must hold. Where a row
+fails, the program should be changed, not the row. The last part is about what must work although it looks
+odd, and about runs that are cut short.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ import tasks.models
 from data import DemoBirds
 
 ROOT = Path(__file__).parent.parent
-MODEL = "tiny-bad-input"  # open_clip's list of configurations is one for all tests: a name that no other file uses
+# open_clip's list of configurations is one for all tests: a name that no other file uses.
+MODEL = "tiny-bad-input"
 QUICK = ("--workers", "0", "--limit", "8", "--draws", "2")
 EARLIER = {"results.json": b'{"earlier": "results"}\n', "report.html": b"<!doctype html>earlier page\n"}
 
@@ -57,13 +59,13 @@ EARLIER = {"results.json": b'{"earlier": "results"}\n', "report.html": b"<!docty
 
 
 def shown(stderr: str) -> list[str]:
-    """The lines that stay on a terminal: of a progress bar, what was written after its last carriage return."""
+    """The lines that stay on a terminal: of a progress bar, what came after its last carriage return."""
     lines = [line.split("\r")[-1] for line in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", stderr).split("\n")]
     return [line for line in lines if line.strip()]
 
 
 def one_clear_line(stderr: str, *words: str) -> str:
-    """The line, if it is one, says something and holds the words; of words with a bar between them, one is enough."""
+    """The line, if it is one, says something and holds the words; of words with a bar between, one is enough."""
     lines = shown(stderr)
     assert len(lines) == 1, f"expected one line, found {len(lines)}: {lines}"
     line = lines[0]
@@ -807,7 +809,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def broken_exif() -> bytes:
-    """A JPEG to be turned upright, whose camera wrote a text where a number belongs: Pillow cannot write its EXIF again."""
+    """A JPEG to be turned upright, with a text where a number belongs: Pillow cannot write its EXIF again."""
     length = (
         (0x0101).to_bytes(2, "big")
         + (2).to_bytes(2, "big")
@@ -1393,7 +1395,7 @@ def test_a_folder_in_place_of_a_result(name: str, tmp_path: Path, capsys: pytest
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str], Path]]:
-    """Code, lines on stderr and folder of runs that cannot print their table. Both at the same time: loading takes longest."""
+    """Code, lines on stderr and folder of runs that cannot print their table, both at the same time."""
     outs = {name: tmp_path_factory.mktemp(name) for name in ("full", "left")}
     reader, left = os.pipe()
     os.close(reader)
@@ -1473,7 +1475,7 @@ def test_a_file_name_that_is_no_unicode(world: World, tmp_path: Path, capsys: py
 
 
 def test_a_text_that_is_no_unicode(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Bytes of the command line that are no UTF-8 reach Python as lone surrogates; no tokenizer takes those."""
+    """Bytes of the command line that are no UTF-8 reach Python as lone surrogates; tokenizers refuse them."""
     text = os.fsdecode(b"caf\xe9")
     argv = [
         "--task",
@@ -1498,7 +1500,10 @@ def test_no_memory_on_a_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch raises a RuntimeError there, in these words; making it do so takes seconds."""
-    words = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4611686"
+    words = (
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. "
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4611686"
+    )
 
     def allocate(*args: object, **options: object) -> None:
         raise RuntimeError(words)

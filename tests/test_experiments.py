@@ -1,4 +1,4 @@
-"""The experiments, run in-process and worked out again by hand: all terms of all images in embedding space, replaced and summed."""
+"""The experiments, run in-process and worked out again by hand: all terms of all images, replaced and summed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip
 
 LIMIT = 96
 QUICK = ["--limit", str(LIMIT), "--batch-size", "48", "--workers", "0"]
-# Class scores are of float32, which rounds at 6e-8, and sums of some hundred terms of norm near 1; a wrong term shows at 1e-2.
+# Class scores are of float32, which rounds at 6e-8, and sums of some hundred terms of norm near 1; a wrong
+# term shows at 1e-2.
 SCORES = {"rtol": 0, "atol": 1e-4}
 
 
@@ -106,7 +107,7 @@ def ablated(test: Decomposition, train: Decomposition, maps: Tensor, last: int =
 
 
 def told_by_texts(test: Decomposition, train: Decomposition, texts: Tensor, m: int, last: int = 4) -> Tensor:
-    """[n, d] the heads of the last layers as their first m texts tell them, on the means of everything else."""
+    """[n, d] the heads of the last layers as their first m texts tell them, on means of everything else."""
     mean = means(train, len(test.stem))
     heads = mean.heads.clone()
     for layer in range(max(0, heads.shape[1] - last), heads.shape[1]):
@@ -120,7 +121,7 @@ def told_by_texts(test: Decomposition, train: Decomposition, texts: Tensor, m: i
     return replace(mean, heads=heads).total()
 
 
-# ---- the class token's attention to itself ---------------------------------------------------------------------------------------
+# ---- the class token's attention to itself -----------------------------------------------------------------
 
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -160,12 +161,12 @@ def test_own_does_not_depend_on_the_convention():
     assert torch.equal(decompose(model, images, convention="paper").own, decompose(model, images).own)
 
 
-# ---- the demo, a folder of its pictures, and a small model of six layers ---------------------------------------------------------
+# ---- the demo, a folder of its pictures, and a small model of six layers -----------------------------------
 
 
 @pytest.fixture(scope="module", autouse=True)
 def pictures_drawn_once():
-    """The runs below see the same pictures again and again, and a picture depends on its set and number alone."""
+    """The runs below see the same pictures again; a picture depends on its set and number alone."""
     render, drawn = scenes.render, {}
 
     def render_once(facts, index, seed):
@@ -197,7 +198,7 @@ def demo(clip):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Pictures of the demo in train/PLACE and val/PLACE, 40 each: classes on which the model is often wrong without a head."""
+    """Pictures of the demo in train/PLACE and val/PLACE, 40 each: classes that need single heads."""
     root = tmp_path_factory.mktemp("places")
     for split, source in (("train", "val"), ("val", "test")):
         data = DemoBirds(source, lambda image: image, limit=40, seed=3)
@@ -222,7 +223,8 @@ def in_folder(clip, folder: Path) -> SimpleNamespace:
     data = {split: ImageFolder(folder, split, clip.preprocess) for split in ("train", "val")}
     return SimpleNamespace(
         data=data["val"], train=stack(clip, data["train"]), test=stack(clip, data["val"]),
-        maps=head_maps(clip.model), classes=classifier(clip, data["val"].classes, templates(clip)), labels=data["val"].y,
+        maps=head_maps(clip.model), classes=classifier(clip, data["val"].classes, templates(clip)),
+        labels=data["val"].y,
     )  # fmt: skip
 
 
@@ -296,7 +298,7 @@ def deep_places(deep, folder):
     return in_folder(deep.clip, folder)
 
 
-# ---- ablation --------------------------------------------------------------------------------------------------------------------
+# ---- ablation ----------------------------------------------------------------------------------------------
 
 
 def expected(world: SimpleNamespace) -> dict[str, float]:
@@ -419,7 +421,7 @@ def test_the_tables_show_the_accuracies(ablation):
     assert rows(ablation.out, "each head alone") == heads
 
 
-# ---- completeness ----------------------------------------------------------------------------------------------------------------
+# ---- completeness ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -617,8 +619,8 @@ def test_random_vectors_are_unit_vectors_as_many_as_the_texts():
 def test_random_vectors_have_the_mean_and_the_covariance_of_the_texts():
     texts = cloud()
     found = random_texts(texts, seed=1)
-    # Of 4000 rows of spread 0.2, the mean is off by 0.003 and the variance by sqrt(2 / 4000) = 2 % of itself; bringing rows to unit
-    # length moves both further, by the order of the variance, 0.04.
+    # Of 4000 rows of spread 0.2, the mean is off by 0.003 and the variance by sqrt(2 / 4000) = 2 % of itself;
+    # bringing rows to unit length moves both further, by the order of the variance, 0.04.
     assert (found.mean(dim=0) - texts.mean(dim=0)).norm() < 0.03
     assert (torch.cov(found.T) - torch.cov(texts.T)).norm() < 0.1 * torch.cov(texts.T).norm()
 
@@ -676,7 +678,7 @@ def test_completeness_refuses_a_list_of_words_that_is_not_there(tmp_path, capsys
     )
 
 
-# ---- retrieval -------------------------------------------------------------------------------------------------------------------
+# ---- retrieval ---------------------------------------------------------------------------------------------
 
 
 def scored(world: SimpleNamespace, heads: list[tuple[int, int]], query: Tensor, by: str) -> Tensor:
@@ -833,7 +835,7 @@ def test_the_query_itself_is_the_nearest_image(tmp_path, folder, head, number):
 
 
 def test_a_photo_that_lies_on_its_side_is_still_the_nearest_to_itself(tmp_path, folder):
-    """Cameras write which side is up beside the pixels. Whatever is made of that, query and images must be read alike."""
+    """Cameras write which side is up beside the pixels. The query and the images must be read alike."""
     data = tmp_path / "photos"
     data.mkdir()
     for i, path in enumerate(sorted((folder / "val").rglob("*.png"))[:20]):
@@ -995,7 +997,7 @@ def test_retrieval_refuses_a_folder_for_a_query(tmp_path, capsys):
     )
 
 
-# ---- debias ----------------------------------------------------------------------------------------------------------------------
+# ---- debias ------------------------------------------------------------------------------------------------
 
 DRAWS = ["--draws", "4"]
 
@@ -1034,7 +1036,8 @@ def measured(embedding: Tensor, world: SimpleNamespace) -> dict[str, float]:
         [i for i in range(len(y)) if (y[i], place[i]) == group] for group in ((0, 0), (0, 1), (1, 0), (1, 1))
     ]
     return found | {
-        "average": share(range(len(y))), "worst class": min(map(share, classes)), "worst group": min(map(share, groups))
+        "average": share(range(len(y))), "worst class": min(map(share, classes)),
+        "worst group": min(map(share, groups)),
     }  # fmt: skip
 
 
@@ -1375,7 +1378,7 @@ def test_the_images_kept_are_those_drawn_in_any_batches(batch):
     assert torch.equal(kept.embedding.tensor(), embedding[wanted])
 
 
-# ---- textspan: roles, and how often they are the demo's true factors -------------------------------------------------------------
+# ---- textspan: roles, and how often they are the demo's true factors ---------------------------------------
 
 FACTORS = {"animals": "kind", "colours": "colour", "places": "place", "light": "light", "styles": "style"}
 ROLES, TRUTH = 250, 300  # reference images, and images of the validation split
@@ -1434,7 +1437,8 @@ def counted(truth: dict[str, Tensor], heads: list[dict]) -> dict:
     for head in clear:
         ranked = sorted(head["texts by category"].items(), key=lambda item: -item[1])
         texts.append(FACTORS.get(ranked[0][0]) if ranked else None)
-    # Dealt at random: the mean over all rotations, each of which gives every head every other head's role once.
+    # Dealt at random: the mean over all rotations, each of which gives every head every other head's role
+    # once.
     dealt = [matches(roles[k:] + roles[:k], true) for k in range(len(clear))]
     return {
         "heads": len(heads),
@@ -1496,7 +1500,7 @@ def test_the_truth_is_the_share_of_the_terms_between_values_of_the_factor(spans,
 def check_shares(
     heads: list[dict], terms: Decomposition, texts: Tensor, categories: list[str], first: int
 ) -> None:
-    """What is said of the heads' categories is by hand what the terms say, and the role is the best category above the threshold."""
+    """The heads' categories are by hand what the terms say; the role is the best one above the threshold."""
     fit = ((terms.embedding - terms.embedding.mean(dim=0)) @ texts.T).numpy()
     for head in heads:
         layer, number = map(int, head["head"].split("."))

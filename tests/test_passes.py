@@ -569,7 +569,7 @@ def with_labels(data, **labels):
 
 
 def pictures(folder, preprocess):
-    """Data sets that differ from each other in one thing: images, files, labels, masks, or which of them are taken."""
+    """Data sets that differ from each other in one thing: images, files, labels, masks, or those taken."""
     for name in ("a", "b"):
         for file in (
             f"{name}/images/1.png",
