@@ -17,7 +17,7 @@ from .heads import LAST_LAYERS, head_name
 from .job import Job, open_zero_shot
 from .passes import one_pass
 from .reference import Reference, summarise
-from .tables import in_percent, means_of, percent, print_settings, prompts_of, settings, table
+from .tables import in_percent, percent, print_settings, settings, table, zero_shot_settings
 
 PAPER = (
     "The paper, ImageNet, all MLPs ablated: "
@@ -27,23 +27,17 @@ PAPER = (
 
 def run(job: Job) -> tuple[dict, list]:
     """Accuracy without the MLPs, the class token's attention to itself, each layer, and each head."""
-    clip = job.clip
     test, names, labels, classes = open_zero_shot(job)
     reference = summarise(job)
     read = reference.maps @ classes.T  # [L, H, e, c] from values to class scores
     right = Sums()
     for images, indices in one_pass(job, test, "test", right):
         truth = labels[indices].to(classes.device)
-        for label, scores in ablations(decompose(clip.model, images), reference, classes, read):
+        for label, scores in ablations(decompose(job.clip.model, images), reference, classes, read):
             right.add(label, int((scores.argmax(dim=1) == truth).sum()))
     accuracy = {label: count / len(test) for label, count in right.sums.items()}
-    where = settings(
-        job,
-        test=test.description,
-        means=means_of(job, reference.description),
-        prompts=prompts_of(clip, len(names)),
-        sum=reference.sum_error(),
-    )
+    common = zero_shot_settings(job, test, reference.description, names)
+    where = settings(job, **common, sum=reference.sum_error())
     depth, heads = reference.maps.shape[:2]
     print_settings(where)
     print_tables(accuracy, len(test), depth, heads)

@@ -28,13 +28,7 @@ from .accumulators import Accumulator, load_state_dict, state_dict
 from .job import Job
 
 IGNORED_OPTIONS = ("resume", "workers", "out", "save_every", "list_models")  # they change no result
-FILE_OPTIONS = (
-    "text_bank",
-    "words",
-    "classes",
-    "image",
-    "data",
-)  # they may name a file, whose contents count
+FILE_OPTIONS = ("text_bank", "words", "classes", "image", "data")  # they may name a file; its contents count
 
 
 class Checkpoint:
@@ -145,14 +139,12 @@ class Checkpoint:
 
 def print_resume_hint(job: Job) -> None:
     """One line if an earlier run stopped and this one does not resume it, or if --resume finds nothing."""
-    folder, found = job.checkpoint_folder, job.checkpoint_folder.exists()
-    hint = None
-    if found and not job.args.resume:
+    folder, resume = job.checkpoint_folder, job.args.resume
+    if folder.exists() and not resume:
         hint = f"{folder} is of a run that stopped; this one starts anew, --resume would go on"
-    if job.args.resume and not found:
-        hint = f"nothing to resume in {folder}; this run starts from the beginning"
-    if hint:
         print(f"note: {hint}", file=sys.stderr)
+    if resume and not folder.exists():
+        print(f"note: nothing to resume in {folder}; this run starts from the beginning", file=sys.stderr)
 
 
 def delete_checkpoints(job: Job) -> None:
@@ -163,15 +155,11 @@ def delete_checkpoints(job: Job) -> None:
 def fingerprint(job: Job, data: Dataset, title: str) -> dict[str, Any]:
     """What must be equal for one run to continue another: options, files, weights, images, program."""
     args = vars(job.args) | {"device": job.device}
-    options = {
-        f"--{name.replace('_', '-')}": str(value)
-        for name, value in args.items()
-        if name not in IGNORED_OPTIONS
-    }
+    options = {name: str(value) for name, value in args.items() if name not in IGNORED_OPTIONS}
     return {
         "pass": title,
         "processes": processes.process_count(),
-        **options,
+        **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
         **{f"file of --{name}": _file_hash(args.get(name)) for name in FILE_OPTIONS},
         "default bank": _file_hash(default_bank(job.clip)),
         "weights": weights_hash(job.clip.model),

@@ -21,7 +21,7 @@ from .heads import LAST_LAYERS
 from .job import Job, open_zero_shot
 from .passes import one_pass
 from .reference import Reference, summarise
-from .tables import means_of, percent, print_settings, prompts_of, settings, table
+from .tables import percent, print_settings, settings, table, zero_shot_settings
 from .textspan import name_head
 
 SIZES = (0, 1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40, 50, 60)
@@ -56,9 +56,7 @@ def run(job: Job) -> tuple[dict, list]:
     results = {
         "settings": settings(
             job,
-            test=test.description,
-            means=means_of(job, reference.description),
-            prompts=prompts_of(job.clip, len(names)),
+            **zero_shot_settings(job, test, reference.description, names),
             heads=f"layers {first} to {depth - 1}; every other term is its mean",
             sum=reference.sum_error(),
             pools="; ".join(f"{pool}: {len(texts):,} texts" for pool, texts in pools.items()),

@@ -30,14 +30,8 @@ TILE, ACROSS, GAP = 200, 6, 8  # of the sheet
 # matplotlib's inferno at eight even steps: brighter is more, also without colour.
 INFERNO = np.float32(
     [
-        [0, 0, 4],
-        [40, 11, 84],
-        [101, 21, 110],
-        [159, 42, 99],
-        [212, 72, 66],
-        [245, 125, 21],
-        [250, 193, 39],
-        [252, 255, 164],
+        *([0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99]),
+        *([212, 72, 66], [245, 125, 21], [250, 193, 39], [252, 255, 164]),
     ]
 )
 
@@ -56,49 +50,51 @@ def run(job: Job) -> tuple[dict, list]:
     pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
     cosine = similarity(clip.model, pixels, texts)
     box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
-    folder, files, sheets, refused = args.out / "heatmap", {}, {}, {}
-    for i, text in enumerate(args.text):
+    drawn, refused = draw_maps(job, methods, image, pixels, box, texts)
+    titles = [f'"{text}", cosine {share:.3f}' for text, share in zip(args.text, cosine, strict=True)]
+    folder, files, rows = args.out / "heatmap", {}, []
+    for i, (text, title, tiles) in enumerate(zip(args.text, titles, drawn, strict=True)):
+        prefix = f"{i + 1}-{slug(text)}"
+        files |= {f"{prefix}-{method}.png": tile for method, tile in tiles.items() if method != "image"}
+        files[f"{prefix}-all.png"] = sheet(title, tiles)
+        rows.append([text, f"{cosine[i]:.3f}", str(folder / f"{prefix}-all.png")])
+    for name, picture in files.items():
+        save_picture(picture, folder / name)
+    where = settings(job, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods))
+    all_seen = covers(box, image.size)
+    where["seen"] = "all of it" if all_seen else "what the model's cropping leaves; the rest is dimmed"
+    print_settings(where)
+    print("\n" + table(["text", "cosine", "all methods in one picture"], rows))
+    scale_note = "Each map from its least (dark) to its most (bright); the decomposition from zero."
+    print(f"\n{len(files)} pictures in {folder}. {scale_note}")
+    print_refused(refused)
+    scores = {method: score_of(method, args.score) for method in methods}
+    cosines = dict(zip(args.text, cosine, strict=True))
+    results = {"settings": where, "cosine": cosines, "scores": scores, "files": list(files)}
+    sections = [
+        report.section(title, report.pictures([(tile, name) for name, tile in tiles.items()], size=200))
+        for title, tiles in dict(zip(titles, drawn, strict=True)).items()
+    ]
+    return results, sections
+
+
+def draw_maps(
+    job: Job, methods: list[str], image: Image.Image, pixels: Tensor, box: tuple[float, ...], texts: Tensor
+) -> tuple[list[dict[str, Image.Image]], dict[str, str]]:
+    """(for each text, {"image": the image, method: its map over the image}; {method: why it is refused})."""
+    drawn, refused = [], {}
+    for text in texts:
         tiles = {"image": resized(image)}
         for method in methods:
             try:
-                heat = attribute(method, clip.model, pixels, texts[i : i + 1], args.score)
+                heat = attribute(method, job.clip.model, pixels, text[None], job.args.score)
+                tiles[method] = overlay(image, heat, box, clipped(method))
             except BaselineError as error:  # the decomposition supports more models than they do
-                if args.methods:
+                if job.args.methods:
                     raise
                 refused[method] = str(error)
-                continue
-            tiles[method] = overlay(image, heat, box, clipped(method))
-        title = f'"{text}", cosine {cosine[i]:.3f}'
-        sheets[title] = tiles
-        for name, picture in [*tiles.items(), ("all", sheet(title, tiles))][1:]:
-            files[f"{i + 1}-{slug(text)}-{name}.png"] = picture
-    for name, picture in files.items():
-        save_picture(picture, folder / name)
-    all_seen = covers(box, image.size)
-    where = settings(job, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods))
-    where["seen"] = "all of it" if all_seen else "what the model's cropping leaves; the rest is dimmed"
-    print_settings(where)
-    rows = [
-        [text, f"{cosine[i]:.3f}", str(folder / f"{i + 1}-{slug(text)}-all.png")]
-        for i, text in enumerate(args.text)
-    ]
-    print("\n" + table(["text", "cosine", "all methods in one picture"], rows))
-    print(
-        f"\n{len(files)} pictures in {folder}. Each map from its least (dark) to its most (bright); "
-        "the decomposition from zero."
-    )
-    print_refused(refused)
-    results = {
-        "settings": where,
-        "cosine": dict(zip(args.text, cosine, strict=True)),
-        "scores": {method: score_of(method, args.score) for method in methods},
-        "files": list(files),
-    }
-    sections = [
-        report.section(title, report.pictures([(tile, name) for name, tile in tiles.items()], size=200))
-        for title, tiles in sheets.items()
-    ]
-    return results, sections
+        drawn.append(tiles)
+    return drawn, refused
 
 
 def print_refused(refused: dict[str, str]) -> None:

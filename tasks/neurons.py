@@ -35,7 +35,7 @@ from .job import Job, open_split, open_zero_shot
 from .passes import one_pass
 from .reference import check_varies
 from .removal import random_heads
-from .tables import mean_and_std, means_of, percent, print_settings, prompts_of, settings, table
+from .tables import mean_and_std, percent, print_settings, settings, table, zero_shot_settings
 
 KEPT = 6  # images of each neuron, for the page
 SHOWN = 3  # texts and images of each neuron on screen
@@ -73,9 +73,7 @@ def run(job: Job) -> tuple[dict, list]:
     results = {
         "settings": settings(
             job,
-            test=test.description,
-            means=means_of(job, data.description),
-            prompts=prompts_of(clip, len(names)),
+            **zero_shot_settings(job, test, data.description, names),
             bank=f"{texts_used}: else texts that are near everything would win",
             layer=f"{layer} of 0 to {depth - 1}, {len(activity.maps):,} neurons",
             sum=f"neurons and biases sum to the MLP's term within {activity.error:.0e} of its largest entry",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.utils.data import Dataset
 
 from zeroshot import Clip, templates
 
@@ -65,6 +66,12 @@ def print_settings(lines: dict[str, str]) -> dict[str, str]:
     for key, value in lines.items():
         print(f"{key + ':':<{width}}{value}")
     return lines
+
+
+def zero_shot_settings(job: Job, test: Dataset, means: str, names: Sequence[str]) -> dict[str, str]:
+    """The settings of a zero-shot task: test images, images that means come from, prompts."""
+    prompts = prompts_of(job.clip, len(names))
+    return {"test": test.description, "means": means_of(job, means), "prompts": prompts}
 
 
 def means_of(job: Job, description: str, note: str = "on the images that are scored") -> str:

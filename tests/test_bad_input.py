@@ -65,7 +65,7 @@ def shown(stderr: str) -> list[str]:
 
 
 def one_clear_line(stderr: str, *words: str) -> str:
-    """The line, if it is one, says something and holds the words; of words with a bar between, one is enough."""
+    """The line, if it is one, says something and holds the words; of words with a bar between, one."""
     lines = shown(stderr)
     assert len(lines) == 1, f"expected one line, found {len(lines)}: {lines}"
     line = lines[0]

@@ -28,7 +28,7 @@ def test_a_picture_depends_on_its_seed_and_index_alone(index):
 
 @pytest.mark.parametrize("index", range(12))
 def test_the_mask_is_where_the_colour_of_the_bird_shows(index):
-    """Another colour of the bird changes pixels inside the mask only (edges of sketches: one pixel further)."""
+    """Another colour of the bird changes pixels inside the mask only (edges of sketches: one further)."""
     changed = {name: values.copy() for name, values in FACTS.items()}
     changed["colour"][index] = (changed["colour"][index] + 1) % 8
     changed["style"][index] = FACTS["style"][index] = 0

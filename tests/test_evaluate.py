@@ -173,7 +173,7 @@ def test_the_random_control_draws_as_many_heads(table):
 
 
 def test_the_demo_keeps_its_promise(tmp_path):
-    """auto lifts the worst group by 20 points, above all random draws; directions cost kinds at most 2 points."""
+    """auto lifts the worst group by 20 points, above all draws; directions cost kinds at most 2 points."""
     code, results = run(tmp_path, "--task", "waterbirds", "--limit", "1500", "--batch-size", "250")
     rows, random = results["rows"], results["random"]
     assert code == 0

@@ -1,4 +1,4 @@
-"""The experiments, run in-process and worked out again by hand: all terms of all images, replaced and summed."""
+"""The experiments, run in-process and worked out again by hand: all terms of all images, summed."""
 
 from __future__ import annotations
 

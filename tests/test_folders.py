@@ -64,7 +64,7 @@ SHADES = {"crow": CROW, "duck": DUCK, "heron": HERON}
 
 @pytest.fixture
 def birds(tmp_path) -> Path:
-    """Three classes. The names of the files say the opposite of their folders and sort the other way round."""
+    """Three classes. The files' names say the opposite of their folders and sort the other way round."""
     root = tmp_path / "birds"
     for folder, names in {
         "crow": ["z_duck.png", "y_heron.png"],
