@@ -39,10 +39,18 @@ from files import InputError, atomic_write
 if TYPE_CHECKING:
     from tasks.job import Job
 
-# The task NAME is run(job) in tasks/NAME.py.
+# Each is run(job) in tasks/NAME.py.
 TASKS = (
-    *("check", "textspan", "waterbirds", "segmentation", "heatmap"),
-    *("ablation", "completeness", "debias", "retrieval", "neurons"),
+    "check",
+    "textspan",
+    "waterbirds",
+    "segmentation",
+    "heatmap",
+    "ablation",
+    "completeness",
+    "debias",
+    "retrieval",
+    "neurons",
 )
 
 
@@ -190,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     elif message:
         time.sleep(
             3
-        )  # torchrun ends all processes with the first that ends: let the one that speaks come first
+        )  # torchrun ends all processes with the first that ends: let the one that speaks be first
     return code
 
 

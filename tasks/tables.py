@@ -60,12 +60,11 @@ def settings(job: Job, **more: str) -> dict[str, str]:
     return {"model": model, **more, "seed": str(args.seed)}
 
 
-def print_settings(lines: dict[str, str]) -> dict[str, str]:
-    """Print the lines, their values below each other. Returns them."""
+def print_settings(lines: dict[str, str]) -> None:
+    """Print the lines, their values below each other."""
     width = max(map(len, lines)) + 2
     for key, value in lines.items():
         print(f"{key + ':':<{width}}{value}")
-    return lines
 
 
 def zero_shot_settings(job: Job, test: Dataset, means: str, names: Sequence[str]) -> dict[str, str]:
