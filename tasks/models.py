@@ -68,8 +68,8 @@ def print_list() -> None:
         else:
             size = f"{len(found.tower.blocks)} x {found.tower.blocks[0].heads}"
             print(f"{name:<38}  {found.tower.readout.name:<30}  {size:>14}  {', '.join(found.tags) or '-'}")
-    found = f"{len(names) - refused} of {len(names)} configurations"
-    print(f"\n{found} of open_clip {open_clip.__version__} can be decomposed.")
+    count = f"{len(names) - refused} of {len(names)} configurations"
+    print(f"\n{count} of open_clip {open_clip.__version__} can be decomposed.")
 
 
 def family(visual: nn.Module) -> str:
