@@ -41,7 +41,7 @@ class CueVotes:
             large; without the centre those win most votes, and the pseudo-labels say little.
     """
 
-    running = ("count", "sum")  # what changes, for whoever saves them
+    state_names = ("count", "sum")  # what changes, for whoever saves them
 
     def __init__(self, texts: Tensor, maps: Tensor, centre: Tensor) -> None:
         depth, heads, width, _ = maps.shape

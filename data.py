@@ -1,7 +1,9 @@
-"""Images with labels: Waterbirds from its folder, and the demo world, which renders its own.
+"""Images with labels: Waterbirds, any folder of images, and the demo world, which renders its own.
 
-Every data set yields (image tensor, index). Labels are attributes, in the order of the indices: y (the class to tell), place (the
-cue that goes along with it), both [n]. Images are read by DataLoader workers; one that cannot be read is named.
+Every data set yields (image tensor, index). Labels are attributes, in the order of the indices: y (the class
+to tell apart) and, where it is known, place (the cue that goes along with it), both [n]. `fingerprint()` is
+what tells one data set from another, for --resume. Images are read by DataLoader workers; one that cannot be
+read is named.
 """
 
 from __future__ import annotations
@@ -22,13 +24,47 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-
-class InputError(ValueError):
-    """Something the user gave cannot be used. One line: what was expected, what was found, what to do."""
+from files import InputError, read_lines
 
 
-class Waterbirds(Dataset):
-    """One split of waterbird_complete95_forest2water2 (Sagawa et al. 2020): landbirds and waterbirds pasted onto land and water.
+class ImageFiles(Dataset):
+    """Image files of a folder: what Waterbirds and ImageFolder share.
+
+    Attributes:
+        files: relative to `root`.
+        y, place: [n] labels, None where they are not known.
+        confined_to: the folder that the files must lie in, where their names come from a file.
+    """
+
+    root: Path
+    transform: Callable
+    files: Sequence[str | Path]
+    y: Tensor | None = None
+    place: Tensor | None = None
+    confined_to: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
+        return read(self.root / self.files[index], self.transform, self.confined_to), index
+
+    def picture(self, index: int) -> Image.Image:
+        """The image before the transform."""
+        return read_picture(self.root / self.files[index], self.confined_to)
+
+    def caption(self, index: int) -> str:
+        """What to write under an image."""
+        return str(self.files[index])
+
+    def fingerprint(self) -> list:
+        """What tells this data set from another: file names, sizes of the files, labels."""
+        labels = [None if values is None else values.tolist() for values in (self.y, self.place)]
+        return [[*map(str, self.files)], file_sizes(self.root, self.files), labels]
+
+
+class Waterbirds(ImageFiles):
+    """One split of Sagawa et al. 2020: photos of landbirds and waterbirds, pasted onto land and water.
 
     Args:
         root: the folder with metadata.csv (columns img_filename, y, split, place) and the images it names.
@@ -48,6 +84,7 @@ class Waterbirds(Dataset):
         self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
     ) -> None:
         self.root, self.transform = Path(root), transform
+        self.confined_to = self.root
         rows = [row for row in self._metadata() if row["split"] == self.splits.index(split)]
         if not rows:
             raise InputError(
@@ -58,72 +95,48 @@ class Waterbirds(Dataset):
         self.y, self.place = (torch.tensor([row[name] for row in rows]) for name in ("y", "place"))
         self.description = f"Waterbirds in {self.root}, {split} split, {len(rows):,} images"
 
-    def _metadata(self) -> Iterator[dict]:
+    def _metadata(self) -> list[dict]:
         path = self.root / "metadata.csv"
         if not path.is_file():
             raise InputError(
-                f"no {path}: --data must be the folder of waterbird_complete95_forest2water2, with metadata.csv in it"
+                f"no {path}: --data must be the folder of waterbird_complete95_forest2water2, "
+                "with metadata.csv in it"
             )
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot read {path}: {getattr(error, 'strerror', None) or error}; expected UTF-8 text"
-            ) from error
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(read_lines(path, f"cannot read {path}", "; expected UTF-8 text"))
         missing = {"img_filename", "y", "split", "place"} - set(reader.fieldnames or ())
         if missing:
-            raise InputError(
-                f"{path} has no column {sorted(missing)[0]!r}; found {', '.join(reader.fieldnames or ['nothing'])}"
-            )
-        for line, row in enumerate(self._rows(reader, path), start=2):
-            if not row["img_filename"] or "\0" in row["img_filename"]:
-                raise InputError(
-                    f"{path}, line {line}: img_filename must name a file, found {row['img_filename']!r}"
-                )
+            found = ", ".join(reader.fieldnames or ["nothing"])
+            raise InputError(f"{path} has no column {sorted(missing)[0]!r}; found {found}")
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            expected = ", ".join(reader.fieldnames or ())
+            raise InputError(f"{path}, line {reader.line_num}: {error}; expected {expected}") from error
+        for line, row in enumerate(rows, start=2):
+            file = row["img_filename"]
+            if not file or "\0" in file:
+                raise InputError(f"{path}, line {line}: img_filename must name a file, found {file!r}")
             for name, allowed in (("y", "01"), ("place", "01"), ("split", "012")):
                 if row[name] not in list(allowed):
-                    raise InputError(
-                        f"{path}, line {line}: {name} must be one of {', '.join(allowed)}, found {row[name]!r}"
-                    )
+                    expected = f"{name} must be one of {', '.join(allowed)}"
+                    raise InputError(f"{path}, line {line}: {expected}, found {row[name]!r}")
                 row[name] = int(row[name])
-            yield row
-
-    @staticmethod
-    def _rows(reader: csv.DictReader, path: Path) -> Iterator[dict]:
-        try:
-            yield from reader
-        except csv.Error as error:
-            raise InputError(
-                f"{path}, line {reader.line_num}: {error}; expected {', '.join(reader.fieldnames or ())}"
-            ) from error
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
-        return read(self.root / self.files[index], self.transform, root=self.root), index
-
-    def picture(self, index: int) -> Image.Image:
-        """The image before the transform."""
-        image = read(self.root / self.files[index], lambda image: image, root=self.root)
-        if isinstance(image, str):
-            raise InputError(image)
-        return image
+        return rows
 
     def caption(self, index: int) -> str:
         """What to write under an image."""
         return f"{self.files[index]}: {self.classes[self.y[index]]} on {self.places[self.place[index]]}"
 
 
-class ImageFolder(Dataset):
-    """Any folder of images. root/CLASS/NAME.jpg also says what an image shows; ImageNet is such a folder of WordNet ids.
+class ImageFolder(ImageFiles):
+    """Any folder of images. In root/CLASS/NAME.jpg the folders' names are labels; ImageNet is such a folder.
 
-    Labels come from the folders' names, never from the order of files. For WordNet ids, classes[i] is the name of the i-th id in sorted
-    order, which is the order of ImageNet's classes; all 1,000 must be there, or the order would not tell.
+    Where the folders are named by WordNet ids, classes[i] is the name of the i-th id in sorted order, which
+    is the order of ImageNet's classes. All 1,000 must be there, or the order would not tell.
 
     Args:
-        root: the folder; where it has subfolders train, val or test, `split` picks one (ImageNet has no test labels: val is scored).
+        root: the folder. Where it has subfolders train, val or test, `split` picks one; without a folder
+            test, "test" means val, as ImageNet's test images have no labels.
 
     Raises:
         InputError: no such folder, no images, some but not all WordNet ids.
@@ -144,7 +157,6 @@ class ImageFolder(Dataset):
             raise InputError(f"no images in {self.root} ({', '.join(self.suffixes)})")
         total, rows = len(files), subset(len(files), limit, seed)
         self.classes: tuple[str, ...] = ()
-        self.y = None
         if all(len(file.parts) > 1 for file in files):
             folders = sorted({file.parts[0] for file in files})
             self.classes = self._names(folders)
@@ -157,7 +169,8 @@ class ImageFolder(Dataset):
     def _split(root: Path, split: str) -> Path:
         if not root.is_dir():
             raise InputError(
-                f"no folder {root}: --data must be a folder of images, or of folders of images, one for each class"
+                f"no folder {root}: --data must be a folder of images, "
+                "or of folders of images, one for each class"
             )
         there = [name for name in ("train", "val", "test") if (root / name).is_dir()]
         if not there:
@@ -183,34 +196,18 @@ class ImageFolder(Dataset):
 
         if len(ids) != len(folders) or len(ids) != len(IMAGENET_CLASSNAMES):
             raise InputError(
-                f"{self.root} holds {len(folders):,} folders, {len(ids):,} of them WordNet ids; expected all "
-                f"{len(IMAGENET_CLASSNAMES):,} of ImageNet (an id's place among them names the class), or folders named by their class"
+                f"{self.root} holds {len(folders):,} folders, {len(ids):,} of them WordNet ids; "
+                f"expected all {len(IMAGENET_CLASSNAMES):,} of ImageNet "
+                "(an id's place among them names the class), or folders named by their class"
             )
         return tuple(IMAGENET_CLASSNAMES)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
-        return read(self.root / self.files[index], self.transform), index
-
-    def picture(self, index: int) -> Image.Image:
-        """The image before the transform."""
-        image = read(self.root / self.files[index], lambda image: image)
-        if isinstance(image, str):
-            raise InputError(image)
-        return image
-
-    def caption(self, index: int) -> str:
-        """What to write under an image."""
-        return str(self.files[index])
 
 
 class DemoBirds(Dataset):
     """One split of the demo world. `facts` holds every factor of every image; see demo/scenes.py.
 
-    train is drawn as the model's own web pictures were, in other pictures: nearly all birds where such birds live. val and test are
-    balanced: the place says nothing of the bird.
+    The train split holds other pictures than the model was trained on, from the same distribution: nearly all
+    birds are where such birds live. val and test are balanced: the place says nothing about the bird.
     """
 
     classes = ("landbird", "waterbird")
@@ -225,10 +222,8 @@ class DemoBirds(Dataset):
         self.transform, self.seed, self._render = transform, self.seeds[split], scenes.render
         facts = scenes.sample(self.sizes[split], self.seed, alignment=ALIGNMENT if split == "train" else 0.5)
         self.rows = subset(self.sizes[split], limit, seed)
-        self.all_facts, self.facts = (
-            facts,
-            {name: torch.from_numpy(values[self.rows]) for name, values in facts.items()},
-        )
+        self.all_facts = facts
+        self.facts = {name: torch.from_numpy(values[self.rows]) for name, values in facts.items()}
         self.kinds = scenes.FACTORS["kind"]
         self.y, self.place = (self.facts[name] // scenes.FIRST_WATER for name in ("kind", "place"))
         self.description = f"demo world, {split} split, {len(self.rows):,} images"
@@ -254,9 +249,13 @@ class DemoBirds(Dataset):
         """The picture [64, 64, 3], and the bird's mask [64, 64] (0 to 255, soft at the edge)."""
         return self._render(self.all_facts, self.rows[index], self.seed)
 
+    def fingerprint(self) -> list:
+        """What tells this data set from another: its rows and labels."""
+        return [self.rows, self.y.tolist(), self.place.tolist()]
+
 
 def subset(count: int, limit: int | None, seed: int) -> list[int]:
-    """`limit` of the indices 0..count-1, drawn without replacement, in their order; all of them where limit is None or larger."""
+    """`limit` of the indices 0..count-1, drawn without replacement, in their order; None: all of them."""
     if limit is None or limit >= count:
         return list(range(count))
     if limit < 1:
@@ -267,8 +266,10 @@ def subset(count: int, limit: int | None, seed: int) -> list[int]:
 def read(path: Path, transform: Callable, root: Path | None = None, keep_mode: bool = False) -> Any:
     """transform(image); or a line that says why not, for `batches` to raise in the main process.
 
-    root: a folder that the file must lie in, for paths that come out of a data set's own files.
-    keep_mode: hand the image over as it is; else as RGB, and upright where the camera says which side is up.
+    Args:
+        root: a folder that the file must lie in, for paths that come out of a data set's own files.
+        keep_mode: hand the image over as it is; else as RGB, and upright where the camera says which side is
+            up.
     """
     try:
         if root is not None and not path.resolve().is_relative_to(root.resolve()):
@@ -285,14 +286,29 @@ def read(path: Path, transform: Callable, root: Path | None = None, keep_mode: b
         return f"cannot read image {path}: {' '.join(str(error).split()) or type(error).__name__}"
 
 
+def read_picture(path: Path, root: Path | None = None) -> Image.Image:
+    """The image in RGB, upright.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    image = read(path, lambda image: image, root=root)
+    if isinstance(image, str):
+        raise InputError(image)
+    return image
+
+
+def file_sizes(root: Path, files: Sequence[str | Path]) -> list[int | None]:
+    """In bytes. A file that was replaced usually has another size, while a copy elsewhere has the same."""
+    paths = [root / file for file in files]
+    return [path.stat().st_size if path.is_file() else None for path in paths]
+
+
 def eight_bits(image: Image.Image) -> Image.Image:
-    """RGB. 16-bit grey is scaled down (Pillow would clip it), transparency laid on white (Pillow would show what is under it)."""
+    """RGB. 16-bit grey is scaled down, which Pillow would clip; transparency is laid on white."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = (
-            image.convert("F")
-            .point(lambda value: value / 257 if image.mode.startswith("I") else value)
-            .convert("L")
-        )
+        scale = 257 if image.mode.startswith("I") else 1
+        image = image.convert("F").point(lambda value: value / scale).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -304,23 +320,18 @@ def batches(
 ) -> Iterator[tuple[Any, Tensor]]:
     """(images on the device, indices) under a progress bar, every image once, in order.
 
-    Images are a tensor, or a list of tensors where the data set gives more of each (its mask, say). done: images before these, for the
-    bar.
+    Images are a tensor, or a list of tensors where the data set gives more than the image (its mask, say).
+
+    Args:
+        done: number of images before these, for the progress bar.
 
     Raises:
         InputError: naming the first image that cannot be read; or workers that do not start, or die.
     """
     options = {"num_workers": workers, "worker_init_fn": _as_worker, "pin_memory": device.type == "cuda"}
     loader = DataLoader(data, batch_size, collate_fn=_collate, **options)
-    bar = {
-        "total": done + len(data),
-        "initial": done,
-        "desc": title,
-        "unit": " images",
-        "unit_scale": True,
-        "leave": False,
-    }
-    with tqdm(**bar) as progress:
+    bar = {"desc": title, "unit": " images", "unit_scale": True, "leave": False}
+    with tqdm(total=done + len(data), initial=done, **bar) as progress:
         for images, indices in _workers_alive(loader):
             if isinstance(images, str):
                 raise InputError(images)
@@ -350,7 +361,7 @@ def _workers_alive(loader: DataLoader) -> Iterator:
 
 @contextlib.contextmanager
 def _interrupt_waits() -> Iterator[None]:
-    """Ctrl-C counts once the workers have started: it would be lost where Python forks, and nothing raised there is heeded."""
+    """Ctrl-C takes effect when the workers have started: Python ignores what is raised while it forks."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -365,7 +376,7 @@ def _interrupt_waits() -> Iterator[None]:
 
 
 def _as_worker(_: int) -> None:
-    """A terminal sends Ctrl-C to the workers, too; they end with the process that reads them, and have nothing to say of it."""
+    """A terminal sends Ctrl-C to the workers, too; they end with the main process and print nothing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *_: None  # of the thread that hands tensors over, when nobody takes them any more
 

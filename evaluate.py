@@ -1,17 +1,18 @@
-"""Run one of the experiments and print its table; results/<task>/ gets a page to look at and everything as JSON.
+"""Run one of the experiments and print its table; results/<task>/ gets a page and everything as JSON.
 
-    $ python evaluate.py --task waterbirds      # the embedded demo, offline: take the background out of what decides
-    $ python evaluate.py --list-models          # which of open_clip's models can be decomposed?
-    $ python evaluate.py --task check           # do the terms sum to the embedding? (--model all: of every architecture)
-    $ python evaluate.py --task textspan        # what each head writes, in words, and its role
-    $ python evaluate.py --task segmentation    # do maps lie on the object? the decomposition and ten other attributions
-    $ python evaluate.py --task heatmap --image FILE --text "a bird"
+    $ python evaluate.py --task waterbirds      # the embedded demo, offline: take the background out of what
+    decides $ python evaluate.py --list-models          # which of open_clip's models can be decomposed?
+    $ python evaluate.py --task check           # do the terms sum to the embedding? (--model all: of every
+    architecture) $ python evaluate.py --task textspan        # what each head writes, in words, and its role
+    $ python evaluate.py --task segmentation    # do maps lie on the object? the decomposition and ten other
+    attributions $ python evaluate.py --task heatmap --image FILE --text "a bird"
     $ python evaluate.py --task ablation        # which terms does accuracy need?
     $ python evaluate.py --task completeness    # how much of the heads do their texts hold?
     $ python evaluate.py --task retrieval --head 3.4 --image FILE
     $ python evaluate.py --task debias --classes NAME NAME --cue TEXT TEXT --data FOLDER
     $ python evaluate.py --task neurons         # what single neurons of an MLP write
-    $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper --data DIR
+    $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper
+    --data DIR
 
 DIR is the folder waterbird_complete95_forest2water2, with metadata.csv in it.
 """
@@ -31,7 +32,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from files import InputError, atomic_write
+
+if TYPE_CHECKING:
+    from tasks.job import Job
+
+# Each is run(job) in tasks/NAME.py.
 TASKS = (
     "check",
     "textspan",
@@ -51,79 +59,50 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    what.add_argument(
-        "--list-models",
-        action="store_true",
-        help="what of open_clip can be decomposed, with its pretrained tags",
-    )
-    for add_options in (of_models, of_heads, of_cues, of_maps):
+    list_help = "what of open_clip can be decomposed, with its pretrained tags"
+    what.add_argument("--list-models", action="store_true", help=list_help)
+    for add_options in (add_common_options, add_head_options, add_cue_options, add_map_options):
         add_options(parser)
     return parser.parse_args(argv)
 
 
-def of_models(parser: argparse.ArgumentParser) -> None:
+def add_common_options(parser: argparse.ArgumentParser) -> None:
     """What every task takes."""
     add = parser.add_argument_group("model, images, results").add_argument
     add("--model", help="open_clip's name of an architecture; without it the demo model")
     add("--pretrained", help="open_clip's tag, or a checkpoint file; none: random weights")
-    add(
-        "--image-size",
-        type=positive,
-        metavar="PIXELS",
-        help="another than the model's own; positions are resized, as open_clip does",
+    size = "another than the model's own; positions are resized, as open_clip does"
+    add("--image-size", type=positive, metavar="PIXELS", help=size)
+    data = (
+        "Waterbirds' folder, or any of images (CLASS/NAME.jpg gives labels); "
+        "segmentation: gtsegs_ijcv.mat, or images/ and masks/ [the demo world]"
     )
-    data = "Waterbirds' folder, or any of images (CLASS/NAME.jpg gives labels); segmentation: gtsegs_ijcv.mat, or images/ and masks/"
-    add("--data", help=f"{data} [the demo world]")
+    add("--data", help=data)
     splits = ("train", "val", "test")
-    add(
-        "--reference",
-        choices=splits,
-        default="train",
-        help="images that means come from [%(default)s]; test: as the authors",
-    )
+    reference = "images that means come from [%(default)s]; test: as the authors"
+    add("--reference", choices=splits, default="train", help=reference)
     add("--limit", type=positive, help="use this many images of each split, drawn with the seed")
     add("--seed", type=natural, default=0, help="of everything that is drawn at random [%(default)s]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... [%(default)s]")
-    add(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="of the model; sums are always fp32 [%(default)s]",
-    )
+    precision = "of the model; sums are always fp32 [%(default)s]"
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision)
     add("--batch-size", type=positive, default=64, help="[%(default)s]")
     add("--workers", type=natural, help="processes that read images [4 at most]")
     add("--out", type=Path, default=Path("results"), help="folder for results [%(default)s]")
     add("--resume", action="store_true", help="go on where an earlier run of the same command was killed")
-    add(
-        "--save-every",
-        type=seconds,
-        default=60.0,
-        metavar="SECONDS",
-        help="save what --resume needs this often [%(default)s]",
-    )
-    parser.set_defaults(
-        started=time.monotonic(), cleared=False, alone=False
-    )  # the run's own notes: see tasks/passes.py
+    save = "save what --resume needs this often [%(default)s]"
+    add("--save-every", type=seconds, default=60.0, metavar="SECONDS", help=save)
 
 
-def of_heads(parser: argparse.ArgumentParser) -> None:
+def add_head_options(parser: argparse.ArgumentParser) -> None:
     """What the tasks take that name terms or look things up by them."""
     add = parser.add_argument_group("textspan, completeness, retrieval, neurons").add_argument
-    add(
-        "--text-bank",
-        metavar="FILE",
-        help="descriptions, one per line under `# category` lines [text_bank.txt; the demo has its own]",
-    )
-    add(
-        "--texts",
-        type=positive,
-        help="textspan: texts per head [20, or half of a narrower head's width]; completeness: at most",
-    )
-    add(
-        "--words",
-        metavar="FILE",
-        help="completeness: a second pool of texts, one per line (the commonest English words, say)",
-    )
+    bank = "descriptions, one per line under `# category` lines [text_bank.txt; the demo has its own]"
+    add("--text-bank", metavar="FILE", help=bank)
+    texts = "textspan: texts per head [20, or half of a narrower head's width]; completeness: at most"
+    add("--texts", type=positive, help=texts)
+    words = "completeness: a second pool of texts, one per line (the commonest English words, say)"
+    add("--words", metavar="FILE", help=words)
     add("--head", metavar="L.H", help="retrieval: by what this head writes")
     add("--role", metavar="CATEGORY", help="retrieval: by what all heads of this role write")
     add("--top", type=positive, default=12, help="retrieval: images to show [%(default)s]")
@@ -131,44 +110,28 @@ def of_heads(parser: argparse.ArgumentParser) -> None:
     add("--neurons", type=positive, default=10, help="neurons: how many to show [%(default)s]")
 
 
-def of_cues(parser: argparse.ArgumentParser) -> None:
+def add_cue_options(parser: argparse.ArgumentParser) -> None:
     """What the tasks take that remove a cue."""
     add = parser.add_argument_group("waterbirds, debias").add_argument
-    add(
-        "--heads",
-        default="auto",
-        help="paper, auto (found with --cue), or a list like 3.7,2.1 (layer.head) [%(default)s]",
-    )
-    add(
-        "--cue",
-        nargs="+",
-        default=["places"],
-        metavar="TEXT",
-        help="a category of the bank, or texts, to take out [places]",
-    )
+    heads = "paper, auto (found with --cue), or a list like 3.7,2.1 (layer.head) [%(default)s]"
+    add("--heads", default="auto", help=heads)
+    cue = "a category of the bank, or texts, to take out [places]"
+    add("--cue", nargs="+", default=["places"], metavar="TEXT", help=cue)
     ways = ("heads", "directions", "embedding")
     add("--remove", nargs="+", choices=ways, default=ways, help="rows of the table [all]")
     add("--draws", type=positive, default=100, help="random draws of heads [%(default)s]")
-    add(
-        "--classes",
-        nargs="+",
-        metavar="NAME",
-        help="debias, segmentation: what to tell apart, or (segmentation) a file [the data's]",
-    )
+    classes = "debias, segmentation: what to tell apart, or (segmentation) a file [the data's]"
+    add("--classes", nargs="+", metavar="NAME", help=classes)
 
 
-def of_maps(parser: argparse.ArgumentParser) -> None:
+def add_map_options(parser: argparse.ArgumentParser) -> None:
     """What the tasks take that make maps."""
     add = parser.add_argument_group("segmentation, heatmap").add_argument
     add("--methods", nargs="+", metavar="NAME", help="which attributions [all]")
-    published = "what a method explains; published: each its own [%(default)s]"
-    add("--score", choices=("published", "dot", "cosine", "logit"), default="published", help=published)
-    add(
-        "--prompt",
-        default="predicted",
-        metavar="CLASS",
-        help="explain the predicted class, the true one, or the one named [%(default)s]",
-    )
+    scores, published = ("published", "dot", "cosine", "logit"), "published: each its own [%(default)s]"
+    add("--score", choices=scores, default="published", help=f"what a method explains; {published}")
+    prompt = "explain the predicted class, the true one, or the one named [%(default)s]"
+    add("--prompt", default="predicted", metavar="CLASS", help=prompt)
     contrast = (
         "who explains the class minus the mean over classes; paper: the decomposition alone [%(default)s]"
     )
@@ -177,12 +140,8 @@ def of_maps(parser: argparse.ArgumentParser) -> None:
     add("--protocol", choices=("aligned", "authors"), default="aligned", help=protocol)
     add("--void", type=natural, metavar="VALUE", help="value of mask pixels to leave out")
     add("--image", metavar="FILE", help="heatmap, retrieval: the image")
-    add(
-        "--text",
-        action="append",
-        metavar="TEXT",
-        help="heatmap, retrieval: what to look for; heatmap takes several",
-    )
+    text = "heatmap, retrieval: what to look for; heatmap takes several"
+    add("--text", action="append", metavar="TEXT", help=text)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -228,90 +187,79 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"
     code, message, speaks = 130, "interrupted; no results were written", True
-    with contextlib.suppress(
-        KeyboardInterrupt
-    ):  # said below, where it is gone, and with it the progress bars that it held open
-        code, message, speaks = refused_or_run(args)
-    if (
-        message
-        and "--resume" not in message
-        and args.task
-        and (state := args.out / args.task / ".state").exists()
-    ):
-        message += f" (--resume goes on from what {state} holds)"
+    # The message is printed when the exception is gone, and with it the progress bars that it kept open.
+    with contextlib.suppress(KeyboardInterrupt):
+        code, message, speaks = run_or_refuse(args)
+    if message and args.task and "--resume" not in message:
+        state = args.out / args.task / ".state"
+        message += f" (--resume goes on from what {state} holds)" if state.exists() else ""
     if message and speaks:
         print("evaluate.py: " + " ".join(message.splitlines()), file=sys.stderr)
     elif message:
         time.sleep(
             3
-        )  # torchrun ends all processes with the first that ends: let the one that speaks come first
+        )  # torchrun ends all processes with the first that ends: let the one that speaks be first
     return code
 
 
-def refused_or_run(args: argparse.Namespace) -> tuple[int, str, bool]:
-    """(exit code, what was wrong, does this process say it?)"""
+def run_or_refuse(args: argparse.Namespace) -> tuple[int, str, bool]:
+    """(exit code, what was wrong, whether this process is the one to say it)."""
     import torch  # takes seconds: --help and typing errors need not wait
 
     from baselines import BaselineError
-    from data import InputError
     from decompose import DecompositionError
-    from tasks import models, passes
+    from tasks import models, processes
+    from tasks.job import Job
 
     if args.list_models:
         with printable():
             models.print_list()
             sys.stdout.flush()
         return 0, "", True
-    first = True
+    job = Job(args)
+    first = processes.process_rank() == 0
     try:
-        args.device = passes.join(args.device)
-        first = passes.world()[0] == 0
-        run(args, first)
-    except passes.ElsewhereError as error:
+        run(job, first)
+    except processes.OtherProcessError as error:
         time.sleep(3)  # the other one knows more, and torchrun ends this one when it has spoken
         return 2, str(error), first
     except (InputError, DecompositionError, BaselineError) as error:
-        return 2, str(error), first or args.alone
+        return 2, str(error), first or job.in_pass
     except (MemoryError, RuntimeError) as error:
         text = next(iter(str(error).splitlines()), "")
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text
         if not known:
             raise
-        return (
-            2,
-            "out of memory" + (f" ({text[:100]})" if text else "") + "; try a smaller --batch-size",
-            True,
-        )
+        return 2, f"out of memory{f' ({text[:100]})' if text else ''}; try a smaller --batch-size", True
     return 0, "", True
 
 
-def run(args: argparse.Namespace, first: bool) -> None:
-    """The task and its files. What it prints comes last: where nobody can take it, nothing else is lost."""
-    from tasks import passes
+def run(job: Job, first: bool) -> None:
+    """The task and its files. What it prints comes last: if nobody can take it, nothing else is lost."""
+    from tasks import checkpoint
 
-    start, folder, said = time.time(), writable(args.out / args.task), io.StringIO()
+    task, folder, printed = job.args.task, job.args.out / job.args.task, io.StringIO()
+    check_writable(folder)
     if first:
-        passes.tell_of_state(args)
+        checkpoint.print_resume_hint(job)
     try:
-        with contextlib.redirect_stdout(said):
-            results, sections = importlib.import_module(f"tasks.{args.task}").run(args)
+        with contextlib.redirect_stdout(printed):
+            results, sections = importlib.import_module(f"tasks.{task}").run(job)
         if first:
-            results |= {"task": args.task, "seconds": round(time.time() - start, 1)}
-            write(folder, results, sections)
-            passes.forget(args)
+            elapsed = time.monotonic() - job.started
+            write(folder, results | {"task": task, "seconds": round(elapsed, 1)}, sections)
+            checkpoint.delete_checkpoints(job)
             paths = f"a page to look at: {folder / 'report.html'}; everything: {folder / 'results.json'}"
-            said.write(f"\n{time.time() - start:.0f} s; {paths}\n")
+            printed.write(f"\n{time.monotonic() - job.started:.0f} s; {paths}\n")
     finally:
         if first:
             with printable():
-                print(said.getvalue(), end="", flush=True)
+                print(printed.getvalue(), end="", flush=True)
 
 
 @contextlib.contextmanager
 def printable() -> Iterator[None]:
-    """What is printed inside: signs that the terminal cannot show come as their codes; a reader that left is no error."""
-    from data import InputError
-
+    """Print characters that the terminal cannot show as their codes; a reader that left is no error."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -324,55 +272,46 @@ def printable() -> Iterator[None]:
             ) from error
 
 
-def writable(folder: Path) -> Path:
-    """The folder, made if need be, and found to take a file: better now than after the work."""
-    from data import InputError
-
+def check_writable(folder: Path) -> None:
+    """Make the folder if need be, and see that it takes a file: better now than after the work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            pass
     except OSError as error:
         raise InputError(f"cannot write to --out {folder}: {error.strerror or error}") from error
 
 
 def write(folder: Path, results: dict, sections: list[str]) -> None:
-    """results.json and the page: what was there before stays until both are complete, then both are replaced."""
+    """results.json and the page; the earlier ones are replaced when both are complete."""
     import report
-    from data import InputError
 
     title = f"{results['task']}: {results['settings']['model'].split(',')[0]}"
-    final = [folder / "results.json", folder / "report.html"]
-    partial = [path.with_name(f".{path.name}.{os.getpid()}") for path in final]
-    path = final[0]  # the one at work, for the message
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    table, page = folder / "results.json", folder / "report.html"
+    path = table  # the one that is being written, for the message
     try:
-        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-        partial[0].write_text(text, encoding="utf-8", errors="backslashreplace")
-        path = final[1]
-        report.write(partial[1], report.page(title, results["settings"], sections))
-        for path in final:
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        for before, path in zip(partial, final, strict=True):
-            os.replace(before, path)
+        with atomic_write(page) as new_page, atomic_write(table) as new_table:
+            new_table.write_text(text, encoding="utf-8", errors="backslashreplace")
+            path = page
+            report.write(new_page, report.page(title, results["settings"], sections))
+            for path in (table, page):
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror or error}; what stood there before still does"
         ) from error
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
 
 
 def interrupt(*_: object) -> None:
-    """Ctrl-C, the first time: another one while all is taken down would only make noise."""
+    """Ctrl-C, the first time: a second one while the program ends would only print a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # a shell lets what it runs in the background ignore it
+    # A shell makes what it runs in the background ignore Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     sys.exit(main())

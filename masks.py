@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 
-from data import DemoBirds, InputError, eight_bits, read, subset
+from data import DemoBirds, InputError, eight_bits, file_sizes, read, subset
 
 PROTOCOLS = ("aligned", "authors")
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
@@ -51,6 +51,10 @@ class Masked(Dataset):
 
     def name(self, index: int) -> str:
         """What to call an image in a message."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> list:
+        """What tells this data set from another, for --resume."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor, int] | str, int]:
@@ -162,6 +166,9 @@ class ImageNetSegmentation(Masked):
     def name(self, index: int) -> str:
         return f"image {self.rows[index]} of {self.path}"
 
+    def fingerprint(self) -> list:
+        return self.rows
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -222,6 +229,10 @@ class MaskFolder(Masked):
     def name(self, index: int) -> str:
         return str(self.root / self.files[index])
 
+    def fingerprint(self) -> list:
+        sizes = file_sizes(self.root, [*self.files, *self.masks])
+        return [[*map(str, self.files)], sizes, None if self.labels is None else self.labels.tolist()]
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -243,6 +254,9 @@ class DemoMasks(Masked):
 
     def name(self, index: int) -> str:
         return f"picture {index} of the demo"
+
+    def fingerprint(self) -> list:
+        return [self.labels.tolist(), self.birds.fingerprint()]
 
     def __len__(self) -> int:
         return len(self.birds)

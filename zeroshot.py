@@ -1,11 +1,10 @@
-"""A CLIP model and what it makes of words: loading, text embeddings, zero-shot classifiers, banks of descriptions."""
+"""A CLIP model and its texts: loading, text embeddings, zero-shot classifiers, banks of descriptions."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import logging
-import os
 import re
 import struct
 import warnings
@@ -25,14 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import demo
-from data import InputError
+from files import InputError, atomic_write, read_lines
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A model with what belongs to it. `name` and `weights` are printed beside every number."""
+    """A model with its transform and tokenizer. `name` and `weights` are printed above every table."""
 
     model: nn.Module
     preprocess: Callable
@@ -56,12 +55,14 @@ def load_clip(
     """A model ready to run: the demo's without `model`, else open_clip's of that name.
 
     Args:
-        model: a name that open_clip knows ("ViT-L-14"), or hf-hub:... or local-dir:..., or the demo's, for other weights of it.
-        pretrained: one of open_clip's tags for it, or a checkpoint file (.safetensors, .pt, .bin; nothing is unpickled). "none":
-            random weights, which is enough to check the decomposition.
+        model: a name that open_clip knows ("ViT-L-14"), hf-hub:... or local-dir:..., or the demo's name, to
+            load other weights into it.
+        pretrained: one of open_clip's tags for it, or a checkpoint file (.safetensors, .pt, .bin; loaded with
+            weights_only). "none": random weights, which is enough to check the decomposition.
         device: "auto" (a GPU where there is one), or torch's name of a device.
         precision: "fp32" or "bf16" (the sums of the decomposition stay in fp32).
-        image_size: pixels in a row, where it is not to be the model's own; open_clip interpolates the positions.
+        image_size: side of the images in pixels, if not the model's own; open_clip interpolates the
+            positions.
         out: folder for results; the embeddings of banks of texts are kept in it for the next run.
 
     Raises:
@@ -71,19 +72,11 @@ def load_clip(
     size = {} if image_size is None else {"force_image_size": image_size}
     if model is None and pretrained is not None:
         raise InputError(
-            f"--pretrained needs --model: the architecture that these weights are for ({demo.NAME}: the demo's)"
+            "--pretrained needs --model: the architecture that these weights are for "
+            f"({demo.NAME}: the demo's)"
         )
     if model in (None, demo.NAME):
-        weights = pretrained or f"demo/{demo.NAME}.safetensors"
-        chosen = {} if pretrained is None else {"weights": None if pretrained == "none" else pretrained}
-        try:
-            with _quiet():
-                loaded = demo.load(place, **chosen, precision=precision, **size)
-        except Exception as error:  # as below
-            raise InputError(
-                f"cannot load {demo.NAME} with weights {weights!r}{_for(size)}: {reason(error)}"
-            ) from error
-        clip = Clip(*loaded, demo.NAME, weights, place, PRECISIONS[precision], is_demo=True)
+        clip = _from_demo(pretrained, place, precision, size)
     else:
         clip = _from_open_clip(model, pretrained, place, precision, size)
     for name, parameter in clip.model.named_parameters():
@@ -95,19 +88,26 @@ def load_clip(
 
 
 def find_device(name: str) -> torch.device:
-    """auto: a GPU where there is one."""
+    """The device of this name, which was tried; auto: a GPU where there is one."""
     try:
-        with _quiet():
-            device = torch.device(
-                ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-            )
+        with quiet():
+            gpu_or_cpu = "cuda" if torch.cuda.is_available() else "cpu"
+            device = torch.device(gpu_or_cpu if name == "auto" else name)
             torch.ones(1, device=device).item()
     except Exception as error:  # of a backend that is not in this build, of a driver, of a name
-        told = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        why = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise InputError(
-            f"--device {name or '(empty)'} cannot be used here: {told}; try auto or cpu"
+            f"--device {name or '(empty)'} cannot be used here: {why}; try auto or cpu"
         ) from error
     return device
+
+
+def _from_demo(pretrained: str | None, device: torch.device, precision: str, size: dict[str, int]) -> Clip:
+    weights = pretrained or f"demo/{demo.NAME}.safetensors"
+    chosen = {} if pretrained is None else {"weights": None if pretrained == "none" else pretrained}
+    with _loading(demo.NAME, weights, size):
+        loaded = demo.load(device, **chosen, precision=precision, **size)
+    return Clip(*loaded, demo.NAME, weights, device, PRECISIONS[precision], is_demo=True)
 
 
 def _from_open_clip(
@@ -122,46 +122,37 @@ def _from_open_clip(
     if ":" not in model:
         tags = open_clip.list_pretrained_tags_by_model(model)
         if pretrained is None:
+            choices = ", ".join(tags) or "(no tags)"
             raise InputError(
-                f"--model {model} needs --pretrained: a file, none (random weights), or one of {', '.join(tags) or '(no tags)'}"
+                f"--model {model} needs --pretrained: a file, none (random weights), or one of {choices}"
             )
         if pretrained not in (*tags, "none") and not Path(pretrained).is_file():
             raise InputError(
-                f"--pretrained {pretrained!r} is neither a file nor one of open_clip's tags for {model}: {', '.join(tags)}"
+                f"--pretrained {pretrained!r} is neither a file nor one of open_clip's tags for {model}: "
+                f"{', '.join(tags)}"
             )
     weights = None if pretrained == "none" else pretrained
-    try:
-        with _quiet():
-            network, _, preprocess = open_clip.create_model_and_transforms(
-                model,
-                weights,
-                device=device,
-                precision=precision,
-                require_pretrained=pretrained != "none",
-                **size,
-            )
-    except Exception as error:  # open_clip, torch, safetensors and the hub raise many kinds; all mean that these are not to be had
-        raise InputError(
-            f"cannot load {model} with weights {pretrained!r}{_for(size)}: {reason(error)}"
-        ) from error
-    return Clip(
-        network.eval(),
-        preprocess,
-        Tokenizer(model),
-        model,
-        pretrained or model,
-        device,
-        PRECISIONS[precision],
-    )
-
-
-def _for(size: dict[str, int]) -> str:
-    return "".join(f" for images of {pixels} pixels" for pixels in size.values())
+    options = {"device": device, "precision": precision, "require_pretrained": pretrained != "none", **size}
+    with _loading(model, pretrained, size):
+        network, _, preprocess = open_clip.create_model_and_transforms(model, weights, **options)
+    weights, dtype = pretrained or model, PRECISIONS[precision]
+    return Clip(network.eval(), preprocess, Tokenizer(model), model, weights, device, dtype)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """While open, open_clip logs nothing: what it would say is said in one line here."""
+def _loading(model: str, weights: str | None, size: dict[str, int]) -> Iterator[None]:
+    """Any error inside becomes an InputError: open_clip, torch, safetensors and the hub raise many kinds."""
+    try:
+        with quiet():
+            yield
+    except Exception as error:
+        images = "".join(f" for images of {pixels} pixels" for pixels in size.values())
+        raise InputError(f"cannot load {model} with weights {weights!r}{images}: {reason(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While open, nothing is logged and no warning shown: what goes wrong is said in one line here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
@@ -172,43 +163,52 @@ def _quiet() -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What open_clip and torch say at length, in a line."""
-    text = str(error)
-    no_checkpoint = "expected a checkpoint: tensors by name, as safetensors or torch.save(model.state_dict(), ...) write them"
+    """In one line what open_clip and torch say in many."""
+    text = " ".join(str(error).split())
+    expected = (
+        "expected a checkpoint: tensors by name, "
+        "as safetensors or torch.save(model.state_dict(), ...) write them"
+    )
     if isinstance(error, (EOFError, StopIteration, AttributeError, LookupError, TypeError, struct.error)):
-        return f"{no_checkpoint}; found something else"
+        return f"{expected}; found something else"
     if "invalid load key" in text:
-        return f"{no_checkpoint}; this file is no archive of torch's"
+        return f"{expected}; this file is no archive of torch's"
     if "Weights only load failed" in text or "weights_only" in text:
-        return "the file holds more than tensors, and unpickling it could run any code in it; where you trust it, save its tensors anew"
+        return (
+            "the file holds more than tensors, and unpickling it could run any code in it; "
+            "where you trust it, save its tensors anew"
+        )
     if "transformers" in text:
         return (
             "its text tower or tokenizer comes from a package that is not installed: pip install transformers"
         )
     if "Error(s) in loading state_dict" not in text:
-        return " ".join(text.split())[:300] or type(error).__name__
-    found = []
-    for what, kind in (("Missing", "lacks"), ("Unexpected", "has besides")):
-        keys = re.findall(
-            r'"([^"]+)"', (re.findall(rf"{what} key\(s\) in state_dict: (.*)", text) or [""])[0]
-        )
-        if keys:
-            found.append(
-                f"{kind} {', '.join(keys[:3])}" + (f" and {len(keys) - 3:,} more" if len(keys) > 3 else "")
-            )
-    shapes = re.findall(
-        r"size mismatch for (\S+): .*?torch.Size\((\[.*?\])\).*?torch.Size\((\[.*?\])\)", text
-    )
-    if shapes:
-        key, theirs, ours = shapes[0]
-        found.append(f"has {len(shapes):,} of other shapes, first {key} {theirs}, expected {ours}")
+        return text[:300] or type(error).__name__
+    found = _mismatches(str(error))
     if not found:
-        return f"{no_checkpoint}; {' '.join(text.split())[:200]}"
+        return f"{expected}; {text[:200]}"
     return "its tensors are not those of this architecture: it " + "; ".join(found)
 
 
+def _mismatches(text: str) -> list[str]:
+    """What torch's load_state_dict found wrong, in short."""
+    found = []
+    for kind, verb in (("Missing", "lacks"), ("Unexpected", "has besides")):
+        listed = re.search(rf"{kind} key\(s\) in state_dict: (.*)", text)
+        keys = re.findall(r'"([^"]+)"', listed[1]) if listed else []
+        if keys:
+            more = f" and {len(keys) - 3:,} more" if len(keys) > 3 else ""
+            found.append(f"{verb} {', '.join(keys[:3])}{more}")
+    size = r"torch.Size\((\[.*?\])\)"
+    shapes = re.findall(rf"size mismatch for (\S+): .*?{size}.*?{size}", text)
+    if shapes:
+        key, theirs, ours = shapes[0]
+        found.append(f"has {len(shapes):,} of other shapes, first {key} {theirs}, expected {ours}")
+    return found
+
+
 class Tokenizer:
-    """open_clip's tokenizer of a model, opened when the first text comes: the decomposition needs none."""
+    """open_clip's tokenizer of a model, opened for the first text: the decomposition needs none."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -232,53 +232,43 @@ CACHED = 500  # texts from which their embeddings are kept: fewer are soon made 
 
 @torch.no_grad()
 def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batch_size: int = 256) -> Tensor:
-    """[t, d] unit vectors in float32, on the model's device. Those of many texts come from a file where one run has left it.
+    """[t, d] unit vectors in float32, on the model's device; those of many texts are kept in a file.
 
     Raises:
         InputError: as `tokenize`; or the text tower's numbers overflow.
     """
     path = None
     if clip.cache is not None and len(texts) >= CACHED:
-        key = digest(
-            "\n".join([clip.name, str(clip.dtype), weights_hash(clip.model), *texts]).encode(
-                errors="backslashreplace"
-            )
-        )
-        path = clip.cache / f"{key}.safetensors"
+        key = "\n".join([clip.name, str(clip.dtype), weights_hash(clip.model), *texts])
+        path = clip.cache / f"{digest(key.encode(errors='backslashreplace'))}.safetensors"
         with suppress(OSError, SafetensorError, KeyError):  # none yet, or a broken one
             return load_file(path)["texts"].to(clip.device)
+    rows = []
     chunks = range(0, len(texts), batch_size)
     with tqdm(chunks, desc=title, unit="x256", leave=False, disable=title is None) as progress:
-        rows = [
-            F.normalize(clip.model.encode_text(tokenize(clip, texts[i : i + batch_size])).float(), dim=-1)
-            for i in progress
-        ]
+        for i in progress:
+            tokens = tokenize(clip, texts[i : i + batch_size])
+            rows.append(F.normalize(clip.model.encode_text(tokens).float(), dim=-1))
     found = torch.cat(rows)
     if not found.isfinite().all():
         raise InputError(
             f"the text embeddings of {clip.name} ({clip.weights}) are not numbers: its weights overflow"
         )
     if path is not None:
-        keep(path, found)
+        with suppress(
+            OSError, SafetensorError
+        ):  # a full disk costs the next run some time, and this one nothing
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as partial:
+                save_file({"texts": found.cpu().contiguous()}, partial)
     return found
-
-
-def keep(path: Path, texts: Tensor) -> None:
-    """Whole or not at all; a full disk costs the next run some time, and this one nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with suppress(OSError, SafetensorError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"texts": texts.cpu().contiguous()}, partial)
-        os.replace(partial, path)
-    with suppress(OSError):
-        partial.unlink()
 
 
 _hashes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Of all parameters and buffers, and of what the layers are (GELU or QuickGELU has no weights), once for a model."""
+    """Of all parameters and buffers, and of the layers' types (GELU has no weights); made once a model."""
     if model not in _hashes:
         parts = [str(model)]
         for name, tensor in model.state_dict().items():
@@ -304,14 +294,17 @@ def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"this text is no Unicode: {text[:80]!r}; give it in the terminal's encoding, or UTF-8 in a file"
+                f"this text is no Unicode: {text[:80]!r}; "
+                "give it in the terminal's encoding, or UTF-8 in a file"
             ) from error
-    encode, room = getattr(clip.tokenizer, "encode", None), getattr(clip.tokenizer, "context_length", None)
-    if encode is not None and room is not None:  # open_clip's own tokenizer; it cuts without a word
+    encode, length = getattr(clip.tokenizer, "encode", None), getattr(clip.tokenizer, "context_length", None)
+    if encode is not None and length is not None:  # open_clip's own tokenizer, which cuts without a message
+        most = length - 2  # beside the start and end tokens
         for text in texts:
-            if len(text.encode()) > room - 2 < len(encode(text)):  # a token is a byte at least
+            if len(text.encode()) > most < len(encode(text)):  # a token is a byte at least
                 raise InputError(
-                    f"the model reads {room - 2} tokens at most, and this text has {len(encode(text))}: {text[:80]!r}..."
+                    f"the model reads {most} tokens at most, "
+                    f"and this text has {len(encode(text))}: {text[:80]!r}..."
                 )
     try:
         return clip.tokenizer(list(texts)).to(clip.device)
@@ -323,27 +316,25 @@ def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
 def classifier(
     clip: Clip, names: Sequence[str], templates: Sequence[str | Callable], title: str | None = None
 ) -> Tensor:
-    """[c, d] unit vectors: per class the mean of its normalised prompt embeddings, normalised (Radford et al. 2021, 3.1.4)."""
-    texts = [
+    """[c, d] unit vectors: each class's mean prompt embedding, normalised (Radford et al. 2021, 3.1.4)."""
+    embeddings = embed_texts(clip, fill_templates(names, templates), title)
+    return F.normalize(embeddings.unflatten(0, (len(names), len(templates))).mean(dim=1), dim=-1)
+
+
+def fill_templates(names: Sequence[str], templates: Sequence[str | Callable]) -> list[str]:
+    """All prompts of the first name, then of the second, and so on."""
+    return [
         template(name) if callable(template) else template.format(name)
         for name in names
         for template in templates
     ]
-    embeddings = embed_texts(clip, texts, title).unflatten(0, (len(names), len(templates)))
-    return F.normalize(embeddings.mean(dim=1), dim=-1)
 
 
 def templates(clip: Clip) -> tuple:
     """CLIP's 80 prompt templates for ImageNet; for the demo, the six ways its captions begin."""
     if clip.is_demo:
-        return (
-            "a {}",
-            "a picture of a {}",
-            "a photo of a {}",
-            "a sketch of a {}",
-            "a painting of a {}",
-            "a cartoon of a {}",
-        )
+        kinds = ("picture", "photo", "sketch", "painting", "cartoon")
+        return ("a {}", *(f"a {kind} of a {{}}" for kind in kinds))
     return open_clip.OPENAI_IMAGENET_TEMPLATES
 
 
@@ -366,18 +357,13 @@ def default_bank(clip: Clip) -> Path:
 
 
 def load_bank(path: str | Path) -> Bank:
-    """One description per line, under `# category` lines; without any, the whole file is one category, "texts".
+    """One description per line, under `# category` lines; without any, all are of one category, "texts".
 
     Raises:
         InputError: no such file, no descriptions, or one that stands in it twice.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read text bank {path}: {getattr(error, 'strerror', None) or error}"
-        ) from error
+    lines = read_lines(path, f"cannot read text bank {path}")
     texts: dict[str, str] = {}
     category = "texts"
     for number, line in enumerate(map(str.strip, lines), start=1):

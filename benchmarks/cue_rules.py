@@ -20,13 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import demo
+from benchmarks.cue_study import collect, measure, pick
 from cue import THRESHOLD, CueVotes, subspace
 from data import DemoBirds
 from decompose import Decomposition, head_maps
 from evaluate import parse_args
-from tasks.common import Head, Reference, centre, summarise, table
-from tasks.removal import collect, pick, score
-from tasks.waterbirds import measure
+from tasks.heads import Head
+from tasks.job import Job
+from tasks.reference import Reference, centre, summarise
+from tasks.removal import score
+from tasks.tables import table
 from textspan import textspan
 from zeroshot import Bank, Clip, classifier, default_bank, embed_texts, load_bank, templates
 
@@ -37,19 +40,18 @@ def main() -> None:
     )
     parser.add_argument("--weights", type=Path, default=demo.FOLDER / f"{demo.NAME}.safetensors")
     weights = parser.parse_args().weights
-    args = parse_args(["--task", "waterbirds"])
+    job = Job(parse_args(["--task", "waterbirds"]))
     model, preprocess, tokenizer = demo.load(weights=weights)
     clip = Clip(model, preprocess, tokenizer, demo.NAME, str(weights), torch.device("cpu"), is_demo=True)
+    job.clip = clip
     bank = load_bank(default_bank(clip))
     cue = embed_texts(clip, bank.of("places"))
-    reference, shares, labels, votes = explain(clip, args, cue)
+    reference, shares, labels, votes = explain(job, cue)
     rules = choose(reference, shares, find_roles(reference, bank, embed_texts(clip, bank.texts)))
 
     test = DemoBirds("test", clip.preprocess)
     parts = SimpleNamespace(reference=reference, directions=subspace(cue), votes=votes)
-    scores = collect(
-        score(clip, args, test, parts, classifier(clip, [*test.classes, *test.kinds], templates(clip)))
-    )
+    scores = collect(score(job, test, parts, classifier(clip, [*test.classes, *test.kinds], templates(clip))))
     base, truth = measure(scores.embedding, test), set(rules["the truth (looks at labels)"])
     lines = [["base", "", "", "", *percent(base, "worst", "average", "kinds"), "", ""]]
     for label, chosen in rules.items():
@@ -76,19 +78,17 @@ def main() -> None:
     )
 
 
-def explain(
-    clip: Clip, args: argparse.Namespace, cue: Tensor
-) -> tuple[Reference, dict[str, Tensor], Tensor, CueVotes]:
+def explain(job: Job, cue: Tensor) -> tuple[Reference, dict[str, Tensor], Tensor, CueVotes]:
     """Run over the reference images once.
 
     Returns:
         the reference; the share of each head's variance [L, H] that three kinds of labels explain; the rule's
         pseudo-labels [n]; and the votes that they gave.
     """
-    maps = head_maps(clip.model)
-    zero, place = torch.zeros(maps.shape[3]), DemoBirds("train", clip.preprocess).facts["place"]
+    maps = head_maps(job.clip.model)
+    zero, place = torch.zeros(maps.shape[3]), DemoBirds("train", job.clip.preprocess).facts["place"]
     votes = {
-        "auto": CueVotes(cue, maps, centre(clip, args)),
+        "auto": CueVotes(cue, maps, centre(job)),
         "nearest": CueVotes(cue, maps, zero),
         # One-hot vectors in place of embeddings make the true place the label.
         "truth": CueVotes(torch.eye(8, maps.shape[3]), maps, zero),
@@ -101,7 +101,7 @@ def explain(
         for name, vote in votes.items():
             vote.update(true if name == "truth" else terms.embedding, terms.values)
 
-    reference = summarise(clip, args, update=lambda terms, _: watch(terms))
+    reference = summarise(job, update=lambda terms, _: watch(terms))
     return (
         reference,
         {name: vote.explained(reference.values) for name, vote in votes.items()},

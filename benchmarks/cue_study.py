@@ -27,6 +27,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -36,9 +37,11 @@ import demo
 from cue import subspace
 from data import DemoBirds
 from evaluate import parse_args
-from tasks.common import Head, table
-from tasks.removal import Cue, collect, look_for_cue, pick, random_heads, score
-from tasks.waterbirds import measure
+from tasks.heads import Head
+from tasks.job import Job
+from tasks.removal import Cue, Scores, look_for_cue, random_heads, score
+from tasks.tables import table
+from tasks.waterbirds import Groups
 from zeroshot import Clip, classifier, embed_texts, templates
 
 ALIGNMENTS = (0.97, 0.985, 0.995)
@@ -100,14 +103,15 @@ def stage(out: Path, seed: int, steps: int, alignment: float, *more: str) -> Non
 
 def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
     """{row: {worst, average, kinds, heads}} of one model: three accuracies, number of chosen heads."""
-    args = parse_args(["--task", "waterbirds"])
+    job = Job(parse_args(["--task", "waterbirds"]))
     model, preprocess, tokenizer = demo.load(weights=weights)
     clip = Clip(model, preprocess, tokenizer, demo.NAME, str(weights), torch.device("cpu"), is_demo=True)
+    job.clip = clip
     test = DemoBirds(split, clip.preprocess)
     classes = classifier(clip, [*test.classes, *test.kinds], templates(clip))
-    cue = look_for_cue(args, clip)
+    cue = look_for_cue(job)
     texts = embed_texts(clip, cue.texts)
-    scores = collect(score(clip, args, test, cue, classes))
+    scores = collect(score(job, test, cue, classes))
     base, inside = scores.embedding, scores.heads_cue
     every = [(layer, head) for layer in range(inside.shape[1]) for head in range(inside.shape[2])]
     rest = scores.embedding_cue - pick(inside, every)  # the part of the MLPs and the stem
@@ -128,7 +132,7 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
         "80 %": subspace(texts, 0.8),
         "99 %": subspace(texts, 0.99),
     }.items():
-        other = collect(score(clip, args, test, dataclasses.replace(cue, directions=directions), classes))
+        other = collect(score(job, test, dataclasses.replace(cue, directions=directions), classes))
         changes[name] = pick(other.heads_cue, cue.heads)
         changes[f"everywhere, {name}"] = other.embedding_cue
     rows = {name: measure(base + change, test) for name, change in changes.items()}
@@ -140,6 +144,26 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
     rows["random heads, mean"] = {key: statistics.mean(row[key] for row in draws) for key in keys}
     rows["random heads, best"] = {key: max(row[key] for row in draws) for key in keys}
     return {name: {key: row[key] for key in keys} | {"heads": len(cue.heads)} for name, row in rows.items()}
+
+
+def collect(batches: Iterable[tuple[Scores, Tensor]]) -> Scores:
+    """The scores of all images in one, to try many interventions on few images."""
+    found = [scores for scores, _ in batches]
+    names = [field.name for field in dataclasses.fields(Scores)]
+    return Scores(*(torch.cat([getattr(scores, name).cpu() for scores in found]) for name in names))
+
+
+def pick(scores: Tensor, chosen: list[Head]) -> Tensor:
+    """[n, c] the sum over the chosen heads of scores [n, L, H, c]."""
+    layers, heads = zip(*chosen, strict=True) if chosen else ((), ())
+    return scores[:, list(layers), list(heads)].sum(dim=1)
+
+
+def measure(scores: Tensor, test: DemoBirds) -> dict:
+    """Accuracies from class scores [n, c] of all images."""
+    groups = Groups(test)
+    groups.update(scores[None], torch.arange(len(test)))
+    return groups.rows()[0]
 
 
 def above(cue: Cue, threshold: float) -> list[Head]:

@@ -17,8 +17,8 @@ from data import batches
 from decompose import token_scores
 from masks import DemoMasks
 from metrics import Segmentation
-from tasks.common import table
 from tasks.segmentation import predict
+from tasks.tables import table
 from zeroshot import classifier, embed_texts, load_clip, templates
 
 LAYERS = {"all": slice(0, 4), "last two": slice(2, 4), "last": slice(3, 4)}

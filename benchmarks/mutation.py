@@ -2,8 +2,8 @@
 
 $ pip install "mutmut>=3.8,<4"                          # only its operators are used, through libcst
 $ python -m benchmarks.mutation textspan.py             # every mutant; shows the survivors as diffs
-$ python -m benchmarks.mutation towers.py --sample 150  # a seeded random sample
-$ python -m benchmarks.mutation towers.py --mutants 17 --tests tests/test_seen.py  # some mutants, some tests
+$ python -m benchmarks.mutation families.py --sample 150  # a seeded random sample
+$ python -m benchmarks.mutation families.py --mutants 17 --tests tests/test_seen.py  # some mutants, some tests
 
 The operators are mutmut's for numbers, names, strings of one word, omitted arguments, `not`, keywords,
 operators and conditional expressions. This file adds more: a number less one, the condition of an `if` forced
@@ -36,8 +36,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # the tests that kill mutants fastest come first
-    "decompose.py": ("decompose", "neurons", "towers"),
-    "towers.py": ("towers", "decompose", "neurons"),
+    "decompose.py": ("core", "decompose", "neurons", "families"),
+    "families.py": ("families", "core", "neurons"),
     "textspan.py": ("textspan", "cue", "roles"),
     "cue.py": ("cue", "roles"),
     "roles.py": ("roles",),

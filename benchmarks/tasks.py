@@ -19,10 +19,10 @@ import torch
 from cue import CueVotes, subspace
 from decompose import Decomposition, decompose, head_maps, neurons
 from tasks.ablation import ablations
-from tasks.common import Kept, Reference
 from tasks.completeness import SIZES, along_texts
 from tasks.debias import Outcomes
 from tasks.neurons import Activity, whole_maps
+from tasks.reference import Kept, Reference
 from tasks.removal import Plan, Scorer, Scores, random_heads
 from tasks.waterbirds import Groups
 from textspan import Moments

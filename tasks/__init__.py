@@ -1,1 +1,4 @@
-"""One file per task of evaluate.py; each has run(args), which prints a table and returns it and the sections of its page."""
+"""The tasks of evaluate.py, one file each.
+
+Each has run(job), which prints a table and returns (what it found, the sections of its page).
+"""

@@ -1,107 +1,112 @@
-"""--task heatmap: where in an image does each method see a text? One picture per text and method, and a sheet of them all."""
+"""--task heatmap: where in an image does each method see a text? Pictures of the maps, and a sheet of all."""
 
 from __future__ import annotations
 
 import re
-from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
 
+import report
 from baselines import BaselineError
-from data import InputError
+from data import read_picture
+from decompose import image_embedding
+from files import InputError, atomic_write
 from masks import seen
 from metrics import scale
-from zeroshot import Clip, embed_texts, load_clip
+from zeroshot import embed_texts
 
-from . import pages
 from .attribution import attribute, choose_methods, clipped, score_of
-from .common import open_picture, print_settings, save_picture, settings, table
+from .job import Job
+from .processes import process_rank
+from .tables import print_settings, settings, table
 
 LONG_SIDE = 512  # of the pictures
 TILE, ACROSS, GAP = 200, 6, 8  # of the sheet
 # matplotlib's inferno at eight even steps: brighter is more, also without colour.
 INFERNO = np.float32(
     [
-        [0, 0, 4],
-        [40, 11, 84],
-        [101, 21, 110],
-        [159, 42, 99],
-        [212, 72, 66],
-        [245, 125, 21],
-        [250, 193, 39],
-        [252, 255, 164],
+        *([0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99]),
+        *([212, 72, 66], [245, 125, 21], [250, 193, 39], [252, 255, 164]),
     ]
 )
 
 
-def run(args: Namespace) -> tuple[dict, list]:
+def run(job: Job) -> tuple[dict, list]:
     """Every method's map of every text, drawn over the image."""
+    args = job.args
     if args.image is None or not args.text:
         raise InputError(f"--task heatmap needs {'--image FILE' if args.image is None else '--text TEXT'}")
     if any(not text.strip() for text in args.text):
         raise InputError("--text is empty: give a text to look for")
-    image = open_picture(args.image)
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
+    image = read_picture(Path(args.image))
+    clip = job.clip
     methods = choose_methods(args)
     texts = embed_texts(clip, args.text)
     pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
-    cosine = similarity(clip, pixels, texts)
+    cosine = similarity(clip.model, pixels, texts)
     box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
-    folder, files, sheets, refused = args.out / "heatmap", {}, {}, {}
-    for i, text in enumerate(args.text):
+    drawn, refused = draw_maps(job, methods, image, pixels, box, texts)
+    titles = [f'"{text}", cosine {share:.3f}' for text, share in zip(args.text, cosine, strict=True)]
+    folder, files, rows = args.out / "heatmap", {}, []
+    for i, (text, title, tiles) in enumerate(zip(args.text, titles, drawn, strict=True)):
+        prefix = f"{i + 1}-{slug(text)}"
+        files |= {f"{prefix}-{method}.png": tile for method, tile in tiles.items() if method != "image"}
+        files[f"{prefix}-all.png"] = sheet(title, tiles)
+        rows.append([text, f"{cosine[i]:.3f}", str(folder / f"{prefix}-all.png")])
+    for name, picture in files.items():
+        save_picture(picture, folder / name)
+    where = settings(job, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods))
+    all_seen = covers(box, image.size)
+    where["seen"] = "all of it" if all_seen else "what the model's cropping leaves; the rest is dimmed"
+    print_settings(where)
+    print("\n" + table(["text", "cosine", "all methods in one picture"], rows))
+    scale_note = "Each map from its least (dark) to its most (bright); the decomposition from zero."
+    print(f"\n{len(files)} pictures in {folder}. {scale_note}")
+    print_refused(refused)
+    scores = {method: score_of(method, args.score) for method in methods}
+    cosines = dict(zip(args.text, cosine, strict=True))
+    results = {"settings": where, "cosine": cosines, "scores": scores, "files": list(files)}
+    sections = [
+        report.section(title, report.pictures([(tile, name) for name, tile in tiles.items()], size=200))
+        for title, tiles in dict(zip(titles, drawn, strict=True)).items()
+    ]
+    return results, sections
+
+
+def draw_maps(
+    job: Job, methods: list[str], image: Image.Image, pixels: Tensor, box: tuple[float, ...], texts: Tensor
+) -> tuple[list[dict[str, Image.Image]], dict[str, str]]:
+    """(for each text, {"image": the image, method: its map over the image}; {method: why it is refused})."""
+    drawn, refused = [], {}
+    for text in texts:
         tiles = {"image": resized(image)}
         for method in methods:
             try:
-                heat = attribute(method, clip.model, pixels, texts[i : i + 1], args.score)
+                heat = attribute(method, job.clip.model, pixels, text[None], job.args.score)
+                tiles[method] = overlay(image, heat, box, clipped(method))
             except BaselineError as error:  # the decomposition supports more models than they do
-                if args.methods:
+                if job.args.methods:
                     raise
                 refused[method] = str(error)
-                continue
-            tiles[method] = overlay(image, heat, box, clipped(method))
-            name = f"{i + 1}-{slug(text)}-{method}.png"
-            files[name] = tiles[method]
-        sheets[f'"{text}", cosine {cosine[i]:.3f}'] = tiles
-        files[f"{i + 1}-{slug(text)}-all.png"] = sheet(list(sheets)[-1], tiles)
-    for name, picture in files.items():
-        save_picture(picture, folder / name)
-    where = settings(
-        args, clip, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods)
-    )
-    where["seen"] = (
-        "all of it" if covers(box, image.size) else "what the model's cropping leaves; the rest is dimmed"
-    )
-    print_settings(where)
-    print()
-    rows = [
-        [text, f"{cosine[i]:.3f}", str(folder / f"{i + 1}-{slug(text)}-all.png")]
-        for i, text in enumerate(args.text)
-    ]
-    print(table(["text", "cosine", "all methods in one picture"], rows))
-    print(
-        f"\n{len(files)} pictures in {folder}. Each map from its least (dark) to its most (bright); the decomposition from zero."
-    )
+        drawn.append(tiles)
+    return drawn, refused
+
+
+def print_refused(refused: dict[str, str]) -> None:
+    """A line for each reason why methods do not support the model."""
     for reason in dict.fromkeys(refused.values()):
         print(f"Without {', '.join(method for method in refused if refused[method] == reason)}: {reason}")
-    scores = {method: score_of(method, args.score) for method in methods}
-    results = {
-        "settings": where,
-        "cosine": dict(zip(args.text, cosine, strict=True)),
-        "scores": scores,
-        "files": list(files),
-    }
-    return results, pages.heatmap(sheets)
 
 
 @torch.no_grad()
-def similarity(clip: Clip, pixels: torch.Tensor, texts: torch.Tensor) -> list[float]:
+def similarity(model: nn.Module, pixels: Tensor, texts: Tensor) -> list[float]:
     """Cosine of the image with each text."""
-    embedding = clip.model.encode_image(pixels)
-    embedding = embedding[0] if isinstance(embedding, tuple) else embedding
-    return (F.normalize(embedding.to(texts), dim=-1) @ texts.T)[0].tolist()
+    return (F.normalize(image_embedding(model, pixels).to(texts), dim=-1) @ texts.T)[0].tolist()
 
 
 def resized(image: Image.Image, side: int = LONG_SIDE) -> Image.Image:
@@ -112,7 +117,7 @@ def resized(image: Image.Image, side: int = LONG_SIDE) -> Image.Image:
 
 
 def overlay(
-    image: Image.Image, heat: torch.Tensor, box: tuple[float, ...], clip: bool = False, side: int = LONG_SIDE
+    image: Image.Image, heat: Tensor, box: tuple[float, ...], clip: bool = False, side: int = LONG_SIDE
 ) -> Image.Image:
     """The image with the map [1, rows, cols] laid on `box` of it; what lies outside is dimmed."""
     canvas = resized(image, side)
@@ -148,6 +153,17 @@ def sheet(title: str, tiles: dict[str, Image.Image]) -> Image.Image:
         draw.text((left, top), name, "#333", font)
         picture.paste(tile.resize((width, height), Image.Resampling.LANCZOS), (left, top + 22))
     return picture
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Save as PNG, in the first process alone; an earlier file stays until the new one is complete."""
+    if process_rank() > 0:
+        return
+    try:
+        with atomic_write(path) as partial:
+            picture.save(partial, format="PNG")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def slug(text: str) -> str:

@@ -1,11 +1,9 @@
-"""open_clip's models, one by one: which can be decomposed, how they are read out; and small random copies of them to prove it on."""
+"""open_clip's models: which can be decomposed, how they are read out; small random copies to check it on."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +14,7 @@ from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 
 from decompose import ClipTower, DecompositionError, open_tower
+from zeroshot import quiet
 
 LAYERS, WIDTH, HEADS, GRID = 2, 64, 4, 4  # of the small copies; patches in a row
 
@@ -44,7 +43,7 @@ class Listed:
 
 def listed(name: str) -> Listed:
     """The configuration at its full size, on torch's meta device: no memory, no weights, no network."""
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         model = Images(_tower(open_clip.get_model_config(name)))
     tower, refusal = None, ""
     try:
@@ -68,9 +67,8 @@ def print_list() -> None:
         else:
             size = f"{len(found.tower.W_O)} x {len(found.tower.W_O[0])}"
             print(f"{name:<38}  {found.tower.name:<30}  {size:>14}  {', '.join(found.tags) or '-'}")
-    print(
-        f"\n{len(names) - refused} of {len(names)} configurations of open_clip {open_clip.__version__} can be decomposed."
-    )
+    count = f"{len(names) - refused} of {len(names)} configurations"
+    print(f"\n{count} of open_clip {open_clip.__version__} can be decomposed.")
 
 
 def family(visual: nn.Module) -> str:
@@ -80,9 +78,10 @@ def family(visual: nn.Module) -> str:
 
 
 def small(name: str, seed: int = 0) -> Images:
-    """The same architecture with few layers, narrow, for small images, its weights random and none at its trivial value, in float64.
+    """The same architecture with few, narrow layers for small images, with random weights in float64.
 
-    A convolutional stem fixes the width of the blocks behind it: there, and there alone, it stays.
+    No weight keeps a trivial value, 0 or 1. The width of blocks behind a convolutional stem stays: the stem
+    fixes it.
     """
     config = copy.deepcopy(open_clip.get_model_config(name))
     vision, more = config["vision_cfg"], {}
@@ -97,21 +96,20 @@ def small(name: str, seed: int = 0) -> Images:
             "attn_pooler_heads": HEADS,
             "image_size": side,
         }
-    with _quiet(), torch.random.fork_rng(devices=[]), _timm_with(more):
+    with quiet(), torch.random.fork_rng(devices=[]), _timm_with(more):
         torch.manual_seed(seed)
         model = Images(_tower(config))
         with torch.no_grad():
             for parameter in model.parameters():
-                if (
-                    parameter.ndim == 1 or not parameter.any()
-                ):  # gamma, beta, biases; latents and tokens that start at zero
+                # gamma, beta and biases; latents and tokens that start at zero
+                if parameter.ndim == 1 or not parameter.any():
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.double().eval()
 
 
 def _smaller(config: dict) -> tuple[dict, int]:
     """What to tell timm for a small copy, and the side of its images."""
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         trunk = _tower(config).trunk
     embed = trunk.patch_embed
     stride = embed.feat_ratio() if hasattr(embed, "feat_ratio") else embed.patch_size
@@ -119,9 +117,8 @@ def _smaller(config: dict) -> tuple[dict, int]:
     more = {"depth": LAYERS, "img_size": side}
     if not hasattr(embed, "backbone"):
         more |= {"embed_dim": WIDTH, "num_heads": HEADS}
-    if (
-        hasattr(trunk, "rope") and getattr(trunk, "attn_pool", None) is not None
-    ):  # the one family that sets them apart
+    # One family gives the pooling heads of its own.
+    if hasattr(trunk, "rope") and getattr(trunk, "attn_pool", None) is not None:
         more["attn_pool_num_heads"] = HEADS
     return more, side
 
@@ -145,14 +142,3 @@ def _timm_with(more: dict) -> Iterator[None]:
 
 def _tower(config: dict) -> nn.Module:
     return _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)

@@ -1,18 +1,18 @@
 """--task neurons: which single neurons of one layer's MLP write most to the embedding, and what?
 
-A neuron adds its activation times a fixed vector, its map. So var(activation) |map|^2 is the spread of its direct effect over images,
-the texts nearest to the map say what it writes, and ablating it changes a class score by one product. What a neuron does through
-later layers is in none of this.
+A neuron adds its activation times a fixed vector, its map. So var(activation) |map|^2 is the spread of its
+direct effect over images, the texts nearest to the map say what it writes, and ablating it changes a class
+score by one product. What a neuron does through later layers is not measured.
 
-Attention pooling reads a neuron once for each of its r rows, each time through another map. There the activation that is shown is the
-length of what the neuron adds, and the texts are nearest to the direction in which that varies most.
+Attention pooling reads a neuron once for each of its r rows, each time through another map. There the
+activation that is shown is the length of what the neuron adds, and the texts are nearest to the direction in
+which that varies most.
 
 Axes as in decompose.py; k images kept of each neuron, m neurons shown, c classes.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Sequence
 
 import torch
@@ -22,71 +22,72 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import report
-from data import DemoBirds, InputError
+from data import DemoBirds
 from decompose import head_maps
+from files import InputError
 from neurons import Neurons, neurons
 from roles import explained
 from textspan import Moments
-from zeroshot import Bank, Clip, classifier, default_bank, embed_texts, load_bank, load_clip, templates
+from zeroshot import Bank, embed_texts
 
-from .common import name, open_split, percent, print_settings, settings, table, zero_shot_problem
-from .parts import Rows, Sums
+from .accumulators import Rows, Sums
+from .heads import head_name
+from .job import Job, open_split, open_zero_shot
 from .passes import one_pass
+from .reference import check_varies
 from .removal import random_heads
+from .tables import mean_and_std, percent, print_settings, settings, table, zero_shot_settings
 
 KEPT = 6  # images of each neuron, for the page
 SHOWN = 3  # texts and images of each neuron on screen
 DRAWS = 20  # of random neurons
 
 
-def run(args: Namespace) -> tuple[dict, list]:
-    """The neurons whose direct effect varies most: what they write, what fires them, and accuracy without them."""
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
+def run(job: Job) -> tuple[dict, list]:
+    """The neurons whose direct effect varies most: what they write, what fires them, accuracy without."""
+    args, clip = job.args, job.clip
     depth = len(head_maps(clip.model))
     layer = choose_layer(args.layer, depth)
-    bank = load_bank(args.text_bank or default_bank(clip))
+    bank = job.load_bank()
     if len(bank.texts) < 2:
         raise InputError(f"text bank {bank.path} holds one text, and it takes two to say which is nearer")
     texts = embed_texts(clip, bank.texts, "text bank").cpu()
-    test, data = open_split(args, clip, "test"), open_split(args, clip, args.reference)
-    names, labels = zero_shot_problem(test)
-    classes = classifier(clip, names, templates(clip), title="classes")
-    activity = watch(clip, args, data, layer)
+    test, names, labels, classes = open_zero_shot(job)
+    data = open_split(job, args.reference)
+    activity = watch(job, data, layer)
     chosen = activity.spread().argsort(descending=True, stable=True)[: args.neurons].tolist()
-    drawn = [
-        [j for _, j in draw]
-        for draw in random_heads([(layer, j) for j in chosen], len(activity.maps), DRAWS, args.seed)
-    ]
+    draws = random_heads([(layer, j) for j in chosen], len(activity.maps), DRAWS, args.seed)
+    drawn = [[j for _, j in draw] for draw in draws]
     sets = [[], *([j] for j in chosen), chosen, *drawn]
-    # Kept in the demo alone, where the factors behind every image are known; elsewhere memory does not grow.
-    accuracy, fired = ablate(
-        clip, args, test, labels, classes, activity, sets, chosen if isinstance(test, DemoBirds) else []
-    )
-    described = [describe(j, activity, texts, bank, data) for j in chosen]
-    found = [row | {"accuracy without it": accuracy[i]} for i, row in enumerate(described, start=1)]
+    # Activations are kept in the demo alone, whose images' factors are known; elsewhere memory does not grow.
+    kept = chosen if isinstance(test, DemoBirds) else []
+    accuracy, fired = ablate(job, test, labels, classes, activity, sets, kept)
+    base, *single = accuracy[: len(chosen) + 1]
+    together, *random = accuracy[len(chosen) + 1 :]
+    found = [
+        describe(j, activity, texts, bank, data) | {"accuracy without it": share}
+        for j, share in zip(chosen, single, strict=True)
+    ]
     if fired is not None:
         add_factors(found, fired, test.facts)
+    texts_used = f"{bank.path.name}, {len(bank.texts):,} texts, less their mean"
     results = {
         "settings": settings(
-            args,
-            clip,
-            test=test.description,
-            means=data.description + ("; on the images that are scored" if args.reference == "test" else ""),
-            prompts=f"{len(templates(clip))} templates, {len(names):,} classes",
-            bank=f"{bank.path.name}, {len(bank.texts):,} texts, less their mean: else texts that are near everything would win",
+            job,
+            **zero_shot_settings(job, test, data.description, names),
+            bank=f"{texts_used}: else texts that are near everything would win",
             layer=f"{layer} of 0 to {depth - 1}, {len(activity.maps):,} neurons",
             sum=f"neurons and biases sum to the MLP's term within {activity.error:.0e} of its largest entry",
         ),
         "layer": layer,
         "images": len(test),
-        "accuracy": {"base": accuracy[0], "without the neurons shown": accuracy[len(chosen) + 1]},
-        "random": accuracy[len(chosen) + 2 :],
+        "accuracy": {"base": base, "without the neurons shown": together},
+        "random": random,
         "neurons": found,
     }
     print_results(results)
-    return results, page(
-        results, {row["neuron"]: [data.picture(i) for i, _, _ in row["images"]] for row in found}
-    )
+    pictures = {row["neuron"]: [data.picture(i) for i, _, _ in row["images"]] for row in found}
+    return results, page(results, pictures)
 
 
 def choose_layer(asked: int | None, depth: int) -> int:
@@ -99,7 +100,7 @@ def choose_layer(asked: int | None, depth: int) -> int:
 
 
 class Activity:
-    """What the reference images say of every neuron; memory does not grow with their number.
+    """What the reference images say of every neuron; memory does not grow with the number of images.
 
     Args:
         layer: whose neurons they are.
@@ -107,10 +108,11 @@ class Activity:
         kept: number of images to keep of each neuron, those that fire it most.
     """
 
-    running = ("rows", "activations", "embedding", "top", "images", "error")  # what a pass changes
+    state_names = ("rows", "activations", "embedding", "top", "images", "error")
 
     def __init__(self, layer: int, maps: Tensor, kept: int = KEPT) -> None:
-        self.layer, self.maps, self.kept = layer, maps if maps.ndim == 3 else maps[:, None], kept
+        self.layer, self.kept = layer, kept
+        self.maps = maps if maps.ndim == 3 else maps[:, None]
         n, r, d = self.maps.shape
         self.gram = (self.maps @ self.maps.mT).double()  # [n, r, r] lengths of terms, from activations
         self.rows, self.activations, self.embedding = Moments(r, (n,)), Moments(1, (n,)), Moments(1, (d,))
@@ -121,9 +123,9 @@ class Activity:
     def strength(self, found: Neurons) -> Tensor:
         """[b, n] the activation; under attention pooling the length of the term."""
         a = found.activations
-        return (
-            a if a.ndim == 2 else torch.einsum("brn,nrs,bsn->bn", a, self.gram.to(a), a).clamp_min(0).sqrt()
-        )
+        if a.ndim == 2:
+            return a
+        return torch.einsum("brn,nrs,bsn->bn", a, self.gram.to(a), a).clamp_min(0).sqrt()
 
     def update(self, found: Neurons, indices: Tensor) -> None:
         """Add images, by their indices in the data set."""
@@ -143,9 +145,8 @@ class Activity:
 
     def _rank(self, top: Tensor, images: Tensor) -> None:
         top, images = torch.cat([self.top, top], dim=1), torch.cat([self.images, images], dim=1)
-        order = top.argsort(dim=1, descending=True, stable=True)[
-            :, : self.kept
-        ]  # of equals the earlier image is kept
+        # The sort is stable: of equal activations, the earlier image is kept.
+        order = top.argsort(dim=1, descending=True, stable=True)[:, : self.kept]
         self.top, self.images = top.gather(1, order), images.gather(1, order)
 
     def mean(self) -> Tensor:
@@ -157,19 +158,21 @@ class Activity:
         return self.activations.covariance[:, 0, 0]
 
     def spread(self) -> Tensor:
-        """[n] variance of each neuron's term over the embedding's. Neurons can cancel, so these need not sum to 1."""
+        """[n] variance of each neuron's term over the embedding's; these need not sum to 1."""
         return (self.rows.covariance * self.gram.cpu()).sum(dim=(1, 2)) / self.embedding.covariance.sum()
 
     def direction(self, j: int) -> Tensor:
-        """[d] the map of neuron j; under attention pooling the direction in which its term varies most, towards its mean."""
+        """[d] the map of neuron j.
+
+        Under attention pooling, the direction in which the neuron's term varies most, with the sign of the
+        term's mean.
+        """
         maps = self.maps[j].cpu()
         if len(maps) == 1:
             return maps[0]
         variance, axes = torch.linalg.eigh(self.rows.covariance[j])
-        halves = (
-            variance.clamp_min(0).sqrt()[:, None] * axes.T @ maps.double()
-        )  # halves' halves = the covariance of the term
-        found = torch.linalg.svd(halves, full_matrices=False).Vh[0]
+        root = variance.clamp_min(0).sqrt()[:, None] * axes.T @ maps.double()
+        found = torch.linalg.svd(root, full_matrices=False).Vh[0]  # root' root is the term's covariance
         return (found * torch.sign(self.rows.mean[j] @ maps.double() @ found)).to(maps)
 
 
@@ -183,27 +186,21 @@ def whole_maps(found: Neurons) -> Tensor:
     return found.maps if found.up is None else (found.maps @ found.up).transpose(0, 1)
 
 
-def watch(clip: Clip, args: Namespace, data: Dataset, layer: int) -> Activity:
+def watch(job: Job, data: Dataset, layer: int) -> Activity:
     """One pass over the reference images."""
+    clip = job.clip
     first = clip.preprocess(data.picture(0))[None].to(clip.device, clip.dtype)
     activity = Activity(layer, whole_maps(neurons(clip.model, first, layer)))
-    for images, indices in one_pass(clip, data, args, f"reference ({args.reference})", activity):
+    for images, indices in one_pass(job, data, f"reference ({job.args.reference})", activity):
         found = neurons(clip.model, images, layer)
-        if not found.embedding.isfinite().all():
-            raise InputError(
-                f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32"
-            )
+        job.check_finite(found.embedding)
         activity.update(found, indices)
-    if not activity.embedding.scatter.sum() > 0:
-        raise InputError(
-            f"the reference images ({data.description}) all have the same embedding; raise --limit"
-        )
+    check_varies(float(activity.embedding.scatter.sum()), data.description)
     return activity
 
 
 def ablate(
-    clip: Clip,
-    args: Namespace,
+    job: Job,
     test: Dataset,
     labels: Tensor,
     classes: Tensor,
@@ -211,25 +208,25 @@ def ablate(
     sets: Sequence[Sequence[int]],
     kept: Sequence[int] = (),
 ) -> tuple[list[float], Tensor | None]:
-    """Accuracy on the test images for each set of neurons, mean-ablated together; one pass, nothing is run again.
+    """Accuracy on the test images for each set of neurons, mean-ablated together, in one pass.
 
     Args:
         labels: [images] the true class.
         classes: [c, d].
-        kept: neurons m whose strength [images, m] is returned, too.
+        kept: m neurons whose strength [images, m] is returned, too.
     """
     mean = activity.rows.mean.T.to(activity.maps)  # [r, n]
     members = [torch.tensor(chosen, dtype=torch.long, device=classes.device) for chosen in sets]
     reads = [activity.maps[chosen] @ classes.T for chosen in members]  # [m, r, c]
     total, fired = Sums(), Rows()
-    for images, indices in one_pass(clip, test, args, "test", total, fired):
-        found, truth = neurons(clip.model, images, activity.layer), labels[indices].to(classes.device)
-        # Up to the embedding's norm, which does not change what wins.
+    for images, indices in one_pass(job, test, "test", total, fired):
+        found, truth = neurons(job.clip.model, images, activity.layer), labels[indices].to(classes.device)
+        # Class scores up to the embedding's norm, which does not change which class wins.
         base, away = found.embedding.to(classes) @ classes.T, mean - by_row(found)
-        right = [
-            ((base + torch.einsum("brm,mrc->bc", away[:, :, chosen], read)).argmax(dim=1) == truth).sum()
-            for chosen, read in zip(members, reads, strict=True)
-        ]
+        right = []
+        for chosen, read in zip(members, reads, strict=True):
+            scores = base + torch.einsum("brm,mrc->bc", away[:, :, chosen], read)
+            right.append((scores.argmax(dim=1) == truth).sum())
         total.add("right", torch.stack(right))
         if kept:
             fired.add(activity.strength(found)[:, list(kept)])
@@ -242,7 +239,7 @@ def describe(j: int, activity: Activity, texts: Tensor, bank: Bank, data: Datase
     order = fit.argsort(descending=True, stable=True).tolist()
     images = zip(activity.images[j].tolist(), activity.top[j].tolist(), strict=True)
     return {
-        "neuron": name((activity.layer, j)),
+        "neuron": head_name((activity.layer, j)),
         "spread": float(activity.spread()[j]),
         "mean": float(activity.mean()[j]),
         "variance": float(activity.variance()[j]),
@@ -253,17 +250,15 @@ def describe(j: int, activity: Activity, texts: Tensor, bank: Bank, data: Datase
 
 
 def likeness(direction: Tensor, texts: Tensor) -> Tensor:
-    """[t] cosine of a direction [d] with each text [t, d] less their mean: as they are, all texts lie near to each other."""
+    """[t] cosine of a direction [d] with each text [t, d] less the texts' mean, which they all share."""
     return F.cosine_similarity(texts - texts.mean(dim=0), direction[None], dim=1)
 
 
 def add_factors(found: list[dict], fired: Tensor, facts: dict[str, Tensor]) -> None:
-    """The true factors of the demo: share of the variance of activations [images, m] between a factor's values, each neuron's own."""
-    shares = {
-        factor: explained(fired[:, None, :, None], values)[0].tolist() for factor, values in facts.items()
-    }
+    """Add to each neuron the share of its activation's variance that each factor of the demo explains."""
+    shares = {factor: explained(fired[:, None, :, None], values)[0] for factor, values in facts.items()}
     for i, row in enumerate(found):
-        row["factors"] = {factor: share[i] for factor, share in shares.items()}
+        row["factors"] = {factor: float(share[i]) for factor, share in shares.items()}
 
 
 def print_results(results: dict) -> None:
@@ -273,27 +268,30 @@ def print_results(results: dict) -> None:
         print(f"\nneuron {in_words(row, results['accuracy']['base'])}")
         for sign in ("towards", "away from"):
             print(f"  {sign:<10} " + "; ".join(f"{text} {fit:+.2f}" for text, fit in row[sign]))
-        print(
-            f"  {'fired by':<10} " + "; ".join(f"{i}: {caption}" for i, caption, _ in row["images"][:SHOWN])
-        )
-    print()
-    print(table(["mean-ablated", "accuracy, %"], accuracies(results)))
+        shown = "; ".join(f"{i}: {caption}" for i, caption, _ in row["images"][:SHOWN])
+        print(f"  {'fired by':<10} {shown}")
+    print("\n" + table(["mean-ablated", "accuracy, %"], accuracies(results)))
     print(
-        "\nSpread: variance of what the neuron itself adds, over the embedding's; neurons can cancel: shares need not sum to 100 %.\n"
-        "Towards, away from: texts by their cosine with what it adds when it fires more. Activations are divided by the LayerNorms'\n"
+        "\nSpread: variance of what the neuron itself adds, over the embedding's; "
+        "neurons can cancel: shares need not sum to 100 %.\n"
+        "Towards, away from: texts by their cosine with what it adds when it fires more. "
+        "Activations are divided by the LayerNorms'\n"
         "standard deviations, as they reach the embedding. [..]: 95 % interval (Wilson)."
     )
     if "factors" in results["neurons"][0]:
         print(
-            "Factor: the demo's that explains most of the variance of its activation on the test images, where all are independent."
+            "Factor: the demo's that explains most of the variance of its activation on the test images, "
+            "where all are independent."
         )
 
 
 def in_words(row: dict, base: float) -> str:
     """One line on a neuron's numbers."""
-    change = round(100 * (row["accuracy without it"] - base), 1) + 0.0  # no -0.0
-    line = f"{row['neuron']:<7} spread {row['spread']:6.2%}   activation {row['mean']:.3f} ± {row['variance'] ** 0.5:.3f}"
-    line += f"   accuracy without it {100 * row['accuracy without it']:.1f} ({change:+.1f})"
+    accuracy = row["accuracy without it"]
+    change = round(100 * (accuracy - base), 1) + 0.0  # no -0.0
+    activation = f"{row['mean']:.3f} ± {row['variance'] ** 0.5:.3f}"
+    line = f"{row['neuron']:<7} spread {row['spread']:6.2%}   activation {activation}"
+    line += f"   accuracy without it {100 * accuracy:.1f} ({change:+.1f})"
     if "factors" in row:
         factor = max(row["factors"], key=row["factors"].get)
         line += f"   factor {factor} {row['factors'][factor]:.0%}"
@@ -308,10 +306,9 @@ def accuracies(results: dict) -> list[list[str]]:
         [f"the {shown} neurons above", percent(results["accuracy"]["without the neurons shown"], count)],
     ]
     if results["random"]:  # none where all neurons of the layer are shown
-        draws = 100 * torch.tensor(results["random"], dtype=torch.float64)
-        both = f"{draws.mean():.1f} ± {draws.std(correction=0):.1f}"
-        rows.append([f"{shown} random neurons of the layer, mean ± std of {len(draws)} draws", both])
-        rows.append([f"{shown} random neurons of the layer, worst draw", f"{draws.min():.1f}"])
+        label, draws = f"{shown} random neurons of the layer", results["random"]
+        rows.append([f"{label}, mean ± std of {len(draws)} draws", mean_and_std(draws)])
+        rows.append([f"{label}, worst draw", f"{100 * min(draws):.1f}"])
     return rows
 
 
@@ -320,21 +317,14 @@ def page(results: dict, images: dict[str, list[Image.Image]]) -> list[report.Htm
     parts = []
     for row in results["neurons"]:
         parts.append(in_words(row, results["accuracy"]["base"]))
-        cells = [
-            (f"{a} ({x:+.2f})", f"{b} ({y:+.2f})")
-            for (a, x), (b, y) in zip(row["towards"], row["away from"], strict=True)
-        ]
+        ends = zip(row["towards"], row["away from"], strict=True)
+        cells = [(f"{a} ({x:+.2f})", f"{b} ({y:+.2f})") for (a, x), (b, y) in ends]
         parts.append(report.table(["towards", "away from"], cells))
-        shown = zip(images[row["neuron"]], row["images"], strict=True)
-        parts.append(
-            report.pictures(
-                [(image, f"{caption} ({activation:.2f})") for image, (_, caption, activation) in shown]
-            )
-        )
-    note = "Texts: by their cosine with what the neuron adds when it fires more. Images: those that fire it most."
+        captions = [f"{caption} ({activation:.2f})" for _, caption, activation in row["images"]]
+        parts.append(report.pictures(list(zip(images[row["neuron"]], captions, strict=True))))
+    texts = "Texts: by their cosine with what the neuron adds when it fires more."
+    accuracy = report.table(["mean-ablated", "accuracy, %"], accuracies(results))
     return [
-        report.section(
-            "Accuracy without them", report.table(["mean-ablated", "accuracy, %"], accuracies(results))
-        ),
-        report.section("What single neurons write", *parts, note=note),
+        report.section("Accuracy without them", accuracy),
+        report.section("What single neurons write", *parts, note=f"{texts} Images: those that fire it most."),
     ]

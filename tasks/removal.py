@@ -1,29 +1,34 @@
-"""What waterbirds and debias share: find the heads that look at a cue, and score every image with and without what they write.
+"""What waterbirds and debias share: find the heads that look at a cue, and score images without it.
 
-Every intervention changes the embedding by a sum of terms, and a class score is the embedding's dot product with the class, up to
-a positive factor that does not change which class wins. So one pass over the test images takes each term's dot product with each
-class, and every intervention, the random ones too, is a weighted sum of those: a row of zeros and ones. Nothing is kept of an image.
+Every intervention changes the embedding by a sum of terms, and a class score is the embedding's dot product
+with the class, up to a positive factor that does not change which class wins. So one pass over the test
+images takes each term's dot product with each class, and every intervention, the random ones too, is a
+weighted sum of those: a row of zeros and ones. Nothing is kept of an image.
+
+Axes: k interventions, n images, c classes, L layers, H heads, t terms.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from cue import THRESHOLD, CueVotes, subspace
-from data import InputError
 from decompose import Decomposition, decompose, head_maps
-from zeroshot import Clip, default_bank, embed_texts, load_bank
+from files import InputError
+from zeroshot import embed_texts
 
-from .common import LAST_LAYERS, Head, Reference, centre, name, parse_heads, summarise
+from .accumulators import Accumulator
+from .heads import LAST_LAYERS, Head, head_name, parse_heads
+from .job import Job
 from .passes import one_pass
+from .reference import Reference, centre, summarise
 
 # Section 4 of the paper; its authors' list for ViT-L-14 has 22.12 twice, here it stands once.
 PAPER_HEADS = {
@@ -46,62 +51,64 @@ class Cue:
     heads: list[Head]
     how: str  # the heads were chosen
 
-    def words(self) -> dict[str, str]:
+    def settings(self) -> dict[str, str]:
         """Lines for the settings above a table."""
+        heads = f"{', '.join(map(head_name, self.heads))} ({self.how})"
         return {
-            "heads": f"{', '.join(map(name, self.heads))} ({self.how})"
-            if self.heads
-            else "none: the embedding as a whole",
+            "heads": heads if self.heads else "none: the embedding as a whole",
             "cue": f"{self.name}, {len(self.texts)} texts, {len(self.directions)} directions",
+            "sum": self.reference.sum_error(),
         }
 
+    def results(self) -> dict[str, list]:
+        """For results.json."""
+        return {"explained": self.explained.tolist(), "heads": [list(head) for head in self.heads]}
 
-def look_for_cue(args: Namespace, clip: Clip) -> Cue:
-    """One pass over the reference images; no labels."""
-    maps = head_maps(clip.model)
-    given, how = given_heads(args, clip, *maps.shape[:2])
-    texts, title = find_cue(args, clip)
-    embeddings = embed_texts(clip, texts)
+
+def look_for_cue(job: Job) -> Cue:
+    """The cue of --cue and the heads of --heads, in a pass over the reference images; no labels are used."""
+    maps = head_maps(job.clip.model)
+    given, how = given_heads(job, *maps.shape[:2])
+    texts, title = find_cue(job)
+    embeddings = embed_texts(job.clip, texts)
     directions = subspace(embeddings)
     if not len(directions):
         raise InputError(f"the texts of the cue ({title}) do not differ for this model: give texts that do")
-    votes = CueVotes(embeddings, maps, centre(clip, args))
-    reference = summarise(
-        clip, args, votes, update=lambda terms, _: votes.update(terms.embedding, terms.values)
-    )
+    votes = CueVotes(embeddings, maps, centre(job))
+    reference = summarise(job, votes, update=lambda terms, _: votes.update(terms.embedding, terms.values))
     explained = votes.explained(reference.values)
-    needs_heads = {"heads", "directions"} & set(args.remove)
+    needs_heads = {"heads", "directions"} & set(job.args.remove)
     heads = given or (auto_heads(explained, title) if needs_heads else [])
     return Cue(texts, title, directions, votes, reference, explained, heads, how)
 
 
-def find_cue(args: Namespace, clip: Clip) -> tuple[list[str], str]:
-    """--cue: a category of the bank, or texts."""
-    bank = load_bank(args.text_bank or default_bank(clip))
-    if len(args.cue) == 1 and args.cue[0] in bank.categories:
-        return bank.of(args.cue[0]), f"category {args.cue[0]!r} of {bank.path.name}"
-    if len(args.cue) == 1:
+def find_cue(job: Job) -> tuple[list[str], str]:
+    """(texts, their description) of --cue: a category of the bank, or texts."""
+    bank, cue = job.load_bank(), job.args.cue
+    if len(cue) == 1 and cue[0] in bank.categories:
+        return bank.of(cue[0]), f"category {cue[0]!r} of {bank.path.name}"
+    if len(cue) == 1:
         raise InputError(
-            f"--cue {args.cue[0]!r} is no category of {bank.path} ({', '.join(sorted(set(bank.categories)))}), "
+            f"--cue {cue[0]!r} is no category of {bank.path} ({', '.join(sorted(set(bank.categories)))}), "
             "and one text has nothing to be told from: give a category or at least two texts"
         )
-    return list(args.cue), f"{args.cue[0]!r} and {len(args.cue) - 1} more"
+    return list(cue), f"{cue[0]!r} and {len(cue) - 1} more"
 
 
-def given_heads(args: Namespace, clip: Clip, depth: int, heads: int) -> tuple[list[Head], str]:
-    """What --heads says, and in words where it comes from; no heads yet where it says auto."""
-    if args.heads == "auto":
-        return (
-            [],
-            f"auto: the cue explains over {THRESHOLD:.0%} of what they write on the reference images; no labels used",
-        )
-    if args.heads != "paper":
-        return parse_heads(args.heads, depth, heads), "given by hand"
-    if clip.name not in PAPER_HEADS:
+def given_heads(job: Job, depth: int, heads: int) -> tuple[list[Head], str]:
+    """(heads of --heads, where they come from, in words); no heads yet where it says auto."""
+    asked, model = job.args.heads, job.clip.name
+    if asked == "auto":
+        rule = f"the cue explains over {THRESHOLD:.0%} of what they write on the reference images"
+        return [], f"auto: {rule}; no labels used"
+    if asked != "paper":
+        return parse_heads(asked, depth, heads), "given by hand"
+    if model not in PAPER_HEADS:
         raise InputError(
-            f"--heads paper: the paper lists heads of {', '.join(PAPER_HEADS)}, not of {clip.name}; use auto or a list"
+            f"--heads paper: the paper lists heads of {', '.join(PAPER_HEADS)}, not of {model}; "
+            "use auto or a list"
         )
-    return parse_heads(PAPER_HEADS[clip.name], depth, heads), "the paper's list"
+    return parse_heads(PAPER_HEADS[model], depth, heads), "the paper's list"
 
 
 def auto_heads(explained: Tensor, cue_name: str) -> list[Head]:
@@ -110,15 +117,19 @@ def auto_heads(explained: Tensor, cue_name: str) -> list[Head]:
     if not chosen:
         layer, head = divmod(int(explained.argmax()), explained.shape[1])
         raise InputError(
-            f"no head looks at the cue ({cue_name}): it explains at most {explained.max():.0%} of a head's variance (head "
-            f"{layer}.{head}), below {THRESHOLD:.0%}; name heads with --heads or another --cue"
+            f"no head looks at the cue ({cue_name}): it explains at most {explained.max():.0%} of a head's "
+            f"variance (head {layer}.{head}), below {THRESHOLD:.0%}; name heads with --heads or another --cue"
         )
     return chosen
 
 
+# The fields of Scores that an intervention can add, in the order of the columns of a Plan's rows.
+TERMS = ("heads", "mlps", "stem", "heads_cue", "embedding_cue")
+
+
 @dataclass
 class Scores:
-    """Dot products with every class c, for some images: of the embedding, and of what each intervention would add to it."""
+    """Dot products with every class: of the embedding, and of what each term would add to it."""
 
     embedding: Tensor  # [n, c]
     heads: Tensor  # [n, L, H, c] mean - term
@@ -129,15 +140,10 @@ class Scores:
     label: Tensor  # [n] the cue's text that fits the image best
 
     def after(self, rows: Tensor) -> Tensor:
-        """[k, n, c] class scores after each intervention, rows [k, terms] of `Plan`."""
-        terms = [
-            self.heads.flatten(1, 2),
-            self.mlps,
-            self.stem[:, None],
-            self.heads_cue.flatten(1, 2),
-            self.embedding_cue[:, None],
-        ]
-        return self.embedding + torch.einsum("kt,ntc->knc", rows.to(self.embedding), torch.cat(terms, dim=1))
+        """[k, n, c] class scores after each intervention, rows [k, t] of `Plan`."""
+        images, classes = self.embedding.shape
+        terms = torch.cat([getattr(self, term).reshape(images, -1, classes) for term in TERMS], dim=1)
+        return self.embedding + torch.einsum("kt,ntc->knc", rows.to(self.embedding), terms)
 
 
 class Scorer:
@@ -169,30 +175,23 @@ class Scorer:
 
 
 def score(
-    clip: Clip, args: Namespace, test: Dataset, cue: Cue, classes: Tensor, *parts: Any
+    job: Job, test: Dataset, cue: Cue, classes: Tensor, *accumulators: Accumulator
 ) -> Iterator[tuple[Scores, Tensor]]:
     """One pass over the test images, in batches: (scores, indices)."""
     scorer = Scorer(cue.reference, cue.directions, cue.votes, classes)
-    for images, indices in one_pass(clip, test, args, "test", *parts):
-        yield scorer(decompose(clip.model, images)), indices
-
-
-def collect(batches: Iterator[tuple[Scores, Tensor]]) -> Scores:
-    """The scores of all images, to try many things on few."""
-    found = [scores for scores, _ in batches]
-    return Scores(
-        *(torch.cat([getattr(scores, field.name).cpu() for scores in found]) for field in fields(Scores))
-    )
+    for images, indices in one_pass(job, test, "test", *accumulators):
+        yield scorer(decompose(job.clip.model, images)), indices
 
 
 class Plan:
-    """The interventions as rows of zeros and ones: which terms each takes out.
+    """The interventions as rows of zeros and ones [k, t]: which of the TERMS each adds.
 
     Args:
         ways: of --remove.
         shape: (L, H).
         chosen: heads.
         draws: other sets of heads, for the random control; they are mean-ablated.
+
     """
 
     def __init__(
@@ -206,8 +205,10 @@ class Plan:
         self.shape = shape
         rows = {"base": self.row()}
         if "heads" in ways:
-            rows["heads mean-ablated"] = whole = self.row(heads=chosen)
-            rows["  + MLPs and stem"] = whole = whole + self.row(others=True)
+            whole = self.row(heads=chosen)
+            rows["heads mean-ablated"] = whole
+            whole = whole + self.row(others=True)
+            rows["  + MLPs and stem"] = whole
             if depth > LAST_LAYERS:
                 early = {(layer, head) for layer in range(depth - LAST_LAYERS) for head in range(heads)}
                 rows["  + earlier layers"] = whole + self.row(heads=early - set(chosen))
@@ -216,8 +217,8 @@ class Plan:
         if "embedding" in ways:
             rows["cue's directions everywhere"] = self.row(everywhere=True)
         self.labels = list(rows)
-        self.chosen = torch.stack([self.row(heads=chosen)])  # [1, terms]
-        self.rows = torch.stack(list(rows.values()))  # [k, terms]
+        self.rows = torch.stack(list(rows.values()))  # [k, t] the interventions of the table
+        self.chosen = self.row(heads=chosen)[None]  # [1, t] the chosen heads mean-ablated
         self.draws = torch.stack([self.row(heads=drawn) for drawn in draws]) if draws else self.rows[:0]
 
     def row(
@@ -227,24 +228,33 @@ class Plan:
         directions: Iterable[Head] = (),
         everywhere: bool = False,
     ) -> Tensor:
-        """[terms]: heads to mean-ablate, MLPs and stem, the cue's directions in heads, or in the whole embedding."""
-        depth, width = self.shape
-        row = [torch.zeros(depth, width), torch.full((depth + 1,), float(others)), torch.zeros(depth, width)]
-        for mask, those in ((row[0], heads), (row[2], directions)):
-            for layer, head in those:
-                mask[layer, head] = 1
-        return torch.cat([*(part.flatten() for part in row), torch.tensor([float(everywhere)])])
+        """[t]: heads to mean-ablate, MLPs and stem, the cue's directions in heads or in the embedding."""
+        masks = {
+            "heads": self._mask(heads),
+            "mlps": torch.full((self.shape[0],), float(others)),
+            "stem": torch.tensor([float(others)]),
+            "heads_cue": self._mask(directions),
+            "embedding_cue": torch.tensor([float(everywhere)]),
+        }
+        return torch.cat([masks[term].flatten() for term in TERMS])
+
+    def _mask(self, heads: Iterable[Head]) -> Tensor:
+        mask = torch.zeros(self.shape)
+        for head in heads:
+            mask[head] = 1
+        return mask
 
 
-def pick(scores: Tensor, chosen: list[Head]) -> Tensor:
-    """[n, c] the sum over the chosen heads of scores [n, L, H, c]."""
-    layers, heads = zip(*chosen, strict=True) if chosen else ((), ())
-    return scores[:, list(layers), list(heads)].sum(dim=1)
+def in_blocks(results: list, blocks: Sequence[Tensor]) -> list[list]:
+    """The results for the rows of torch.cat(blocks), as a list for each block."""
+    remaining = iter(results)
+    return [list(islice(remaining, len(block))) for block in blocks]
 
 
 def random_heads(chosen: list[Head], width: int, draws: int, seed: int) -> list[list[Head]]:
-    """As many heads in each layer as were chosen there, but never the chosen set itself; none where there is no other."""
-    generator, per_layer = torch.Generator().manual_seed(seed), Counter(layer for layer, _ in chosen)
+    """Sets of as many heads per layer as were chosen, never the chosen set; none if there is no other."""
+    generator = torch.Generator().manual_seed(seed)
+    per_layer = Counter(layer for layer, _ in chosen)
     if all(count == width for count in per_layer.values()):  # true of no heads, too
         return []
     found = []

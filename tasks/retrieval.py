@@ -1,87 +1,57 @@
-"""--task retrieval: the images that one head, or the heads of one role, find most like a query. (section 5 of the paper)
+"""--task retrieval: the images that one head, or the heads of a role, find most like a query. (section 5)
 
-An image is compared by what these heads write alone, less what they write on average; what they do not look at does not count. Only
-that is kept of each image, in the heads' own space.
+An image is compared by what these heads write alone, less what they write on average; what they do not look
+at does not count. Only that is kept of each image, in the heads' own space.
 """
 
 from __future__ import annotations
 
 import textwrap
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+import report
 from cue import THRESHOLD
-from data import DemoBirds, InputError
+from data import DemoBirds, read_picture
 from decompose import decompose, head_maps
+from files import InputError
 from roles import find_roles, in_own_space
-from zeroshot import Clip, default_bank, embed_texts, load_bank, load_clip
+from zeroshot import embed_texts
 
-from . import pages
-from .common import (
-    Head,
-    Kept,
-    name,
-    open_picture,
-    open_split,
-    parse_heads,
-    print_settings,
-    save_picture,
-    settings,
-    summarise,
-    table,
-)
-from .parts import Rows
+from .accumulators import Rows
+from .heads import Head, head_name, parse_heads
+from .heatmap import save_picture
+from .job import Images, Job, open_split
 from .passes import one_pass
+from .reference import Kept, summarise
+from .tables import print_settings, settings, table
 from .textspan import ROLE_IMAGES
 
 TILE, ACROSS, GAP = 150, 6, 8  # of the contact sheet
 
 
-def run(args: Namespace) -> tuple[dict, list]:
+def run(job: Job) -> tuple[dict, list]:
     """The nearest images, as a table and a contact sheet."""
-    if (args.head is None) == (args.role is None):
-        raise InputError("--task retrieval needs either --head L.H or --role CATEGORY")
-    if (args.image is None) == (not args.text) or (args.text and len(args.text) > 1):
-        raise InputError("--task retrieval needs either --image FILE or one --text TEXT")
-    if args.text and not args.text[0].strip():
-        raise InputError("--text is empty: give a text to look for")
-    query = None if args.image is None else open_picture(args.image)
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
-    maps = head_maps(clip.model)
-    heads = parse_heads(args.head, *maps.shape[:2], "--head") if args.role is None else heads_of(args, clip)
-    layer, head = (list(index) for index in zip(*heads, strict=True))
-    data = open_split(args, clip, "test")
-    A = maps[layer, head].flatten(
-        0, 1
-    )  # [h e, d] from these heads' values, side by side, to the sum of their terms
-
-    written = Rows()
-    for images, _ in one_pass(clip, data, args, "images", written):
-        written.add(decompose(clip.model, images).values[:, layer, head].flatten(1))
-    kept = written.tensor()
-    if not kept.isfinite().all():
-        raise InputError(
-            f"{clip.name} in {args.precision} gives embeddings that are not numbers; try --precision fp32"
-        )
-    mean, A = kept.mean(dim=0), A.cpu()
-    if query is None:
-        score = (kept - mean) @ (A @ embed_texts(clip, args.text)[0].cpu())
-        measure = "dot product with the text"
-    else:
-        pixels = clip.preprocess(query)[None].to(clip.device, clip.dtype)
-        asked = decompose(clip.model, pixels).values[:, layer, head].flatten(1).cpu()
-        score = cosine(kept - mean, asked - mean, A)
-        measure = "cosine with the query"
+    args = job.args
+    check_options(args)
+    query = None if args.image is None else read_picture(Path(args.image))
+    maps = head_maps(job.clip.model)
+    heads = parse_heads(args.head, *maps.shape[:2], "--head") if args.role is None else heads_of(job)
+    data = open_split(job, "test")
+    score, measure = score_images(job, data, maps, heads, query)
     order = score.argsort(descending=True, stable=True)[: args.top].tolist()
+    items = [(data.picture(i), data.caption(i)) for i in order]
+    path = args.out / "retrieval" / "sheet.png"
+    save_picture(sheet(query, items), path)
     where = settings(
-        args,
-        clip,
+        job,
         images=data.description,
-        heads=", ".join(map(name, heads)) + ("" if args.role is None else f" (role {args.role!r})"),
+        heads=", ".join(map(head_name, heads)) + ("" if args.role is None else f" (role {args.role!r})"),
         query=repr(args.text[0]) if query is None else args.image,
         measure=f"{measure}, of what these heads write less their mean over the images",
     )
@@ -89,59 +59,78 @@ def run(args: Namespace) -> tuple[dict, list]:
         {"rank": rank, "score": float(score[i]), "image": data.caption(i)}
         for rank, i in enumerate(order, start=1)
     ]
-    path = args.out / "retrieval" / "sheet.png"
-    items = [(data.picture(i), data.caption(i)) for i in order]
-    save_picture(sheet(query, items), path)
     print_settings(where)
-    print()
-    print(
-        table(
-            ["nearest", "score", "image"],
-            [[str(row["rank"]), f"{row['score']:.3f}", row["image"]] for row in found],
-        )
-    )
+    rows = [[str(row["rank"]), f"{row['score']:.3f}", row["image"]] for row in found]
+    print("\n" + table(["nearest", "score", "image"], rows))
     results = {"settings": where, "heads": [list(head) for head in heads], "found": found}
     if isinstance(data, DemoBirds):
         results["agree"] = agree(data, order)
+        shares = results["agree"].items()
         words = ", ".join(
-            f"{factor} {share:.0%} (all images {chance:.0%})"
-            for factor, (share, chance) in results["agree"].items()
+            f"{factor} {share:.0%} (all images {chance:.0%})" for factor, (share, chance) in shares
         )
         print(f"\nPairs of these images that are the same in: {words}")
     print(f"\nContact sheet: {path}")
-    return results, pages.retrieval(results, query, items)
+    return results, page(query, items, found)
 
 
-def heads_of(args: Namespace, clip: Clip) -> list[Head]:
+def check_options(args: Namespace) -> None:
+    """Refuse options that do not name one query, and one head or role."""
+    if (args.head is None) == (args.role is None):
+        raise InputError("--task retrieval needs either --head L.H or --role CATEGORY")
+    if (args.image is None) == (not args.text) or (args.text and len(args.text) > 1):
+        raise InputError("--task retrieval needs either --image FILE or one --text TEXT")
+    if args.text and not args.text[0].strip():
+        raise InputError("--text is empty: give a text to look for")
+
+
+def score_images(
+    job: Job, data: Images, maps: Tensor, heads: list[Head], query: Image.Image | None
+) -> tuple[Tensor, str]:
+    """(how near each image is to the query [n], the measure in words); the query is an image or --text."""
+    clip = job.clip
+    layer, head = (list(index) for index in zip(*heads, strict=True))
+    written = Rows()
+    for images, _ in one_pass(job, data, "images", written):
+        written.add(decompose(clip.model, images).values[:, layer, head].flatten(1))
+    kept = written.tensor()  # [n, h e]
+    job.check_finite(kept)
+    # From these heads' values, side by side, to the sum of their terms: [h e, d]
+    A = maps[layer, head].flatten(0, 1).cpu()
+    mean = kept.mean(dim=0)
+    if query is None:
+        text = embed_texts(clip, job.args.text)[0].cpu()
+        return (kept - mean) @ (A @ text), "dot product with the text"
+    pixels = clip.preprocess(query)[None].to(clip.device, clip.dtype)
+    asked = decompose(clip.model, pixels).values[:, layer, head].flatten(1).cpu()
+    return cosine(kept - mean, asked - mean, A), "cosine with the query"
+
+
+def heads_of(job: Job) -> list[Head]:
     """The heads of all layers whose role --role is, found on the reference images."""
-    bank = load_bank(args.text_bank or default_bank(clip))
+    args, bank = job.args, job.load_bank()
     if args.role not in bank.categories:
-        raise InputError(
-            f"--role {args.role!r} is no category of {bank.path}: {', '.join(dict.fromkeys(bank.categories))}"
-        )
-    data = open_split(args, clip, args.reference)
+        choices = ", ".join(dict.fromkeys(bank.categories))
+        raise InputError(f"--role {args.role!r} is no category of {bank.path}: {choices}")
+    data = open_split(job, args.reference)
     kept = Kept(len(data), ROLE_IMAGES, args.seed, slice(None))
-    reference = summarise(clip, args, kept, data)
-    texts = embed_texts(clip, bank.texts, "text bank")
+    maps = summarise(job, kept, data).maps
     roles = find_roles(
-        kept.done().values,
-        reference.maps,
-        kept.embedding,
-        texts,
+        kept.values.tensor(),
+        maps,
+        kept.embedding.tensor(),
+        embed_texts(job.clip, bank.texts, "text bank"),
         bank.categories,
         bootstraps=0,
         seed=args.seed,
     )
-    depth, heads = reference.maps.shape[:2]
-    found = [
-        (layer, head)
-        for layer in range(depth)
-        for head in range(heads)
-        if roles.name(layer, head) == args.role
-    ]
+    depth, heads = maps.shape[:2]
+    every = [(layer, head) for layer in range(depth) for head in range(heads)]
+    found = [head for head in every if roles.name(*head) == args.role]
     if not found:
         raise InputError(
-            f"no head has the role {args.role!r}: the category explains over {THRESHOLD:.0%} of none, or no more than random texts"
+            f"no head has the role {args.role!r}: the category explains over {THRESHOLD:.0%} of none, "
+            "or no more than random texts"
         )
     return found
 
@@ -163,22 +152,30 @@ def agree(data: DemoBirds, order: list[int]) -> dict[str, tuple[float, float]]:
 
 def sheet(query: Image.Image | None, items: list[tuple[Image.Image, str]]) -> Image.Image:
     """The query, where it is an image, and what was found, in reading order."""
-    tiles = [
-        *([(query, "query")] if query is not None else []),
-        *((image, f"{i}. {text}") for i, (image, text) in enumerate(items, 1)),
-    ]
+    tiles = [(image, f"{i}. {text}") for i, (image, text) in enumerate(items, start=1)]
+    if query is not None:
+        tiles = [(query, "query"), *tiles]
     across, font = min(ACROSS, len(tiles)), ImageFont.load_default(12)
-    picture = Image.new(
-        "RGB", (across * (TILE + GAP) + GAP, -(-len(tiles) // across) * (TILE + 40) + GAP), "white"
-    )
+    size = (across * (TILE + GAP) + GAP, -(-len(tiles) // across) * (TILE + 40) + GAP)
+    picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     for k, (image, text) in enumerate(tiles):
         left, top = GAP + k % across * (TILE + GAP), GAP + k // across * (TILE + 40)
-        square = ImageOps.pad(
-            image,
-            (TILE, TILE),
-            Image.Resampling.BICUBIC if max(image.size) > TILE else Image.Resampling.NEAREST,
-        )
-        picture.paste(square, (left, top))
+        method = Image.Resampling.BICUBIC if max(image.size) > TILE else Image.Resampling.NEAREST
+        picture.paste(ImageOps.pad(image, (TILE, TILE), method), (left, top))
         draw.multiline_text((left, top + TILE + 2), "\n".join(textwrap.wrap(text, 25)[:2]), "#333", font)
     return picture
+
+
+def page(
+    query: Image.Image | None, items: list[tuple[Image.Image, str]], found: list[dict]
+) -> list[report.Html]:
+    """The query and what was found, for report.html."""
+    nearest = [
+        (image, f"{row['rank']}. {text} ({row['score']:.2f})")
+        for (image, text), row in zip(items, found, strict=True)
+    ]
+    sections = [report.section("Nearest", report.pictures(nearest, size=144))]
+    if query is not None:
+        sections.insert(0, report.section("Query", report.pictures([(query, "the query")], size=160)))
+    return sections

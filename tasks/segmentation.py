@@ -15,38 +15,41 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import report
 from baselines import BaselineError
-from data import InputError, subset
-from decompose import DecompositionError
+from data import subset
+from decompose import DecompositionError, image_embedding
+from files import InputError, read_lines
 from masks import DemoMasks, ImageNetSegmentation, Masked, MaskFolder, seen
 from metrics import Segmentation
-from zeroshot import Clip, classifier, load_clip, templates
+from zeroshot import Clip, classifier, templates
 
-from . import pages
 from .attribution import ATTRIBUTIONS, DECOMPOSITIONS, attribute, choose_methods, clipped, score_of
-from .common import print_settings, settings, table
-from .heatmap import overlay
+from .heatmap import overlay, print_refused
+from .job import Job
 from .passes import one_pass
+from .tables import print_settings, prompts_of, settings, table
 
 BLOB, RANDOM = "centred blob", "random"  # what a method must beat
 EXAMPLES, SIDE = 3, 256  # images on the page, pixels of their long side
+PROTOCOLS = {"aligned": "masks resized and cropped as images", "authors": "masks squashed onto the crop"}
 
 
-def run(args: Namespace) -> tuple[dict, list]:
+def run(job: Job) -> tuple[dict, list]:
     """Pixel accuracy, mean IoU and mean AP of every method."""
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
-    data = open_masks(args, clip)
+    args, clip = job.args, job.clip
+    data = open_masks(job)
     methods = choose_methods(args, extra=(BLOB, RANDOM))
-    names = class_names(args, data)
-    prompt, labels = choose_prompt(args, data, names)
+    names = class_names(args.classes, data)
+    prompt, labels = choose_prompt(args.prompt, data, names)
     classes = classifier(clip, names, templates(clip), title="classes")
     found = Found({method: Segmentation(clip=clipped(method)) for method in methods}, data)
-    for (images, masks, foreground), indices in one_pass(clip, data, args, "segmentation", found):
+    for (images, masks, foreground), indices in one_pass(job, data, "segmentation", found):
         found.see(foreground.tolist(), indices.tolist())
         shown = labels[indices].to(clip.device) if labels is not None else predict(clip, images, classes)
         for method in [method for method in methods if method not in found.refused]:
             try:
-                maps = maps_of(method, clip, args, images, indices, classes, shown)
+                maps = maps_of(method, job, images, indices, classes, shown)
             except (BaselineError, DecompositionError) as error:
                 found.refused[method] = str(error)
                 if args.methods or all(name in (*found.refused, BLOB, RANDOM) for name in methods):
@@ -58,76 +61,56 @@ def run(args: Namespace) -> tuple[dict, list]:
                 raise InputError(
                     f"{method} on images {int(indices[0])} to {int(indices[-1])}: {error}"
                 ) from error
-    refused = found.refused
     where = settings(
-        args,
-        clip,
+        job,
         images=data.description,
         explained=prompt,
-        prompts=f"{len(templates(clip))} templates, {len(names):,} classes",
-        protocol={
-            "aligned": "masks resized and cropped as images",
-            "authors": "masks squashed onto the crop",
-        }[args.protocol],
+        prompts=prompts_of(clip, len(names)),
+        protocol=PROTOCOLS[args.protocol],
     )
-    rows = {
-        method: measures(method, total, args)
-        for method, total in found.totals.items()
-        if method not in refused
-    }
+    totals = {method: total for method, total in found.totals.items() if method not in found.refused}
+    rows = {method: measures(method, total, args) for method, total in totals.items()}
     print_settings(where)
-    print()
     print_rows(rows)
-    for reason in dict.fromkeys(refused.values()):
-        print(f"Without {', '.join(method for method in refused if refused[method] == reason)}: {reason}")
-    results = {"settings": where, "rows": rows, "refused": refused}
-    return results, pages.segmentation(
-        results, examples(clip, args, data, list(rows), names, classes, labels)
-    )
+    print_refused(found.refused)
+    results = {"settings": where, "rows": rows, "refused": found.refused}
+    return results, page(rows, examples(job, data, list(rows), names, classes, labels))
 
 
-def maps_of(
-    method: str, clip: Clip, args: Namespace, images: Tensor, indices: Tensor, classes: Tensor, shown: Tensor
-) -> Tensor:
+def maps_of(method: str, job: Job, images: Tensor, indices: Tensor, classes: Tensor, shown: Tensor) -> Tensor:
     """[b, rows, cols] what a method says of the classes shown [b]."""
-    maps = sanity(method, images, clip, indices, args.seed)
+    maps = sanity(method, images, job.clip, indices, job.args.seed)
     if maps is not None:
         return maps
-    texts = classes[shown] - classes.mean(dim=0) if contrasted(method, args.contrast) else classes[shown]
-    return attribute(method, clip.model, images, texts, args.score)
+    texts = classes[shown]
+    if contrasted(method, job.args.contrast):
+        texts = texts - classes.mean(dim=0)
+    return attribute(method, job.clip.model, images, texts, job.args.score)
 
 
 def examples(
-    clip: Clip,
-    args: Namespace,
-    data: Masked,
-    methods: list[str],
-    names: list[str],
-    classes: Tensor,
-    labels: Tensor | None,
+    job: Job, data: Masked, methods: list[str], names: list[str], classes: Tensor, labels: Tensor | None
 ) -> dict[str, list[tuple[Image.Image, str]]]:
-    """For some images, drawn with the seed: the image, its mask, and every method's map laid over it."""
-    found = {}
-    for i in subset(len(data), EXAMPLES, args.seed):
+    """{title: (picture, caption)} of some images: the image, its mask, and every method's map over it."""
+    found, clip = {}, job.clip
+    for i in subset(len(data), EXAMPLES, job.args.seed):
         image, values = data.pair(i)
         pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
         shown = labels[[i]].to(clip.device) if labels is not None else predict(clip, pixels, classes)
         box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
-        mask = Image.fromarray(
-            np.where(values == 0, 0, np.where(values == args.void, 128, 255)).astype(np.uint8)
-        )
-        tiles = [(image, "image"), (mask, "mask")]
+        mask = np.where(values == 0, 0, np.where(values == job.args.void, 128, 255)).astype(np.uint8)
+        tiles = [(image, "image"), (Image.fromarray(mask), "mask")]
         for method in methods:
-            heat = maps_of(method, clip, args, pixels, torch.tensor([i]), classes, shown)
+            heat = maps_of(method, job, pixels, torch.tensor([i]), classes, shown)
             tiles.append((overlay(image, heat, box, clipped(method), SIDE), method))
         found[f"{data.name(i)}: {names[int(shown[0])]}"] = tiles
     return found
 
 
 class Found:
-    """What the pass finds: running totals of each method, the masks' value for foreground, and who refused the model."""
+    """What the pass finds: totals of each method, the value of foreground, methods that are refused."""
 
-    running = ("totals", "foregrounds", "refused")
+    state_names = ("totals", "foregrounds", "refused")
 
     def __init__(self, totals: dict[str, Segmentation], data: Masked) -> None:
         self.totals, self.data = totals, data
@@ -135,14 +118,15 @@ class Found:
         self.refused: dict[str, str] = {}  # methods that do not support this model
 
     def see(self, values: Iterable[int], indices: Iterable[int]) -> None:
-        """Notes which value means foreground, and refuses a second one."""
+        """Note which value means foreground in the masks of these images, and refuse a second one."""
         for value, index in zip(values, indices, strict=True):
             if value:
                 self.foregrounds.setdefault(value, index)
         if len(self.foregrounds) > 1:
             (one, first), (other, second) = list(self.foregrounds.items())[:2]
             raise InputError(
-                f"the mask of {self.data.name(first)} marks foreground with {one}, that of {self.data.name(second)} with {other}; "
+                f"the mask of {self.data.name(first)} marks foreground with {one}, "
+                f"that of {self.data.name(second)} with {other}; "
                 "if one of them marks pixels to leave out, give it as --void"
             )
 
@@ -153,57 +137,51 @@ class Found:
         self.see(other.foregrounds.keys(), other.foregrounds.values())
 
 
-def open_masks(args: Namespace, clip: Clip) -> Masked:
+def open_masks(job: Job) -> Masked:
     """--data: a .mat file, a folder of images and masks, or the demo."""
+    args, preprocess = job.args, job.clip.preprocess
     options = {"limit": args.limit, "seed": args.seed, "protocol": args.protocol, "void": args.void}
     if args.data is None:
-        return DemoMasks(clip.preprocess, **options)
-    return (MaskFolder if Path(args.data).is_dir() else ImageNetSegmentation)(
-        args.data, clip.preprocess, **options
-    )
+        return DemoMasks(preprocess, **options)
+    kind = MaskFolder if Path(args.data).is_dir() else ImageNetSegmentation
+    return kind(args.data, preprocess, **options)
 
 
-def class_names(args: Namespace, data: Masked) -> list[str]:
-    """The classes that an image is told from: --classes, else what the data set says, else ImageNet's 1,000."""
-    if args.classes is None:
+def class_names(asked: list[str] | None, data: Masked) -> list[str]:
+    """The classes to choose from: --classes, else those of the data set, else ImageNet's 1,000."""
+    if asked is None:
         from open_clip import IMAGENET_CLASSNAMES
 
         if data.names is not None and len(data.names) < 2:
             raise InputError(
-                f"the images' folders name one class, {data.names[0]!r}, and at least two are needed: give --classes"
+                f"the images' folders name one class, {data.names[0]!r}, and at least two are needed: "
+                "give --classes"
             )
         return data.names or list(IMAGENET_CLASSNAMES)
-    names = args.classes
-    if len(names) == 1:
-        try:
-            names = [
-                line.strip()
-                for line in Path(names[0]).read_text(encoding="utf-8-sig").splitlines()
-                if line.strip()
-            ]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"--classes takes at least two names, or a file with one on each line; cannot read {names[0]}: "
-                f"{getattr(error, 'strerror', None) or error}"
-            ) from error
+    names = asked
+    if len(asked) == 1:
+        expected = "--classes takes at least two names, or a file with one on each line"
+        lines = read_lines(Path(asked[0]), f"{expected}; cannot read {asked[0]}")
+        names = [line.strip() for line in lines if line.strip()]
     if not all(name.strip() for name in names):
         raise InputError("--classes holds a class without a name")
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if len(names) < 2 or twice is not None:
-        raise InputError(
-            "--classes needs at least two names" if twice is None else f"--classes holds {twice!r} twice"
-        )
+    if twice is not None:
+        raise InputError(f"--classes holds {twice!r} twice")
+    if len(names) < 2:
+        raise InputError("--classes needs at least two names")
     return list(names)
 
 
-def choose_prompt(args: Namespace, data: Masked, names: list[str]) -> tuple[str, Tensor | None]:
-    """--prompt in words, and the class of each image that it means; None: the predicted one, not known yet."""
-    if args.prompt == "predicted":
+def choose_prompt(prompt: str, data: Masked, names: list[str]) -> tuple[str, Tensor | None]:
+    """(--prompt in words, the class of each image; None for the predicted class, not known yet)."""
+    if prompt == "predicted":
         return "the predicted class", None
-    if args.prompt == "true":
+    if prompt == "true":
         if data.labels is None:
             raise InputError(
-                "--prompt true: these images have no labels; put each class's into a folder of its own, images/CLASS/"
+                "--prompt true: these images have no labels; "
+                "put each class's into a folder of its own, images/CLASS/"
             )
         unknown = next((name for name in data.names if name not in names), None)
         if unknown is not None:
@@ -211,28 +189,25 @@ def choose_prompt(args: Namespace, data: Masked, names: list[str]) -> tuple[str,
                 f"--prompt true: the images show {unknown!r}, which is none of the {len(names):,} --classes"
             )
         return "the true class", torch.tensor([names.index(name) for name in data.names])[data.labels]
-    if args.prompt not in names:
-        near = difflib.get_close_matches(args.prompt, names, n=3)
+    if prompt not in names:
+        near = difflib.get_close_matches(prompt, names, n=3)
+        hint = f"; near it: {', '.join(near)}" if near else f" ({', '.join(names[:5])}, ...)"
         raise InputError(
-            f"--prompt takes predicted, true, or one of the {len(names):,} classes; {args.prompt!r} is none"
-            + (f"; near it: {', '.join(near)}" if near else f" ({', '.join(names[:5])}, ...)")
+            f"--prompt takes predicted, true, or one of the {len(names):,} classes; {prompt!r} is none{hint}"
         )
-    return f"{args.prompt!r}, whatever the image shows", torch.full((len(data),), names.index(args.prompt))
+    return f"{prompt!r}, whatever the image shows", torch.full((len(data),), names.index(prompt))
 
 
 @torch.no_grad()
 def predict(clip: Clip, images: Tensor, classes: Tensor) -> Tensor:
     """[b] the class whose prompt the image is nearest to."""
-    embedding = clip.model.encode_image(images)
-    embedding = embedding[0] if isinstance(embedding, tuple) else embedding
-    return (embedding.to(classes) @ classes.T).argmax(dim=1)
+    return (image_embedding(clip.model, images).to(classes) @ classes.T).argmax(dim=1)
 
 
 def contrasted(method: str, contrast: str) -> bool:
     """Does the method explain the class minus the mean over classes?"""
-    return ATTRIBUTIONS[method].reads_text and (
-        contrast == "all" or (contrast == "paper" and method in DECOMPOSITIONS)
-    )
+    chosen = contrast == "all" or (contrast == "paper" and method in DECOMPOSITIONS)
+    return chosen and ATTRIBUTIONS[method].reads_text
 
 
 def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) -> Tensor | None:
@@ -244,27 +219,25 @@ def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) 
         raise BaselineError(f"no map for {type(clip.model.visual).__name__}: it has no patches")
     rows, cols = (pixels // patch for pixels, patch in zip(images.shape[-2:], patch_size, strict=True))
     if method == BLOB:
+        # The standard deviation is a quarter of the side.
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, cols), indexing="ij")
-        return (
-            torch.exp(-2 * (x**2 + y**2)).expand(len(images), -1, -1).to(clip.device)
-        )  # standard deviation: a quarter of the side
-    # The generator takes 32 bits of a seed.
+        return torch.exp(-2 * (x**2 + y**2)).expand(len(images), -1, -1).to(clip.device)
+    # Each image has a map of its own, whatever the batch size. The generator takes 32 bits of a seed.
     seeds = [(seed * 1_000_003 + i) % 2**32 for i in indices.tolist()]
     draws = [torch.rand(rows, cols, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.stack(draws).to(clip.device)  # each image's own: the batch size changes nothing
+    return torch.stack(draws).to(clip.device)
 
 
 def measures(method: str, total: Segmentation, args: Namespace) -> dict:
-    told = (
-        "-"
-        if method in (BLOB, RANDOM) or not ATTRIBUTIONS[method].reads_text
-        else "class - mean"
-        if contrasted(method, args.contrast)
-        else "class"
-    )
+    """A row of the table."""
+    score, text = "-", "-"
+    if method not in (BLOB, RANDOM):
+        score = score_of(method, args.score)
+        if ATTRIBUTIONS[method].reads_text:
+            text = "class - mean" if contrasted(method, args.contrast) else "class"
     return {
-        "score": "-" if method in (BLOB, RANDOM) else score_of(method, args.score),
-        "text": told,
+        "score": score,
+        "text": text,
         "pixel accuracy": total.pixel_accuracy,
         "mIoU": total.mean_iou,
         "mAP": total.mean_ap,
@@ -273,15 +246,42 @@ def measures(method: str, total: Segmentation, args: Namespace) -> dict:
 
 
 def print_rows(rows: dict[str, dict]) -> None:
-    lines = [
-        [method, row["score"], row["text"], *(f"{100 * row[key]:.1f}" for key in ("pixel accuracy", "mIoU")),
-         f"{100 * row['mAP']:.1f} ± {100 * row['mAP standard error']:.1f}"]
-        for method, row in rows.items()
-    ]  # fmt: skip
-    print(table(["%", "score", "text", "pixel accuracy", "mIoU", "mAP"], lines))
+    lines = []
+    for method, row in rows.items():
+        cells = [f"{100 * row[key]:.1f}" for key in ("pixel accuracy", "mIoU")]
+        mean_ap = f"{100 * row['mAP']:.1f} ± {100 * row['mAP standard error']:.1f}"
+        lines.append([method, row["score"], row["text"], *cells, mean_ap])
+    print("\n" + table(["%", "score", "text", "pixel accuracy", "mIoU", "mAP"], lines))
     print(
-        "\nA map is resized to its mask; above its mean is foreground. mIoU: background and foreground, summed over all images."
+        "\nA map is resized to its mask; above its mean is foreground. "
+        "mIoU: background and foreground, summed over all images.\n"
+        "mAP: ± standard error over images; random is about 50. "
+        "The decomposition is clipped at zero, as in the paper."
     )
-    print(
-        "mAP: ± standard error over images; random is about 50. The decomposition is clipped at zero, as in the paper."
+
+
+def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]]]) -> list[report.Html]:
+    """The same for report.html, drawn, with some of the maps."""
+    keys = ("pixel accuracy", "mIoU", "mAP")
+    cells, precision = [], []
+    for method, row in rows.items():
+        cells.append([method, row["score"], row["text"], *(f"{100 * row[key]:.1f}" for key in keys)])
+        half = 1.96 * row["mAP standard error"]
+        precision.append((method, *(100 * (row["mAP"] + away) for away in (0, -half, half))))
+    groups = {
+        "mAP, ± 1.96 standard errors": precision,
+        "mIoU": [(method, 100 * row["mIoU"], None, None) for method, row in rows.items()],
+    }
+    shown = [part for title, tiles in pictures.items() for part in (title, report.pictures(tiles))]
+    note = (
+        "Images drawn with the seed. Each map from its least (dark) to its most (bright); "
+        "the decomposition from zero."
     )
+    return [
+        report.section(
+            "Do the maps lie on the object?",
+            report.table(["%", "score", "text", *keys], cells),
+            report.intervals(groups, "Every method", "%"),
+        ),
+        report.section("Some of the maps", *shown, note=note),
+    ]

@@ -2,114 +2,91 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import report
 from cue import THRESHOLD
-from data import DemoBirds, InputError
+from data import DemoBirds
 from decompose import decompose, head_maps
+from files import InputError
 from roles import Roles, explained, find_roles, in_own_space
 from textspan import Moments, TextSpan, textspan
-from zeroshot import Bank, Clip, default_bank, embed_texts, load_bank, load_clip
+from zeroshot import Bank, embed_texts
 
-from . import pages
-from .common import LAST_LAYERS, Head, Kept, name, open_split, print_settings, settings, summarise
-from .parts import Rows
+from .accumulators import Rows
+from .heads import LAST_LAYERS, Head, head_name
+from .job import Job, open_split
 from .passes import one_pass
+from .reference import Kept, check_varies, summarise
+from .tables import print_settings, settings
 
 PICTURES = 6  # per head on the page
 SHOWN = 4  # texts per head on screen; all are in results.json
 ROLE_IMAGES = 4000  # that roles are found on; they are kept, in the heads' own space
-FACTORS = {
-    "animals": "kind",
-    "colours": "colour",
-    "places": "place",
-    "light": "light",
-    "styles": "style",
-}  # of the demo, by category
+# The demo's factor of each category of its bank.
+FACTORS = {"animals": "kind", "colours": "colour", "places": "place", "light": "light", "styles": "style"}
+AGREEMENTS = ("roles from categories", "roles from greedy texts", "roles dealt at random")
 
 
-def run(args: Namespace) -> tuple[dict, list]:
-    """Each head's texts with the share of its variance that they explain, what is left, and its role by category."""
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
-    bank = load_bank(args.text_bank or default_bank(clip))
-    depth, heads, width, _ = head_maps(clip.model).shape
+def run(job: Job) -> tuple[dict, list]:
+    """Each head's texts with the share of its variance that they explain, what is left, and its role."""
+    args, bank = job.args, job.load_bank()
+    depth, heads, width, _ = head_maps(job.clip.model).shape
     size = choose_size(args.texts, width, len(bank.texts))
-    texts = embed_texts(clip, bank.texts, "text bank").cpu().double()
-    data = open_split(args, clip, args.reference)
-    layers = range(max(0, depth - LAST_LAYERS), depth)
-    kept = Kept(len(data), ROLE_IMAGES, args.seed, slice(layers.start, depth))
-    reference = summarise(clip, args, kept, data)
+    texts = embed_texts(job.clip, bank.texts, "text bank").cpu().double()
+    data = open_split(job, args.reference)
+    first = max(0, depth - LAST_LAYERS)
+    kept = Kept(len(data), ROLE_IMAGES, args.seed, slice(first, depth))
+    reference = summarise(job, kept, data)
     total = float(reference.embedding.covariance.trace())
-    if not total > 0:
-        raise InputError(
-            f"the reference images ({reference.description}) all have the same embedding; raise --limit"
-        )
-    roles = find_roles(
-        kept.done().values,
-        reference.maps[layers.start :],
-        kept.embedding,
-        texts,
-        bank.categories,
-        seed=args.seed,
-    )
+    check_varies(total, reference.description)
+    values, embedding = kept.values.tensor(), kept.embedding.tensor()
+    roles = find_roles(values, reference.maps[first:], embedding, texts, bank.categories, seed=args.seed)
     found, images = [], {}
-    for layer in tqdm(layers, desc="TextSpan", unit="layer", leave=False):
+    for layer in tqdm(range(first, depth), desc="TextSpan", unit="layer", leave=False):
         for head in range(heads):
-            moments = reference.values[layer, head].map(reference.maps[layer, head])
+            maps = reference.maps[layer, head]
+            moments = reference.values[layer, head].map(maps)
             span = name_head(moments, texts, size, asked=args.texts is not None, head=(layer, head))
             spread = float(moments.covariance.trace()) / total
-            found.append(describe((layer, head), span, bank, spread, roles, layer - layers.start))
+            found.append(describe((layer, head), span, bank, spread, roles, layer - first))
             if span.indices:
-                most = strongest(
-                    kept.values[:, layer - layers.start, head], reference.maps[layer, head], span
-                )
-                images[name((layer, head))] = [data.picture(kept.rows[i]) for i in most]
+                most = strongest(values[:, layer - first, head], maps, span)
+                images[head_name((layer, head))] = [data.picture(kept.rows[i]) for i in most]
     where = settings(
-        args,
-        clip,
+        job,
         images=reference.description,
         bank=f"{bank.path.name}, {len(bank.texts):,} texts in {len(set(bank.categories))} categories",
         texts=f"{size} per head",
-        sum=reference.sum(),
-        roles=f"from {len(kept.rows):,} images; a category that explains over {THRESHOLD:.0%} of a head, and more than random texts do",
+        sum=reference.sum_error(),
+        roles=f"from {len(kept.rows):,} images; a category that explains over {THRESHOLD:.0%} of a head, "
+        "and more than random texts do",
     )
-    truth = (
-        true_factors(clip, args, layers.start)
-        if clip.is_demo and set(FACTORS) <= set(bank.categories)
-        else None
-    )
-    print_settings(where)
-    for head in found:
-        print(f"\n{head['head']:<6} {in_words(head):<70} spread {head['spread']:6.1%} of the embedding's")
-        for text, share in head["texts"][:SHOWN]:
-            print(f"       {share:6.1%}  {text}")
-        more = sum(share for _, share in head["texts"][SHOWN:])
-        print(
-            f"       {more:6.1%}  {max(0, len(head['texts']) - SHOWN)} more texts;  {head['remainder']:.1%} is left"
-        )
     results = {"settings": where, "heads": found}
-    if truth is not None:
-        results["agreement"] = agreement(truth, found)
-        print_agreement(results["agreement"])
-    return results, pages.textspan(results, images)
+    if job.clip.is_demo and set(FACTORS) <= set(bank.categories):
+        results["agreement"] = agreement(true_factors(job, first), found)
+    print_results(results)
+    return results, page(results, images)
 
 
 def strongest(values: Tensor, A: Tensor, span: TextSpan) -> list[int]:
-    """The images, of values [n, e], whose term under the map A [e, d] goes farthest along the head's first text."""
-    return (
-        (values @ (A.cpu().double() @ span.directions[0]).float())
-        .argsort(descending=True)[:PICTURES]
-        .tolist()
-    )
+    """The images, of values [n, e], whose terms, values @ A, go farthest along the head's first text."""
+    along = values @ (A.cpu().double() @ span.directions[0]).float()
+    return along.argsort(descending=True)[:PICTURES].tolist()
 
 
 def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Head) -> TextSpan:
-    """The head's texts; as many as it has directions where no number was asked for, none where it writes the same to every image."""
+    """The head's texts.
+
+    Where no number was asked for, at most as many as the head has directions: none if it writes the same to
+    every image.
+    """
     held = len(moments.factor())
     if not held:
         return TextSpan([], moments.mean.new_zeros(0, len(moments.mean)), moments.mean.new_zeros(0))
@@ -117,39 +94,41 @@ def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Hea
         return textspan(moments, texts, size if asked else min(size, held))
     except ValueError as error:
         raise InputError(
-            f"head {name(head)}: {error}; ask for fewer --texts, or give a bank whose texts differ more"
+            f"head {head_name(head)}: {error}; ask for fewer --texts, or give a bank whose texts differ more"
         ) from error
 
 
 def choose_size(asked: int | None, width: int, bank: int) -> int:
-    """--texts, or the authors' 20, but at most half of the directions that a head of this width has: all of them explain anything."""
+    """--texts; else the authors' 20, but at most half of a head's width: as many as that explain any head."""
     if asked is None:
         return min(20, width // 2, bank)
     if not 1 <= asked <= min(width, bank):
         raise InputError(
-            f"--texts {asked}: a head of this model holds {width} independent texts, the bank {bank}; ask for 1 to {min(width, bank)}"
+            f"--texts {asked}: a head of this model holds {width} independent texts, the bank {bank}; "
+            f"ask for 1 to {min(width, bank)}"
         )
     return asked
 
 
 def describe(head: Head, span: TextSpan, bank: Bank, spread: float, roles: Roles, row: int) -> dict:
-    """What is printed of a head. spread: its variance over the embedding's; heads can cancel, so these need not sum to 1."""
-    shares = Counter()
-    for index, share in zip(span.indices, span.explained.tolist(), strict=True):
-        shares[bank.categories[index]] += share
-    share, chance = roles.share[:, row, head[1]], roles.chance[:, row, head[1]]
+    """What is printed of a head.
+
+    Args:
+        spread: the head's variance over the embedding's; heads can cancel, so these need not sum to 1.
+        row: the head's layer in `roles`.
+    """
+    shares, by_category = span.explained.tolist(), Counter()
+    for index, share in zip(span.indices, shares, strict=True):
+        by_category[bank.categories[index]] += share
+    share, chance = roles.share[:, row, head[1]].tolist(), roles.chance[:, row, head[1]].tolist()
     return {
-        "head": name(head),
+        "head": head_name(head),
         "role": roles.name(row, head[1]),
         "stable": float(roles.stable[row, head[1]]),
-        "categories": {
-            category: (float(share[c]), float(chance[c])) for c, category in enumerate(roles.categories)
-        },
+        "categories": dict(zip(roles.categories, zip(share, chance, strict=True), strict=True)),
         "spread": spread,
-        "texts": [
-            (bank.texts[i], share) for i, share in zip(span.indices, span.explained.tolist(), strict=True)
-        ],
-        "texts by category": dict(shares),
+        "texts": [(bank.texts[i], share) for i, share in zip(span.indices, shares, strict=True)],
+        "texts by category": dict(by_category),
         "remainder": max(0.0, 1 - float(span.explained.sum())),
     }
 
@@ -164,47 +143,92 @@ def in_words(head: dict) -> str:
     return shown if head["role"] else f"no role ({shown})"
 
 
-def true_factors(clip: Clip, args: Namespace, first: int) -> dict[str, Tensor]:
-    """{factor: [L, H]} share of each head's variance that a factor of the demo explains, on the balanced validation split."""
-    data = DemoBirds("val", clip.preprocess)
+def true_factors(job: Job, first: int) -> dict[str, Tensor]:
+    """{factor: [L, H] share of each head's variance that it explains}, on the demo's validation split."""
+    data = DemoBirds("val", job.clip.preprocess)
     values = Rows()
-    for images, _ in one_pass(clip, data, args, "truth (val)", values):
-        values.add(decompose(clip.model, images).values[:, first:])
-    written = in_own_space(values.tensor(), head_maps(clip.model)[first:])
+    for images, _ in one_pass(job, data, "truth (val)", values):
+        values.add(decompose(job.clip.model, images).values[:, first:])
+    written = in_own_space(values.tensor(), head_maps(job.clip.model)[first:])
     return {factor: explained(written, data.facts[factor]) for factor in FACTORS.values()}
 
 
 def agreement(truth: dict[str, Tensor], found: list[dict]) -> dict:
-    """How often a head's role is the factor that explains most of it, among heads that a factor explains over THRESHOLD of."""
+    """How often a head's role is its true factor, among heads that one factor explains over THRESHOLD of."""
     shares = torch.stack(list(truth.values())).flatten(1)  # [factors, heads]
     clear = [i for i in range(shares.shape[1]) if shares[:, i].max() > THRESHOLD]
     true = [list(truth)[int(shares[:, i].argmax())] for i in clear]
-    by_category = [FACTORS.get(found[i]["role"]) for i in clear]
-    by_texts = [
-        FACTORS.get(max(found[i]["texts by category"], key=found[i]["texts by category"].get, default=None))
-        for i in clear
-    ]
-    dealt = sum(by_category.count(factor) * true.count(factor) for factor in truth) / max(
-        len(clear), 1
-    )  # expected, roles shuffled
+    by_role = [FACTORS.get(found[i]["role"]) for i in clear]
+    most = [found[i]["texts by category"] for i in clear]
+    by_texts = [FACTORS.get(max(counts, key=counts.get, default=None)) for counts in most]
+    # Expected when the roles are shuffled over the heads.
+    dealt = sum(by_role.count(factor) * true.count(factor) for factor in truth) / max(len(clear), 1)
+    others = [head for i, head in enumerate(found) if i not in clear]
+    right = [sum(a == b for a, b in zip(named, true, strict=True)) for named in (by_role, by_texts)]
     return {
         "heads": shares.shape[1],
         "clear heads": len(clear),
-        "roles from categories": sum(map(str.__eq__, map(str, by_category), true)),
-        "roles from greedy texts": sum(map(str.__eq__, map(str, by_texts), true)),
-        "roles dealt at random": dealt,
-        "other heads without a role": sum(
-            head["role"] is None for i, head in enumerate(found) if i not in clear
-        ),
+        **dict(zip(AGREEMENTS, [*right, dealt], strict=True)),
+        "other heads without a role": sum(head["role"] is None for head in others),
     }
 
 
-def print_agreement(counts: dict) -> None:
-    clear = counts["clear heads"]
-    print(
-        f"\nA true factor explains over {THRESHOLD:.0%} of {clear} of {counts['heads']} heads (validation split). It is the role in"
+def print_results(results: dict) -> None:
+    """Settings, a paragraph for each head, and in the demo how its roles agree with the truth."""
+    print_settings(results["settings"])
+    for head in results["heads"]:
+        print(f"\n{head['head']:<6} {in_words(head):<70} spread {head['spread']:6.1%} of the embedding's")
+        for text, share in head["texts"][:SHOWN]:
+            print(f"       {share:6.1%}  {text}")
+        rest = [share for _, share in head["texts"][SHOWN:]]
+        print(f"       {sum(rest):6.1%}  {len(rest)} more texts;  {head['remainder']:.1%} is left")
+    if "agreement" in results:
+        counts = results["agreement"]
+        clear, total = counts["clear heads"], counts["heads"]
+        print(
+            f"\nA true factor explains over {THRESHOLD:.0%} of {clear} of {total} heads "
+            "(validation split). It is the role in"
+        )
+        for key in AGREEMENTS:
+            print(f"  {key:<24} {counts[key]:4.1f} of {clear}  ({counts[key] / max(clear, 1):.0%})")
+        print(
+            f"Of the other {total - clear} heads, {counts['other heads without a role']} are given no role."
+        )
+
+
+def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report.Html]:
+    """The same for report.html.
+
+    Args:
+        images: of each head, where it writes most along its first text.
+    """
+    heads = []
+    for head in results["heads"]:
+        layer, number = (int(part) for part in head["head"].split("."))
+        shares = {category: share for category, (share, _) in head["categories"].items()}
+        shown = dict(sorted(shares.items(), key=lambda item: -item[1])[:5])
+        largest = max(shares.values(), default=None)
+        more = {"images": images.get(head["head"], ()), "stable": head["stable"]}
+        texts = (head["texts"], head["spread"], head["remainder"])
+        heads.append(report.Head(layer, number, head["role"] or "", largest, shown, *texts, **more))
+    note = (
+        "Bars of categories: share of the head's variance between images that different texts "
+        "of the category fit best. "
+        "Beside each text, the share of variance along what it adds to those above it. "
+        "Stable: share of bootstrap samples with the same role. "
+        "Images: of those that roles were found on, where the head writes most along its first text."
     )
-    for key in ("roles from categories", "roles from greedy texts", "roles dealt at random"):
-        print(f"  {key:<24} {counts[key]:4.1f} of {clear}  ({counts[key] / max(clear, 1):.0%})")
-    rest = counts["heads"] - clear
-    print(f"Of the other {rest} heads, {counts['other heads without a role']} are given no role.")
+    sections = [report.section("What each head writes", report.head_grid(heads), note=note)]
+    if "agreement" in results:
+        counts = results["agreement"]
+        clear = counts["clear heads"]
+        rows = [
+            (key, f"{counts[key]:.1f} of {clear}", f"{counts[key] / max(clear, 1):.0%}") for key in AGREEMENTS
+        ]
+        words = (
+            "In the demo the truth is known: "
+            f"one factor explains over 30% of {clear} of {counts['heads']} heads. It is the role in"
+        )
+        section = report.section("Roles and the true factors", words, report.table(["", "heads", ""], rows))
+        sections.append(section)
+    return sections

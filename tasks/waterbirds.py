@@ -1,130 +1,116 @@
-"""--task waterbirds: take the background out of what decides between landbird and waterbird (section 4 of the paper)."""
+"""--task waterbirds: tell landbirds from waterbirds without their background (section 4 of the paper)."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections import Counter
 
 import torch
 from torch import Tensor
 
-from data import DemoBirds, InputError, Waterbirds
-from zeroshot import classifier, load_clip, templates
+import report
+from data import DemoBirds, Waterbirds
+from files import InputError
+from zeroshot import classifier, templates
 
-from . import pages
-from .common import open_split, percent, print_settings, settings, table
-from .removal import Plan, look_for_cue, random_heads, score
+from .accumulators import Sums
+from .job import Job, open_split
+from .removal import Plan, in_blocks, look_for_cue, random_heads, score
+from .tables import in_percent, means_of, percent, print_settings, prompts_of, settings, table
 
 GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 
 
-def run(args: Namespace) -> tuple[dict, list]:
+def run(job: Job) -> tuple[dict, list]:
     """Accuracy by group: as it is, without the cue's heads or directions, and without random heads."""
-    clip = load_clip(args.model, args.pretrained, args.device, args.precision, args.image_size, args.out)
-    if args.data is not None:
-        Waterbirds(args.data, "test", clip.preprocess)  # other folders have no groups: refused here
-    test = open_split(args, clip, "test")
-    seen = Counter((2 * test.y + test.place).tolist())
-    if len(seen) < 4:
-        missing = next(group for i, group in enumerate(GROUPS) if i not in seen)
-        raise InputError(
-            f"the test images hold none of group {missing} (bird/place), and worst-group accuracy needs all four groups"
-        )
-
-    cue = look_for_cue(args, clip)
-    names = [*test.classes, *(test.kinds if clip.is_demo and args.data is None else ())]
+    clip, args = job.clip, job.args
+    test = open_test(job)
+    counts = count_groups(test)
+    cue = look_for_cue(job)
+    kinds = test.kinds if clip.is_demo and args.data is None else ()
     shape = cue.reference.maps.shape[:2]
     plan = Plan(args.remove, shape, cue.heads, random_heads(cue.heads, shape[1], args.draws, args.seed))
-    every = torch.cat([plan.rows, plan.chosen, plan.draws])
-    groups = Groups(test)
-    for scores, indices in score(clip, args, test, cue, classifier(clip, names, templates(clip)), groups):
+    interventions = [plan.rows, plan.chosen, plan.draws]
+    every, groups = torch.cat(interventions), Groups(test)
+    classes = classifier(clip, [*test.classes, *kinds], templates(clip))
+    for scores, indices in score(job, test, cue, classes, groups):
         groups.update(scores.after(every), indices)
-    found = groups.rows()
-    rows = dict(zip(plan.labels, found, strict=False))
-    ours, drawn = found[len(rows)], found[len(rows) + 1 :]
-    draws = random_control(ours, drawn) if drawn else None
+    found, (ours,), drawn = in_blocks(groups.rows(), interventions)
+    rows = dict(zip(plan.labels, found, strict=True))
+    control = random_control(ours, drawn) if drawn else None
+    note = "the authors' way, on the images that are scored"
     where = settings(
-        args,
-        clip,
+        job,
         test=test.description,
-        means=cue.reference.description
-        + ("; the authors' way, on the images that are scored" if args.reference == "test" else ""),
-        prompts=f"{len(templates(clip))} templates, {' / '.join(test.classes)}",
-        **cue.words(),
-        sum=cue.reference.sum(),
+        means=means_of(job, cue.reference.description, note),
+        prompts=prompts_of(clip, test.classes),
+        **cue.settings(),
     )
     print_settings(where)
-    print()
-    print_rows(rows, draws, test, len(cue.heads))
-    results = {
-        "settings": where,
-        "rows": rows,
-        "random": draws,
-        "explained": cue.explained.tolist(),
-        "heads": [list(head) for head in cue.heads],
-    }
-    return results, pages.waterbirds(results, {group: seen[i] for i, group in enumerate(GROUPS)})
+    print_rows(rows, control, counts, len(cue.heads))
+    results = {"settings": where, "rows": rows, "random": control, **cue.results()}
+    return results, page(results, counts)
 
 
-class Groups:
-    """Right answers by group, counted over images, for several interventions at once.
+def open_test(job: Job) -> DemoBirds | Waterbirds:
+    """The test split; other folders than Waterbirds have no groups and are refused."""
+    if job.args.data is not None:
+        Waterbirds(job.args.data, "test", job.clip.preprocess)
+    return open_split(job, "test")
 
-    class scores [k, b, c]: the two classes first, the demo's kinds of birds after them.
-    """
 
-    running = ("right", "kinds", "images")
+def count_groups(test: DemoBirds | Waterbirds) -> dict[str, int]:
+    """{group: number of its images}; refused where a group has none."""
+    found = Counter((2 * test.y + test.place).tolist())
+    counts = {group: found[i] for i, group in enumerate(GROUPS)}
+    missing = next((group for group, count in counts.items() if not count), None)
+    if missing is not None:
+        raise InputError(
+            f"the test images hold none of group {missing} (bird/place), "
+            "and worst-group accuracy needs all four groups"
+        )
+    return counts
+
+
+class Groups(Sums):
+    """Right answers by group, counted over images, for several interventions at once."""
+
+    state_names = ("sums",)
 
     def __init__(self, test: DemoBirds | Waterbirds) -> None:
+        super().__init__()
         self.test, self.group = test, 2 * test.y + test.place
-        self.right, self.kinds, self.images = 0, 0, torch.zeros(4, dtype=torch.long)
 
     def update(self, scores: Tensor, indices: Tensor) -> None:
-        """Add images, by their indices in the data set."""
-        scores, group, kind_of = scores.cpu(), self.group[indices], len(self.test.classes)
-        right = scores[..., :kind_of].argmax(dim=2) == self.test.y[indices]  # [k, b]
-        self.right = self.right + torch.stack(
-            [right[:, group == i].sum(dim=1) for i in range(4)], dim=1
-        )  # [k, 4]
-        if scores.shape[2] > kind_of:
-            self.kinds = self.kinds + (
-                scores[..., kind_of:].argmax(dim=2) == self.test.facts["kind"][indices]
-            ).sum(dim=1)
-        self.images = self.images + torch.bincount(group, minlength=4)
+        """Add images.
 
-    def merge(self, other: Groups) -> None:
-        """Add what `other` has seen."""
-        self.right, self.kinds, self.images = (
-            self.right + other.right,
-            self.kinds + other.kinds,
-            self.images + other.images,
-        )
+        Args:
+            scores: [k, b, c] of the two classes, and after them of the demo's kinds of birds.
+            indices: [b] in the data set.
+        """
+        scores, group = scores.cpu(), self.group[indices]
+        of_classes, of_kinds = scores.tensor_split([len(self.test.classes)], dim=2)
+        right = of_classes.argmax(dim=2) == self.test.y[indices]  # [k, b]
+        self.add("right", torch.stack([right[:, group == i].sum(dim=1) for i in range(4)], dim=1))  # [k, 4]
+        self.add("images", torch.bincount(group, minlength=4))
+        if of_kinds.shape[2]:
+            right_kind = of_kinds.argmax(dim=2) == self.test.facts["kind"][indices]
+            self.add("right kinds", right_kind.sum(dim=1))  # [k]
 
     def rows(self) -> list[dict]:
         """Accuracies of each intervention."""
-        total, found = int(self.images.sum()), []
-        for i, right in enumerate(self.right.double()):
-            by_group = (right / self.images).tolist()
-            found.append(
-                {
-                    "groups": dict(zip(GROUPS, by_group, strict=True)),
-                    "worst": min(by_group),
-                    "average": float(right.sum()) / total,
-                }
-            )
-            if isinstance(self.kinds, Tensor):
-                found[-1]["kinds"] = int(self.kinds[i]) / total
+        total, found = int(self["images"].sum()), []
+        for right in self["right"]:
+            by_group = (right / self["images"]).tolist()
+            groups = dict(zip(GROUPS, by_group, strict=True))
+            found.append({"groups": groups, "worst": min(by_group), "average": float(right.sum()) / total})
+        if "right kinds" in self.sums:
+            for row, right in zip(found, self["right kinds"].tolist(), strict=True):
+                row["kinds"] = right / total
         return found
 
 
-def measure(scores: Tensor, test: DemoBirds | Waterbirds) -> dict:
-    """Accuracies from class scores [n, c] of all images."""
-    groups = Groups(test)
-    groups.update(scores[None], torch.arange(len(test)))
-    return groups.rows()[0]
-
-
 def random_control(ours: dict, drawn: list[dict]) -> dict:
-    """What mean-ablating random heads does: as many in each layer as were chosen there, but never the chosen set itself."""
+    """What mean-ablating random heads does, beside `ours`, the chosen ones."""
     control = {
         "draws": len(drawn),
         "worst values": [row["worst"] for row in drawn],
@@ -132,48 +118,80 @@ def random_control(ours: dict, drawn: list[dict]) -> dict:
     }
     for key in ("worst", "average"):
         values = torch.tensor([row[key] for row in drawn], dtype=torch.float64)
-        control[key] = {
-            "mean": values.mean().item(),
-            "std": values.std(correction=0).item(),
-            "max": values.max().item(),
-        }
+        spread = values.std(correction=0).item()
+        control[key] = {"mean": values.mean().item(), "std": spread, "max": values.max().item()}
     return control
 
 
-def print_rows(rows: dict[str, dict], draws: dict | None, test: DemoBirds | Waterbirds, chosen: int) -> None:
+def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, int], chosen: int) -> None:
     """The table, groups as bird/place, and the random control under it."""
-    counts = Counter((2 * test.y + test.place).tolist())
-    kinds = "kinds" in rows["base"]
-    header = ["accuracy, %", *GROUPS, "worst group", "average", *(["kinds of birds"] if kinds else [])]
-    lines = [
-        [
-            "n",
-            *(f"{counts[i]:,}" for i in range(4)),
-            "",
-            f"{len(test):,}",
-            *([f"{len(test):,}"] if kinds else []),
-        ]
-    ]
+    kinds, total = "kinds" in rows["base"], sum(counts.values())
+    header = ["accuracy, %", *GROUPS, "worst group", "average", "kinds of birds"]
+    lines = [["n", *(f"{count:,}" for count in counts.values()), "", f"{total:,}", f"{total:,}"]]
     for label, row in rows.items():
-        worst = min(range(4), key=lambda i: row["groups"][GROUPS[i]])
-        lines.append([
-            label,
-            *(f"{100 * row['groups'][group]:.1f}" for group in GROUPS),
-            percent(row["worst"], counts[worst]),
-            percent(row["average"], len(test)),
-            *([f"{100 * row['kinds']:.1f}"] if kinds else []),
-        ])  # fmt: skip
-    control = "none: no other set of as many heads from the same layers is left"
-    if draws is not None:
-        both = [
-            f"{100 * draws[key]['mean']:.1f} ± {100 * draws[key]['std']:.1f}" for key in ("worst", "average")
-        ]
-        most = [f"{100 * draws[key]['max']:.1f}" for key in ("worst", "average")]
-        lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *both, *([""] if kinds else [])])
-        lines.append([f"{chosen} random heads, best", *[""] * 4, *most, *([""] if kinds else [])])
-        control = (
-            f"{draws['draws']} draws of as many heads from each of the same layers (never the chosen set),\n"
-            f"mean-ablated; the chosen heads' worst group is above {round(draws['below the chosen heads'] * draws['draws'])} of them."
+        worst = min(GROUPS, key=row["groups"].get)
+        by_group = [f"{100 * share:.1f}" for share in row["groups"].values()]
+        lines.append([label, *by_group, percent(row["worst"], counts[worst]), percent(row["average"], total)])
+        lines[-1].append(f"{100 * row.get('kinds', 0):.1f}")
+    words = "none: no other set of as many heads from the same layers is left"
+    if control is not None:
+        both = [control["worst"], control["average"]]
+        means = [f"{100 * drawn['mean']:.1f} ± {100 * drawn['std']:.1f}" for drawn in both]
+        most = [f"{100 * drawn['max']:.1f}" for drawn in both]
+        lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *means, ""])
+        lines.append([f"{chosen} random heads, best", *[""] * 4, *most, ""])
+        below = round(control["below the chosen heads"] * control["draws"])
+        words = (
+            f"{control['draws']} draws of as many heads from each of the same layers "
+            "(never the chosen set),\n"
+            f"mean-ablated; the chosen heads' worst group is above {below} of them."
         )
-    print(table(header, lines))
-    print(f"\nGroups are bird/place. [..]: 95 % interval (Wilson). Random: {control}")
+    columns = 8 if kinds else 7
+    print("\n" + table(header[:columns], [line[:columns] for line in lines]))
+    print(f"\nGroups are bird/place. [..]: 95 % interval (Wilson). Random: {words}")
+
+
+def page(results: dict, counts: dict[str, int]) -> list[report.Html]:
+    """The same for report.html, drawn."""
+    sections = [page_of_accuracies(results["rows"], counts)]
+    if results["random"] is not None:
+        sections.append(page_of_control(results["rows"], results["random"]))
+    heads = [
+        report.Head(i, j, "chosen" if [i, j] in results["heads"] else "", share)
+        for i, row in enumerate(results["explained"])
+        for j, share in enumerate(row)
+    ]
+    words = "Share of each head's variance between images that different texts of the cue fit best."
+    return [*sections, report.section("Which heads look at the cue", words, report.head_grid(heads))]
+
+
+def page_of_accuracies(rows: dict[str, dict], counts: dict[str, int]) -> report.Html:
+    kinds = "kinds" in rows["base"]
+    header = ["accuracy, %", *counts, "worst group", "average", *(["kinds of birds"] if kinds else [])]
+    cells = []
+    for label, row in rows.items():
+        shares = [*row["groups"].values(), row["worst"], row["average"], *([row["kinds"]] if kinds else [])]
+        cells.append([label.strip(), *(f"{100 * share:.1f}" for share in shares)])
+    groups = {
+        group: [(label.strip(), *in_percent(row["groups"][group], count)) for label, row in rows.items()]
+        for group, count in counts.items()
+    }
+    return report.section(
+        "Accuracy with and without the cue",
+        report.table(header, cells, "Groups are bird/place"),
+        report.intervals(groups, "Each group, with 95 % intervals (Wilson)", "accuracy, %"),
+    )
+
+
+def page_of_control(rows: dict[str, dict], control: dict) -> report.Html:
+    marks = {"unchanged": 100 * rows["base"]["worst"]}
+    if "heads mean-ablated" in rows:
+        marks["chosen heads"] = 100 * rows["heads mean-ablated"]["worst"]
+    values = [100 * share for share in control["worst values"]]
+    drawn = report.histogram(values, marks, "Worst group without random heads", "accuracy, %")
+    return report.section(
+        "Would any heads do?",
+        f"{control['draws']} draws of as many heads from each of the same layers, "
+        "mean-ablated like the chosen ones.",
+        drawn,
+    )

@@ -16,8 +16,11 @@ def _small_demo():
 
 
 def small_demo(patch):
-    """400 images in the validation split, all of which --task textspan compares its heads with; and each picture drawn once: that is
-    half of the time of a small run, and what a picture shows depends on its data set's facts and its row alone."""
+    """400 images in the validation split, all of which --task textspan compares its heads with.
+
+    Each picture is drawn once: drawing is half of the time of a small run, and what a picture shows depends
+    on its data set's facts and its row alone.
+    """
     kept, render = {}, DemoBirds.render
 
     def once(self, index):

@@ -1,7 +1,8 @@
 """Bad input is met with one clear line: what was expected, what was found, what to do. Nothing is lost by it.
 
-Most cases are rows of tables: how to make the arguments, and the words that the line must hold. Where a row fails, the program
-should be changed, not the row. The last part is about what must work although it looks odd, and about runs that are cut short.
+Most cases are rows of tables: how to make the arguments, and the words that the line must hold. Where a row
+fails, the program should be changed, not the row. The last part is about what must work although it looks
+odd, and about runs that are cut short.
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ import evaluate
 import report
 import tasks.ablation
 import tasks.check
-import tasks.common
+import tasks.heatmap
+import tasks.job
 import tasks.models
 from data import DemoBirds
 
 ROOT = Path(__file__).parent.parent
-MODEL = "tiny-bad-input"  # open_clip's list of configurations is one for all tests: a name that no other file uses
+# open_clip's list of configurations is one for all tests: a name that no other file uses.
+MODEL = "tiny-bad-input"
 QUICK = ("--workers", "0", "--limit", "8", "--draws", "2")
 EARLIER = {"results.json": b'{"earlier": "results"}\n', "report.html": b"<!doctype html>earlier page\n"}
 
@@ -56,13 +59,13 @@ EARLIER = {"results.json": b'{"earlier": "results"}\n', "report.html": b"<!docty
 
 
 def shown(stderr: str) -> list[str]:
-    """The lines that stay on a terminal: of a progress bar, what was written after its last carriage return."""
+    """The lines that stay on a terminal: of a progress bar, what came after its last carriage return."""
     lines = [line.split("\r")[-1] for line in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", stderr).split("\n")]
     return [line for line in lines if line.strip()]
 
 
 def one_clear_line(stderr: str, *words: str) -> str:
-    """The line, if it is one, says something and holds the words; of words with a bar between them, one is enough."""
+    """The line, if it is one, says something and holds the words; of words with a bar between, one."""
     lines = shown(stderr)
     assert len(lines) == 1, f"expected one line, found {len(lines)}: {lines}"
     line = lines[0]
@@ -806,7 +809,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def broken_exif() -> bytes:
-    """A JPEG to be turned upright, whose camera wrote a text where a number belongs: Pillow cannot write its EXIF again."""
+    """A JPEG to be turned upright, with a text where a number belongs: Pillow cannot write its EXIF again."""
     length = (
         (0x0101).to_bytes(2, "big")
         + (2).to_bytes(2, "big")
@@ -1330,7 +1333,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tasks.check, "run", lambda args: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(tasks.check, "run", lambda job: pytest.fail("worked before it looked"))
     out = where(tmp_path)
     ran = call([*LITTLE, "--out", out], capsys)
     one_clear_line(ran.stderr, "cannot write to --out", str(out))
@@ -1372,7 +1375,7 @@ def test_a_full_disk_while_a_picture_is_saved(
         Path(file).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tasks.common.Image.Image, "save", save)
+    monkeypatch.setattr(Image.Image, "save", save)
     ran = call(
         ["--task", "retrieval", "--head", "3.4", "--text", "a bird", *QUICK, "--out", tmp_path], capsys
     )
@@ -1392,7 +1395,7 @@ def test_a_folder_in_place_of_a_result(name: str, tmp_path: Path, capsys: pytest
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str], Path]]:
-    """Code, lines on stderr and folder of runs that cannot print their table. Both at the same time: loading takes longest."""
+    """Code, lines on stderr and folder of runs that cannot print their table, both at the same time."""
     outs = {name: tmp_path_factory.mktemp(name) for name in ("full", "left")}
     reader, left = os.pipe()
     os.close(reader)
@@ -1472,7 +1475,7 @@ def test_a_file_name_that_is_no_unicode(world: World, tmp_path: Path, capsys: py
 
 
 def test_a_text_that_is_no_unicode(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Bytes of the command line that are no UTF-8 reach Python as lone surrogates; no tokenizer takes those."""
+    """Bytes of the command line that are no UTF-8 reach Python as lone surrogates; tokenizers refuse them."""
     text = os.fsdecode(b"caf\xe9")
     argv = [
         "--task",
@@ -1497,7 +1500,10 @@ def test_no_memory_on_a_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch raises a RuntimeError there, in these words; making it do so takes seconds."""
-    words = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4611686"
+    words = (
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. "
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4611686"
+    )
 
     def allocate(*args: object, **options: object) -> None:
         raise RuntimeError(words)
@@ -1569,7 +1575,7 @@ MOMENTS = {
     "while torch and this project are loaded": lambda patch: patch.setitem(
         sys.modules, "baselines", Interrupts()
     ),
-    "while the model is loaded": lambda patch: patch.setattr(tasks.check, "load_clip", interrupt),
+    "while the model is loaded": lambda patch: patch.setattr(tasks.job, "load_clip", interrupt),
     "while results.json is put in place": lambda patch: patch.setattr(evaluate.os, "replace", interrupt),
     "while report.html is written": lambda patch: patch.setattr(report, "write", interrupt),
 }
@@ -1725,10 +1731,10 @@ def test_a_picture_that_another_run_saves_at_the_same_moment(
         monkeypatch.setattr(Image.Image, "save", save)
         with monkeypatch.context() as patch:
             patch.setattr(os, "getpid", lambda: 1)
-            tasks.common.save_picture(Image.new("RGB", (8, 8), "red"), tmp_path / "sheet.png")
+            tasks.heatmap.save_picture(Image.new("RGB", (8, 8), "red"), tmp_path / "sheet.png")
 
     monkeypatch.setattr(Image.Image, "save", save_and_let_another_in)
-    tasks.common.save_picture(Image.new("RGB", (8, 8), "blue"), tmp_path / "sheet.png")
+    tasks.heatmap.save_picture(Image.new("RGB", (8, 8), "blue"), tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as picture:
         assert picture.getpixel((0, 0)) == (0, 0, 255)
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]

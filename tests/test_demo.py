@@ -1,4 +1,4 @@
-"""The demo world: what its pictures, captions and words promise; that training learns; that the checkpoint is the model described."""
+"""The demo world: what its pictures, captions and words promise, that training learns, and its checkpoint."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_a_picture_depends_on_its_seed_and_index_alone(index):
 
 @pytest.mark.parametrize("index", range(12))
 def test_the_mask_is_where_the_colour_of_the_bird_shows(index):
-    """Another colour of the bird changes pixels inside the mask only (the sketch style's edges reach one pixel further)."""
+    """Another colour of the bird changes pixels inside the mask only (edges of sketches: one further)."""
     changed = {name: values.copy() for name, values in FACTS.items()}
     changed["colour"][index] = (changed["colour"][index] + 1) % 8
     changed["style"][index] = FACTS["style"][index] = 0
@@ -166,7 +166,7 @@ def test_training_learns_and_writes_a_checkpoint_that_loads(tmp_path, capsys, mo
 
 
 def test_the_checkpoint_tells_kinds_places_colours_light_and_styles():
-    """On the split that training watched; the figures reported are those of the test split (python -m demo.score)."""
+    """On the split that training watched; those of the test split are reported (python -m demo.score)."""
     from demo.score import score
 
     model, _, tokenizer = demo.load()

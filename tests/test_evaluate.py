@@ -14,7 +14,8 @@ import demo
 from data import DemoBirds
 from decompose import decompose
 from evaluate import main
-from tasks.common import parse_heads, wilson
+from tasks.heads import parse_heads
+from tasks.tables import wilson
 from zeroshot import classifier, load_clip, templates
 
 QUICK = ["--limit", "160", "--batch-size", "80", "--workers", "0", "--draws", "5"]
@@ -29,7 +30,7 @@ def run(tmp_path, *argv):
 
 @pytest.fixture(scope="module")
 def waterbirds(tmp_path_factory):
-    """36 pictures of the demo in a folder like waterbird_complete95_forest2water2: all groups in every split."""
+    """36 pictures of the demo in a folder like that of Waterbirds: all groups in every split."""
     root = tmp_path_factory.mktemp("waterbirds")
     data = DemoBirds("val", lambda image: image, limit=400)
     rows, used = [], set()
@@ -172,7 +173,7 @@ def test_the_random_control_draws_as_many_heads(table):
 
 
 def test_the_demo_keeps_its_promise(tmp_path):
-    """auto lifts the worst group by 20 points, above every random draw; directions cost the kinds of birds at most 2 points."""
+    """auto lifts the worst group by 20 points, above all draws; directions cost kinds at most 2 points."""
     code, results = run(tmp_path, "--task", "waterbirds", "--limit", "1500", "--batch-size", "250")
     rows, random = results["rows"], results["random"]
     assert code == 0
@@ -280,7 +281,7 @@ def test_the_real_folder_and_a_local_checkpoint_run_as_the_demo_does(tmp_path, w
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A model of open_clip's smallest text tower, as a user's own configuration and checkpoint: nothing is downloaded."""
+    """A model of open_clip's smallest text tower, as a user's own configuration and checkpoint."""
     folder = tmp_path_factory.mktemp("tiny")
     config = {
         "embed_dim": 32,
@@ -574,5 +575,8 @@ def test_help_comes_without_torch():
     import subprocess
     import sys
 
-    code = "import sys, evaluate\ntry:\n    evaluate.main(['--help'])\nexcept SystemExit:\n    assert 'torch' not in sys.modules"
+    code = (
+        "import sys, evaluate\ntry:\n    evaluate.main(['--help'])\n"
+        "except SystemExit:\n    assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

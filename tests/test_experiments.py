@@ -1,11 +1,10 @@
-"""The experiments, run in-process and worked out again by hand: all terms of all images in embedding space, replaced and summed."""
+"""The experiments, run in-process and worked out again by hand: all terms of all images, summed."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-from argparse import Namespace
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -25,15 +24,17 @@ from test_roles import epsilon_squared
 from torch import Tensor
 
 import tasks.textspan
+from benchmarks.cue_study import pick
 from data import DemoBirds, ImageFolder, subset
 from decompose import Decomposition, decompose, head_maps, token_scores
 from demo import scenes
 from evaluate import main, parse_args
 from roles import find_roles
 from tasks.ablation import ablations
-from tasks.common import Kept, Reference
 from tasks.completeness import random_texts
-from tasks.removal import Plan, Scores, auto_heads, pick, random_heads
+from tasks.job import Job
+from tasks.reference import Kept, Reference
+from tasks.removal import Plan, Scores, auto_heads, random_heads
 from tasks.retrieval import agree, cosine, heads_of, sheet
 from tasks.textspan import agreement
 from textspan import Moments, reconstruct, textspan
@@ -41,7 +42,8 @@ from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip
 
 LIMIT = 96
 QUICK = ["--limit", str(LIMIT), "--batch-size", "48", "--workers", "0"]
-# Class scores are of float32, which rounds at 6e-8, and sums of some hundred terms of norm near 1; a wrong term shows at 1e-2.
+# Class scores are of float32, which rounds at 6e-8, and sums of some hundred terms of norm near 1; a wrong
+# term shows at 1e-2.
 SCORES = {"rtol": 0, "atol": 1e-4}
 
 
@@ -105,7 +107,7 @@ def ablated(test: Decomposition, train: Decomposition, maps: Tensor, last: int =
 
 
 def told_by_texts(test: Decomposition, train: Decomposition, texts: Tensor, m: int, last: int = 4) -> Tensor:
-    """[n, d] the heads of the last layers as their first m texts tell them, on the means of everything else."""
+    """[n, d] the heads of the last layers as their first m texts tell them, on means of everything else."""
     mean = means(train, len(test.stem))
     heads = mean.heads.clone()
     for layer in range(max(0, heads.shape[1] - last), heads.shape[1]):
@@ -119,7 +121,7 @@ def told_by_texts(test: Decomposition, train: Decomposition, texts: Tensor, m: i
     return replace(mean, heads=heads).total()
 
 
-# ---- the class token's attention to itself ---------------------------------------------------------------------------------------
+# ---- the class token's attention to itself -----------------------------------------------------------------
 
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -159,12 +161,12 @@ def test_own_does_not_depend_on_the_convention():
     assert torch.equal(decompose(model, images, convention="paper").own, decompose(model, images).own)
 
 
-# ---- the demo, a folder of its pictures, and a small model of six layers ---------------------------------------------------------
+# ---- the demo, a folder of its pictures, and a small model of six layers -----------------------------------
 
 
 @pytest.fixture(scope="module", autouse=True)
 def pictures_drawn_once():
-    """The runs below see the same pictures again and again, and a picture depends on its set and number alone."""
+    """The runs below see the same pictures again; a picture depends on its set and number alone."""
     render, drawn = scenes.render, {}
 
     def render_once(facts, index, seed):
@@ -196,7 +198,7 @@ def demo(clip):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Pictures of the demo in train/PLACE and val/PLACE, 40 each: classes on which the model is often wrong without a head."""
+    """Pictures of the demo in train/PLACE and val/PLACE, 40 each: classes that need single heads."""
     root = tmp_path_factory.mktemp("places")
     for split, source in (("train", "val"), ("val", "test")):
         data = DemoBirds(source, lambda image: image, limit=40, seed=3)
@@ -221,7 +223,8 @@ def in_folder(clip, folder: Path) -> SimpleNamespace:
     data = {split: ImageFolder(folder, split, clip.preprocess) for split in ("train", "val")}
     return SimpleNamespace(
         data=data["val"], train=stack(clip, data["train"]), test=stack(clip, data["val"]),
-        maps=head_maps(clip.model), classes=classifier(clip, data["val"].classes, templates(clip)), labels=data["val"].y,
+        maps=head_maps(clip.model), classes=classifier(clip, data["val"].classes, templates(clip)),
+        labels=data["val"].y,
     )  # fmt: skip
 
 
@@ -295,7 +298,7 @@ def deep_places(deep, folder):
     return in_folder(deep.clip, folder)
 
 
-# ---- ablation --------------------------------------------------------------------------------------------------------------------
+# ---- ablation ----------------------------------------------------------------------------------------------
 
 
 def expected(world: SimpleNamespace) -> dict[str, float]:
@@ -418,7 +421,7 @@ def test_the_tables_show_the_accuracies(ablation):
     assert rows(ablation.out, "each head alone") == heads
 
 
-# ---- completeness ----------------------------------------------------------------------------------------------------------------
+# ---- completeness ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -616,8 +619,8 @@ def test_random_vectors_are_unit_vectors_as_many_as_the_texts():
 def test_random_vectors_have_the_mean_and_the_covariance_of_the_texts():
     texts = cloud()
     found = random_texts(texts, seed=1)
-    # Of 4000 rows of spread 0.2, the mean is off by 0.003 and the variance by sqrt(2 / 4000) = 2 % of itself; bringing rows to unit
-    # length moves both further, by the order of the variance, 0.04.
+    # Of 4000 rows of spread 0.2, the mean is off by 0.003 and the variance by sqrt(2 / 4000) = 2 % of itself;
+    # bringing rows to unit length moves both further, by the order of the variance, 0.04.
     assert (found.mean(dim=0) - texts.mean(dim=0)).norm() < 0.03
     assert (torch.cov(found.T) - torch.cov(texts.T)).norm() < 0.1 * torch.cov(texts.T).norm()
 
@@ -648,8 +651,9 @@ def test_random_vectors_are_fixed_by_the_seed():
 
 
 def test_the_seed_of_the_run_draws_the_random_vectors(clip, pools):
-    args = Namespace(text_bank=None, words=None, seed=5)
-    found = tasks.completeness.text_pools(args, clip, ["duck", "crow"])
+    job = Job(parse_args(["--task", "completeness", "--seed", "5"]))
+    job.clip = clip
+    found = tasks.completeness.text_pools(job, ["duck", "crow"])
     torch.testing.assert_close(found["random vectors"], random_texts(pools["descriptions"], 5))
     assert list(found) == ["descriptions", "class prompts", "random vectors"]
 
@@ -674,7 +678,7 @@ def test_completeness_refuses_a_list_of_words_that_is_not_there(tmp_path, capsys
     )
 
 
-# ---- retrieval -------------------------------------------------------------------------------------------------------------------
+# ---- retrieval ---------------------------------------------------------------------------------------------
 
 
 def scored(world: SimpleNamespace, heads: list[tuple[int, int]], query: Tensor, by: str) -> Tensor:
@@ -762,27 +766,16 @@ def test_a_role_is_all_heads_that_have_it(tmp_path, clip, demo, photo, query):
 
 def test_heads_of_a_role_are_explained_by_its_texts(clip, demo):
     """By the plainest route: of the true places, which the images of the demo have."""
-    args = parse_args(
-        [
-            "--task",
-            "retrieval",
-            "--role",
-            "places",
-            "--limit",
-            str(LIMIT),
-            "--batch-size",
-            "80",
-            "--workers",
-            "0",
-        ]
-    )
+    options = ["--role", "places", "--limit", str(LIMIT), "--batch-size", "80", "--workers", "0"]
+    job = Job(parse_args(["--task", "retrieval", *options]))
+    job.clip = clip
     place = DemoBirds("train", clip.preprocess, LIMIT).facts["place"].numpy()
     share = {
         (i, j): epsilon_squared(demo.train.heads[:, i, j].numpy(), place)[1]
         for i in range(4)
         for j in range(8)
     }
-    found = heads_of(args, clip)
+    found = heads_of(job)
     others = set(share) - set(found)
     assert np.mean([share[head] for head in found]) > 0.4 > 0.2 > np.mean([share[head] for head in others])
 
@@ -842,7 +835,7 @@ def test_the_query_itself_is_the_nearest_image(tmp_path, folder, head, number):
 
 
 def test_a_photo_that_lies_on_its_side_is_still_the_nearest_to_itself(tmp_path, folder):
-    """Cameras write which side is up beside the pixels. Whatever is made of that, query and images must be read alike."""
+    """Cameras write which side is up beside the pixels. The query and the images must be read alike."""
     data = tmp_path / "photos"
     data.mkdir()
     for i, path in enumerate(sorted((folder / "val").rglob("*.png"))[:20]):
@@ -1004,7 +997,7 @@ def test_retrieval_refuses_a_folder_for_a_query(tmp_path, capsys):
     )
 
 
-# ---- debias ----------------------------------------------------------------------------------------------------------------------
+# ---- debias ------------------------------------------------------------------------------------------------
 
 DRAWS = ["--draws", "4"]
 
@@ -1043,7 +1036,8 @@ def measured(embedding: Tensor, world: SimpleNamespace) -> dict[str, float]:
         [i for i in range(len(y)) if (y[i], place[i]) == group] for group in ((0, 0), (0, 1), (1, 0), (1, 1))
     ]
     return found | {
-        "average": share(range(len(y))), "worst class": min(map(share, classes)), "worst group": min(map(share, groups))
+        "average": share(range(len(y))), "worst class": min(map(share, classes)),
+        "worst group": min(map(share, groups)),
     }  # fmt: skip
 
 
@@ -1380,11 +1374,11 @@ def test_the_images_kept_are_those_drawn_in_any_batches(batch):
         kept.update(SimpleNamespace(values=values[rows], embedding=embedding[rows]), rows)
     wanted = subset(30, 11, 7)
     assert kept.rows == wanted
-    assert torch.equal(kept.done().values, values[wanted][:, 2:5])
-    assert torch.equal(kept.embedding, embedding[wanted])
+    assert torch.equal(kept.values.tensor(), values[wanted][:, 2:5])
+    assert torch.equal(kept.embedding.tensor(), embedding[wanted])
 
 
-# ---- textspan: roles, and how often they are the demo's true factors -------------------------------------------------------------
+# ---- textspan: roles, and how often they are the demo's true factors ---------------------------------------
 
 FACTORS = {"animals": "kind", "colours": "colour", "places": "place", "light": "light", "styles": "style"}
 ROLES, TRUTH = 250, 300  # reference images, and images of the validation split
@@ -1443,7 +1437,8 @@ def counted(truth: dict[str, Tensor], heads: list[dict]) -> dict:
     for head in clear:
         ranked = sorted(head["texts by category"].items(), key=lambda item: -item[1])
         texts.append(FACTORS.get(ranked[0][0]) if ranked else None)
-    # Dealt at random: the mean over all rotations, each of which gives every head every other head's role once.
+    # Dealt at random: the mean over all rotations, each of which gives every head every other head's role
+    # once.
     dealt = [matches(roles[k:] + roles[:k], true) for k in range(len(clear))]
     return {
         "heads": len(heads),
@@ -1505,7 +1500,7 @@ def test_the_truth_is_the_share_of_the_terms_between_values_of_the_factor(spans,
 def check_shares(
     heads: list[dict], terms: Decomposition, texts: Tensor, categories: list[str], first: int
 ) -> None:
-    """What is said of the heads' categories is by hand what the terms say, and the role is the best category above the threshold."""
+    """The heads' categories are by hand what the terms say; the role is the best one above the threshold."""
     fit = ((terms.embedding - terms.embedding.mean(dim=0)) @ texts.T).numpy()
     for head in heads:
         layer, number = map(int, head["head"].split("."))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import DemoBirds, ImageFolder, InputError
 from evaluate import main
-from tasks.common import zero_shot_problem
+from tasks.job import zero_shot_problem
 
 
 def run(tmp_path: Path, *argv: str) -> tuple[int, dict]:
@@ -64,7 +64,7 @@ SHADES = {"crow": CROW, "duck": DUCK, "heron": HERON}
 
 @pytest.fixture
 def birds(tmp_path) -> Path:
-    """Three classes. The names of the files say the opposite of their folders, and sort the other way round."""
+    """Three classes. The files' names say the opposite of their folders and sort the other way round."""
     root = tmp_path / "birds"
     for folder, names in {
         "crow": ["z_duck.png", "y_heron.png"],
@@ -230,7 +230,7 @@ def test_a_split_that_is_not_there_is_refused(split):
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A folder of one small image for every WordNet id, and the ids in the order of ImageNet's classes, as timm ships them."""
+    """A folder of one small image for every WordNet id, and the ids in the order of ImageNet's classes."""
     from timm.data import ImageNetInfo
 
     root, ids = tmp_path_factory.mktemp("imagenet"), ImageNetInfo().label_names()

@@ -201,13 +201,12 @@ def test_a_task_runs_on_other_read_outs(tmp_path, tower, bank, waterbirds, task)
 def test_neurons_under_attention_pooling_are_summed_up_rightly(tmp_path, tower, bank, waterbirds):  # noqa: F811
     """Spread and accuracy, from the terms themselves."""
     from evaluate import parse_args
-    from tasks.common import open_split
+    from tasks.job import Job, open_split
     from tasks.neurons import watch
 
-    clip = load_clip(tower[1], tower[3], "cpu")
-    args = parse_args(["--task", "neurons", *tower, *bank, "--data", str(waterbirds)])
-    data = open_split(args, clip, "train")
-    activity = watch(clip, args, data, 1)
+    job = Job(parse_args(["--task", "neurons", *tower, *bank, "--device", "cpu", "--data", str(waterbirds)]))
+    clip, data = job.clip, open_split(job, "train")
+    activity = watch(job, data, 1)
     images = torch.stack([data[i][0] for i in range(len(data))])
     found = neurons(clip.model, images, 1)
     terms = found.terms().double()

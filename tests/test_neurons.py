@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +50,7 @@ from data import DemoBirds, InputError
 from decompose import DecompositionError, decompose
 from evaluate import main
 from neurons import Neurons, neurons
+from tasks.job import Job
 from tasks.neurons import Activity, ablate, choose_layer, in_words, likeness
 from tasks.removal import random_heads
 from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
@@ -674,14 +674,8 @@ def options(**more):
         "workers": 0,
         "data": None,
     }
-    defaults |= {
-        "out": Path("results"),
-        "image_size": None,
-        "resume": False,
-        "save_every": 60.0,
-        "started": time.monotonic(),
-    }
-    return Namespace(**defaults | more)
+    defaults |= {"out": Path("results"), "image_size": None, "resume": False, "save_every": 60.0}
+    return Job(Namespace(**defaults | more))
 
 
 @pytest.fixture(scope="module")
@@ -791,10 +785,10 @@ def test_the_control_is_as_many_random_neurons_of_the_layer(ran, truth):
 
 def test_ablations_that_matter_are_counted_exactly(truth):
     """Single neurons hardly change the demo's accuracy: here whole quarters of the layer are taken out, and means are moved."""
-    activity = task.watch(truth.clip, options(), truth.train, 3)
+    activity = task.watch(options(), truth.train, 3)
     sets = [[], list(range(64)), list(range(64, 128)), list(range(128)), list(range(256))]
     labels = truth.test.facts["kind"]
-    accuracy, _ = ablate(truth.clip, options(), truth.test, labels, truth.classes, activity, sets)
+    accuracy, _ = ablate(options(), truth.test, labels, truth.classes, activity, sets)
     assert accuracy == pytest.approx([without(truth, chosen) for chosen in sets])
     assert min(accuracy) < accuracy[0]  # or nothing was compared
     activity.rows.mean += 3
@@ -805,9 +799,7 @@ def test_ablations_that_matter_are_counted_exactly(truth):
             @ truth.maps[chosen]
         )
         moved.append(((embedding @ truth.classes.T).argmax(1) == labels).double().mean().item())
-    assert ablate(truth.clip, options(), truth.test, labels, truth.classes, activity, sets)[
-        0
-    ] == pytest.approx(moved)
+    assert ablate(options(), truth.test, labels, truth.classes, activity, sets)[0] == pytest.approx(moved)
     assert moved != pytest.approx(accuracy)
 
 
@@ -926,7 +918,7 @@ def test_embeddings_that_are_not_numbers_are_refused(truth, monkeypatch):
     with pytest.raises(
         InputError, match="demo-vit in fp32 gives embeddings that are not numbers; try --precision fp32"
     ):
-        task.watch(truth.clip, options(), truth.train, 3)
+        task.watch(options(), truth.train, 3)
 
 
 def test_a_model_in_half_precision_is_run(capsys):

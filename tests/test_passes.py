@@ -13,18 +13,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import Subset
 
 import demo
 from cue import CueVotes
-from data import DemoBirds, InputError, Waterbirds
+from data import DemoBirds, ImageFolder, Waterbirds
 from evaluate import main, parse_args
+from files import InputError
+from masks import DemoMasks, MaskFolder
 from metrics import Segmentation
-from tasks import parts, passes
-from tasks.common import Kept, Reference
+from tasks import checkpoint, passes, processes
+from tasks.accumulators import Largest, Rows, Sums, fresh_copy, load_state_dict, state_dict
+from tasks.checkpoint import Checkpoint
 from tasks.debias import Outcomes
+from tasks.job import Job
 from tasks.neurons import Activity
-from tasks.parts import Largest, Rows, Sums
+from tasks.reference import Kept
 from tasks.waterbirds import Groups
 from textspan import Moments
 from zeroshot import load_clip, weights_hash
@@ -33,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 FAST = ["--limit", "131", "--batch-size", "32", "--workers", "0"]
 
 
-# Parts. Each is made, and filled with the images [start, stop) of one stream.
+# Accumulators. Each is made, and filled with the images [start, stop) of one stream.
 
 generator = torch.Generator().manual_seed(0)
 X = torch.randn(40, 2, 3, 4, generator=generator)  # values [n, L, H, e]
@@ -48,24 +53,17 @@ class Birds:
     classes, y, place, facts = ("a", "b"), LABELS, GROUP % 2, {"kind": TEXT}
 
 
-def sums(part, rows):
-    part.add("x", X[rows].double().sum(dim=0))
-    part.add("count", len(rows))
+def sums(accumulator, rows):
+    accumulator.add("x", X[rows].double().sum(dim=0))
+    accumulator.add("count", len(rows))
 
 
-def votes(part, rows):
-    part.update(X[rows].flatten(1), X[rows])
+def votes(accumulator, rows):
+    accumulator.update(X[rows].flatten(1), X[rows])
 
 
-def segmentation(part, rows):
-    part.update(X[rows, 0], (X[rows, 1] > 0).long())
-
-
-def reference(part, rows):
-    part.values.update(X[rows])
-    part.embedding.update(X[rows, 0, 0])
-    part.add({"mlps": X[rows, 0].double().sum(dim=0), "own": None})
-    part.error = max(part.error, float(X[rows].abs().max()))
+def segmentation(accumulator, rows):
+    accumulator.update(X[rows, 0], (X[rows, 1] > 0).long())
 
 
 class Terms:
@@ -82,26 +80,25 @@ class Firing:
         )
 
 
-PARTS = {
+ACCUMULATORS = {
     "Sums": (Sums, sums),
-    "Rows": (Rows, lambda part, rows: part.add(X[rows])),
-    "Largest": (Largest, lambda part, rows: part.add("x", float(X[rows].max()))),
-    "Moments": (lambda: Moments(4, (2, 3)), lambda part, rows: part.update(X[rows])),
+    "Rows": (Rows, lambda accumulator, rows: accumulator.add(X[rows])),
+    "Largest": (Largest, lambda accumulator, rows: accumulator.add("x", float(X[rows].max()))),
+    "Moments": (lambda: Moments(4, (2, 3)), lambda accumulator, rows: accumulator.update(X[rows])),
     "CueVotes": (lambda: CueVotes(torch.eye(24)[:7], torch.ones(2, 3, 4, 24), torch.zeros(24)), votes),
     "Segmentation": (lambda: Segmentation(clip=True), segmentation),
-    "Reference": (
-        lambda: Reference(Moments(4, (2, 3)), None, None, None, Moments(4), None, 0.0, ""),
-        reference,
+    "Kept": (
+        lambda: Kept(40, 9, 0, slice(1, 2)),
+        lambda accumulator, rows: accumulator.update(Terms(rows), rows),
     ),
-    "Kept": (lambda: Kept(40, 9, 0, slice(1, 2)), lambda part, rows: part.update(Terms(rows), rows)),
     "Activity": (
         lambda: Activity(0, torch.eye(3, 4), kept=9),
-        lambda part, rows: part.update(Firing(rows), rows),
+        lambda accumulator, rows: accumulator.update(Firing(rows), rows),
     ),
-    "Groups": (lambda: Groups(Birds), lambda part, rows: part.update(SCORES[:, rows], rows)),
+    "Groups": (lambda: Groups(Birds), lambda accumulator, rows: accumulator.update(SCORES[:, rows], rows)),
     "Outcomes": (
         lambda: Outcomes(3, LABELS, GROUP),
-        lambda part, rows: part.update(SCORES[:, rows], TEXT[rows], rows),
+        lambda accumulator, rows: accumulator.update(SCORES[:, rows], TEXT[rows], rows),
     ),
 }
 
@@ -120,55 +117,55 @@ def flat(state):
 
 
 def same(one, other, exactly=False):
-    one, other = flat(parts.state(one)), flat(parts.state(other))
+    one, other = flat(state_dict(one)), flat(state_dict(other))
     assert len(one) == len(other) > 0
     tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-9, "atol": 1e-9}
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
 
 
-@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("kind", ACCUMULATORS)
 @settings(max_examples=10, deadline=None)
 @given(cuts=st.lists(st.integers(1, 39), max_size=4, unique=True).map(sorted))
-def test_parts_merge_to_what_one_that_saw_all_holds(kind, cuts):
-    make, fill = PARTS[kind]
+def test_accumulators_merge_to_what_one_that_saw_all_holds(kind, cuts):
+    make, fill = ACCUMULATORS[kind]
     whole, merged = make(), make()
     fill(whole, torch.arange(40))
     for start, stop in zip([0, *cuts], [*cuts, 40], strict=True):
-        part = make()
-        fill(part, torch.arange(start, stop))
-        merged.merge(part)
+        accumulator = make()
+        fill(accumulator, torch.arange(start, stop))
+        merged.merge(accumulator)
     same(whole, merged)
 
 
-@pytest.mark.parametrize("kind", PARTS)
-def test_a_part_restored_from_a_file_is_the_part_and_goes_on_alike(tmp_path, kind):
-    make, fill = PARTS[kind]
-    part, other = make(), make()
-    fill(part, torch.arange(25))
-    torch.save(parts.state(part), tmp_path / "state.pt")
-    seen = parts.state(part)
-    fill(part, torch.arange(25, 40))
-    parts.restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+def test_an_accumulator_loaded_from_a_file_is_the_same_and_goes_on_alike(tmp_path, kind):
+    make, fill = ACCUMULATORS[kind]
+    accumulator, other = make(), make()
+    fill(accumulator, torch.arange(25))
+    torch.save(state_dict(accumulator), tmp_path / "state.pt")
+    seen = state_dict(accumulator)
+    fill(accumulator, torch.arange(25, 40))
+    load_state_dict(other, torch.load(tmp_path / "state.pt", weights_only=True))
     with pytest.raises(AssertionError):  # the control: a state that lacks 15 images is told apart
-        same(part, other, exactly=True)
+        same(accumulator, other, exactly=True)
     fill(other, torch.arange(25, 40))
-    same(part, other, exactly=True)
-    parts.restore(other, seen)  # a state is a copy: what the part did later is not in it
+    same(accumulator, other, exactly=True)
+    load_state_dict(other, seen)  # a state is a copy: what came later is not in it
     with pytest.raises(AssertionError):
-        same(part, other, exactly=True)
+        same(accumulator, other, exactly=True)
 
 
-@pytest.mark.parametrize("kind", PARTS)
-def test_a_twin_does_not_change_the_part_it_is_of(kind):
-    make, fill = PARTS[kind]
-    part = make()
-    fill(part, torch.arange(25))
-    before = copy.deepcopy(parts.state(part))
-    twin = parts.twin(part)
-    parts.restore(twin, parts.state(make()))
-    fill(twin, torch.arange(25, 40))
-    for a, b in zip(flat(before), flat(parts.state(part)), strict=True):
+@pytest.mark.parametrize("kind", ACCUMULATORS)
+def test_a_fresh_copy_does_not_change_the_original(kind):
+    make, fill = ACCUMULATORS[kind]
+    accumulator = make()
+    fill(accumulator, torch.arange(25))
+    before = copy.deepcopy(state_dict(accumulator))
+    copied = fresh_copy(accumulator)
+    load_state_dict(copied, state_dict(make()))
+    fill(copied, torch.arange(25, 40))
+    for a, b in zip(flat(before), flat(state_dict(accumulator)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -258,14 +255,14 @@ sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
 
 DIES = """
 import os
-from tasks import passes
-write, written = passes.Book._write, []
-def dying(book, path, parts, done):
-    write(book, path, parts, done)
+from tasks.checkpoint import Checkpoint
+save, written = Checkpoint.save, []
+def dying(checkpoint, path, accumulators, done):
+    save(checkpoint, path, accumulators, done)
     written.append(path)
     if len(written) == 4 and os.environ["RANK"] == "1":
         os._exit(1)
-passes.Book._write = dying
+Checkpoint.save = dying
 """
 
 
@@ -453,16 +450,16 @@ class Stop(Exception):
 
 def stopped(tmp_path, monkeypatch, after=5, *more):
     """A run that ends in mid-pass, and leaves its state."""
-    write, count = passes.Book._write, []
+    save, count = Checkpoint.save, []
 
-    def counted(book, path, parts, done):
-        write(book, path, parts, done)
+    def counted(checkpoint, path, accumulators, done):
+        save(checkpoint, path, accumulators, done)
         count.append(path)
         if len(count) == after:
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes.Book, "_write", counted)
+        patch.setattr(Checkpoint, "save", counted)
         with pytest.raises(Stop):
             main(
                 [
@@ -540,6 +537,13 @@ def test_the_state_of_another_run_is_refused_and_left(tmp_path, monkeypatch, cap
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def a_job(clip, *options):
+    """As evaluate.py makes it, with a model that is there."""
+    job = Job(parse_args(options))
+    job.clip = clip
+    return job
+
+
 def test_other_labels_or_another_model_are_another_run(waterbirds):
     """The model's name says what has no weights: how images are prepared."""
     from test_evaluate import write_metadata
@@ -551,52 +555,76 @@ def test_other_labels_or_another_model_are_another_run(waterbirds):
             for i, row in enumerate(waterbirds.rows)
         ]
         write_metadata(waterbirds.root, rows)
-        args = parse_args(["--task", "waterbirds", "--data", str(waterbirds.root), *more])
-        found.append(
-            passes.fingerprint(args, clip, Waterbirds(waterbirds.root, "train", clip.preprocess), "test")
-        )
+        job = a_job(clip, "--task", "waterbirds", "--data", str(waterbirds.root), *more)
+        data = Waterbirds(waterbirds.root, "train", clip.preprocess)
+        found.append(checkpoint.fingerprint(job, data, "test"))
     differ = [{key for key in found[0] if found[0][key] != other[key]} for other in found[1:]]
     assert differ == [set(), {"images"}, {"--model"}]
 
 
-class Pictures(list):
-    """A data set as the fingerprint sees it."""
-
-    def __init__(self, count=3, **attributes):
-        super().__init__(range(count))
-        vars(self).update(attributes)
+def with_labels(data, **labels):
+    """The same images with other labels."""
+    vars(data).update(labels)
+    return data
 
 
-PICTURES = [
-    Pictures(),
-    Pictures(4),
-    Pictures(rows=[1, 2, 3]),
-    Pictures(rows=[1, 2, 4]),
-    Pictures(files=[Path("a"), Path("b")]),
-    Pictures(files=[Path("a"), Path("c")]),
-    Pictures(y=torch.tensor([0, 1])),
-    Pictures(place=torch.tensor([0, 1])),
-    Pictures(birds=Pictures(rows=[1])),
-    Pictures(birds=Pictures(rows=[2])),
-    Subset(Pictures(), [0, 1]),
-    Subset(Pictures(), [0, 2]),
-    Subset(Pictures(4), [0, 1]),
-]
+def pictures(folder, preprocess):
+    """Data sets that differ from each other in one thing: images, files, labels, masks, or those taken."""
+    for name in ("a", "b"):
+        for file in (
+            f"{name}/images/1.png",
+            f"{name}/masks/1.png",
+            f"files/{name}/1.png",
+            f"flat/{name}.png",
+        ):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 255).save(folder / file)
+    (folder / "b" / "images" / "1.png").rename(folder / "b" / "images" / "2.png")
+    (folder / "b" / "masks" / "1.png").rename(folder / "b" / "masks" / "2.png")
+
+    def birds(limit=3, seed=0, **labels):
+        return with_labels(DemoBirds("val", preprocess, limit, seed), **labels)
+
+    def files(name, **labels):
+        return with_labels(ImageFolder(folder / name, "test", preprocess), **labels)
+
+    return [
+        birds(),
+        birds(4),
+        birds(seed=1),
+        birds(y=1 - birds().y),
+        birds(place=1 - birds().place),
+        files("flat"),
+        files("files"),
+        files("files/a"),
+        files("files", y=torch.tensor([1, 0])),
+        files("files", place=torch.tensor([1, 0])),
+        MaskFolder(folder / "a", preprocess),
+        MaskFolder(folder / "b", preprocess),
+        with_labels(MaskFolder(folder / "a", preprocess), labels=torch.tensor([0])),
+        DemoMasks(preprocess, 3, split="val"),
+        DemoMasks(preprocess, 3, 1, split="val"),
+        with_labels(DemoMasks(preprocess, 3, split="val"), labels=torch.tensor([0, 0, 0])),
+        Subset(birds(), [0, 1]),
+        Subset(birds(), [0, 2]),
+        Subset(birds(4), [0, 1]),
+    ]
 
 
 def test_what_tells_one_run_from_another(tmp_path, monkeypatch):
     clip = load_clip(device="cpu")
+    first_data, *others = pictures(tmp_path / "pictures", clip.preprocess)
 
-    def mark(data=PICTURES[0], title="test", options=()):
-        return passes.fingerprint(parse_args(["--task", "check", *options]), clip, data, title)
+    def mark(data=first_data, title="test", options=()):
+        return checkpoint.fingerprint(a_job(clip, "--task", "check", *options), data, title)
 
     def differ(*given, **other):
         return {key for key, value in mark(*given, **other).items() if value != first[key]}
 
     first = mark()
-    assert differ(Pictures()) == set()
-    assert [differ(data) for data in PICTURES[1:]] == [{"images"}] * (len(PICTURES) - 1)
-    assert len({str(mark(data)["images"]) for data in PICTURES}) == len(PICTURES)
+    assert differ(DemoBirds("val", clip.preprocess, 3)) == set()
+    assert [differ(data) for data in others] == [{"images"}] * len(others)
+    assert len({str(mark(data)["images"]) for data in (first_data, *others)}) == 1 + len(others)
     assert differ(title="train") == {"pass"}
     assert differ(options=["--batch-size", "3"]) == {"--batch-size"}
     assert differ(options=["--workers", "3", "--out", "elsewhere", "--resume", "--save-every", "1"]) == set()
@@ -605,26 +633,28 @@ def test_what_tells_one_run_from_another(tmp_path, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "tasks").mkdir()
     (tmp_path / "core.py").touch()
-    monkeypatch.setattr(passes, "__file__", str(tmp_path / "tasks" / "passes.py"))
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "tasks" / "checkpoint.py"))
     assert differ() == {"program"}
     monkeypatch.undo()
     other = tmp_path / "bank.txt"
     other.write_text("a bird\n")
-    monkeypatch.setattr(passes, "default_bank", lambda clip: other)
+    monkeypatch.setattr(checkpoint, "default_bank", lambda clip: other)
     assert differ() == {"default bank"}
 
 
 def test_a_picture_that_was_replaced_is_another_run(tmp_path):
-    files = [tmp_path / name for name in ("a.png", "a mask.png")]
-    plain, masked = (
-        Pictures(root=tmp_path, files=["a.png"]),
-        Pictures(root=tmp_path, files=["a.png"], masks=[files[1]]),
-    )
+    files = [tmp_path / "images" / "a.png", tmp_path / "masks" / "a.png"]
+    for file in files:
+        file.parent.mkdir()
+        file.touch()
+    preprocess = load_clip(device="cpu").preprocess
+    plain = ImageFolder(tmp_path / "images", "test", preprocess)
+    masked = MaskFolder(tmp_path, preprocess)
     seen = []
     for change in (None, *files):
         for file in files:
             file.write_bytes(b"other" if file == change else b"one")
-        seen.append((str(passes._names(plain)), str(passes._names(masked))))
+        seen.append((str(plain.fingerprint()), str(masked.fingerprint())))
     before, *after = seen
     assert [(plain != before[0], masked != before[1]) for plain, masked in after] == [
         (True, True),
@@ -636,22 +666,21 @@ def test_other_weights_are_another_run(tmp_path):
     one, other = load_clip(device="cpu"), load_clip(device="cpu")
     with torch.no_grad():
         next(other.model.parameters()).flatten()[0] += 1e-3
-    args, data = parse_args(["--task", "waterbirds"]), DemoBirds("train", one.preprocess)
-    prints = [passes.fingerprint(args, clip, data, "test") for clip in (one, load_clip(device="cpu"), other)]
+    data, prints = DemoBirds("train", one.preprocess), []
+    for clip in (one, load_clip(device="cpu"), other):
+        prints.append(checkpoint.fingerprint(a_job(clip, "--task", "waterbirds"), data, "test"))
     assert prints[0] == prints[1]
     assert {key for key in prints[0] if prints[0][key] != prints[2][key]} == {"weights"}
 
 
 def test_another_bank_of_the_same_name_is_another_run(tmp_path):
     clip, bank = load_clip(device="cpu"), tmp_path / "bank.txt"
-    args, data = (
-        parse_args(["--task", "waterbirds", "--text-bank", str(bank)]),
-        DemoBirds("train", clip.preprocess),
-    )
+    job = a_job(clip, "--task", "waterbirds", "--text-bank", str(bank))
+    data = DemoBirds("train", clip.preprocess)
     found = []
     for text in ("a bird\na dog\n", "a bird\na dog\n", "a bird\na cat\n"):
         bank.write_text(text)
-        found.append(passes.fingerprint(args, clip, data, "test"))
+        found.append(checkpoint.fingerprint(job, data, "test"))
     assert found[0] == found[1]
     assert {key for key in found[0] if found[0][key] != found[2][key]} == {"file of --text_bank"}
 
@@ -721,40 +750,41 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypat
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def book(tmp_path, monkeypatch, rank=0, size=2, *more):
-    monkeypatch.setattr(passes, "world", lambda: (rank, size))
-    monkeypatch.setattr(passes, "broadcast", lambda x, source=0: x)
-    args = parse_args(["--task", "check", "--out", str(tmp_path), *more])
+def a_checkpoint(tmp_path, monkeypatch, rank=0, size=2, *more):
+    monkeypatch.setattr(processes, "process_rank", lambda: rank)
+    monkeypatch.setattr(processes, "process_count", lambda: size)
+    monkeypatch.setattr(processes, "broadcast", lambda x, source=0: x)
     clip = load_clip(device="cpu")
-    return passes.Book(args, clip, DemoBirds("val", clip.preprocess), "a pass")
+    job = a_job(clip, "--task", "check", "--out", str(tmp_path), *more)
+    return Checkpoint(job, DemoBirds("val", clip.preprocess), "a pass")
 
 
 @pytest.mark.parametrize(("rank", "left"), [(0, {"x.1.pt", "x.2.pt"}), (1, {"x.pt", "x.0.pt", "x.2.pt"})])
 def test_a_process_clears_what_is_its_own(tmp_path, monkeypatch, rank, left):
     """The first also what is of all."""
-    found = book(tmp_path, monkeypatch, rank)
+    found = a_checkpoint(tmp_path, monkeypatch, rank)
     found.folder.mkdir(parents=True)
     for name in ("x.pt", "x.0.pt", "x.1.pt", "x.2.pt"):
         (found.folder / name).touch()
-    found._write(found.path, (Sums(),), 0)
+    found.save(found.path, (Sums(),), 0)
     assert {path.name for path in found.folder.iterdir()} == left | {f"a-pass.{rank}.pt"}
 
 
 def test_a_state_is_of_so_many_processes(tmp_path, monkeypatch):
-    found = book(tmp_path, monkeypatch)
-    found._write(found.path, (Sums(),), 3)
-    assert book(tmp_path, monkeypatch, 0, 2, "--resume").restore((Sums(),)) == 3
+    found = a_checkpoint(tmp_path, monkeypatch)
+    found.save(found.path, (Sums(),), 3)
+    assert a_checkpoint(tmp_path, monkeypatch, 0, 2, "--resume").load_unfinished((Sums(),)) == 3
     with pytest.raises(InputError, match="processes differs: 2 then, 3 now"):
-        book(tmp_path, monkeypatch, 0, 3, "--resume").restore((Sums(),))
+        a_checkpoint(tmp_path, monkeypatch, 0, 3, "--resume").load_unfinished((Sums(),))
 
 
 def test_a_state_is_saved_when_its_time_has_come(tmp_path, monkeypatch):
     clock, saved = [0.0], []
-    monkeypatch.setattr(passes.time, "monotonic", lambda: clock[0])
-    found = book(tmp_path, monkeypatch, 0, 1, "--save-every", "10")
-    monkeypatch.setattr(found, "_write", lambda *_: saved.append(clock[0]))
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    found = a_checkpoint(tmp_path, monkeypatch, 0, 1, "--save-every", "10")
+    monkeypatch.setattr(found, "save", lambda *_: saved.append(clock[0]))
     for clock[0] in range(0, 40, 4):
-        found.save((), 0)
+        found.save_if_due((), 0)
     assert saved == [12, 24, 36]
 
 
@@ -771,7 +801,7 @@ def test_a_file_where_the_state_should_be(tmp_path, capsys):
 
 
 def test_a_short_run_leaves_no_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(passes.Book, "_write", lambda *_: pytest.fail("saved"))
+    monkeypatch.setattr(Checkpoint, "save", lambda *_: pytest.fail("saved"))
     assert main(["--task", "check", "--limit", "4", "--out", str(tmp_path)]) == 0
 
 
@@ -792,7 +822,7 @@ def test_states_hold_tensors_and_numbers_alone(tmp_path, monkeypatch):
 def test_an_unreadable_state_is_not_unpickled(tmp_path, monkeypatch, capsys):
     folder = stopped(tmp_path, monkeypatch)
     for path in folder.iterdir():
-        torch.save({"run": {}, "parts": pytest.raises}, path)
+        torch.save({"run": {}, "accumulators": pytest.raises}, path)
     assert main(["--task", "waterbirds", *JOBS["waterbirds"], "--resume", "--out", str(tmp_path)]) == 2
     assert "cannot read the state" in capsys.readouterr().err
 
@@ -809,19 +839,19 @@ def test_images_are_shared_out_whole(count, size):
 
 def test_what_one_process_finds_wrong_all_say(monkeypatch):
     told = {0: None, 1: "its state is broken", 2: None}
-    monkeypatch.setattr(passes, "world", lambda: (0, 3))
-    monkeypatch.setattr(passes, "broadcast", lambda mine, source: told[source])
+    monkeypatch.setattr(processes, "process_count", lambda: 3)
+    monkeypatch.setattr(processes, "broadcast", lambda mine, source: told[source])
     with pytest.raises(InputError, match="its state is broken"):
-        passes.agree(None)
+        processes.raise_everywhere(None)
     told[1] = None
-    passes.agree(None)
+    processes.raise_everywhere(None)
 
 
 def test_an_error_elsewhere_ends_a_process_that_waits(monkeypatch):
     def dead(*_, **__):
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(passes, "world", lambda: (0, 2))
-    monkeypatch.setattr(passes.dist, "broadcast_object_list", dead)
-    with pytest.raises(passes.ElsewhereError, match="another process stopped"):
-        passes.broadcast(None)
+    monkeypatch.setattr(processes, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.dist, "broadcast_object_list", dead)
+    with pytest.raises(processes.OtherProcessError, match="another process stopped"):
+        processes.broadcast(None)

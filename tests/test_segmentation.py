@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import tasks.heatmap
+import tasks.job
 import tasks.segmentation
 import zeroshot
 from baselines import METHODS, Attribution, BaselineError
@@ -40,8 +41,7 @@ load_once = functools.cache(zeroshot.load_clip)  # the tasks leave the model as 
 @pytest.fixture(autouse=True)
 def one_model(monkeypatch):
     """Loading is tested elsewhere; here a hundred runs share a model."""
-    for module in (tasks.segmentation, tasks.heatmap):
-        monkeypatch.setattr(module, "load_clip", load_once)
+    monkeypatch.setattr(tasks.job, "load_clip", load_once)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ TABLE = [
 def demo_run(tmp_path_factory):
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(tasks.segmentation, "load_clip", load_once)
+        patch.setattr(tasks.job, "load_clip", load_once)
         code, results = run(tmp_path_factory.mktemp("demo"), "segmentation", "--workers", "0", *TABLE)
     assert code == 0
     return results, out.getvalue()
@@ -495,7 +495,7 @@ SOME = ["--limit", "20", "--methods", "decomposition", "chefer2021", "centred bl
 @pytest.fixture(scope="module")
 def some_rows(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks.segmentation, "load_clip", load_once)
+        patch.setattr(tasks.job, "load_clip", load_once)
         return segment(tmp_path_factory.mktemp("some"), *SOME)
 
 

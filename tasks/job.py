@@ -1,0 +1,84 @@
+"""One run of evaluate.py: its options, model and images, and what has happened in it so far."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from data import DemoBirds, ImageFolder, Waterbirds
+from files import InputError
+from zeroshot import Bank, Clip, classifier, default_bank, load_bank, load_clip, templates
+
+from .processes import init_processes
+
+Images = DemoBirds | Waterbirds | ImageFolder
+
+
+class Job:
+    """What every task receives. Under torchrun each process has a Job of its own.
+
+    Args:
+        args: the options of evaluate.py. They are read only; what changes during a run is kept in the Job.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.device = init_processes(args.device)
+        self.started = time.monotonic()
+        # While a pass runs, each process has other images, so the others may not see an error of this one.
+        self.in_pass = False
+        self.old_checkpoints_deleted = False
+
+    @cached_property
+    def clip(self) -> Clip:
+        """The model of --model and --pretrained, loaded when it is first needed."""
+        args = self.args
+        return load_clip(args.model, args.pretrained, self.device, args.precision, args.image_size, args.out)
+
+    def load_bank(self) -> Bank:
+        """The descriptions of --text-bank, or the default bank of the model."""
+        return load_bank(self.args.text_bank or default_bank(self.clip))
+
+    def check_finite(self, x: Tensor) -> None:
+        """Refuse a model whose numbers overflow."""
+        if not x.isfinite().all():
+            raise InputError(
+                f"{self.clip.name} in {self.args.precision} gives embeddings that are not numbers; "
+                "try --precision fp32"
+            )
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where this run keeps what --resume needs."""
+        return Path(self.args.out) / self.args.task / ".state"
+
+
+def open_split(job: Job, split: str, default_limit: int | None = None) -> Images:
+    """--data: Waterbirds where it holds metadata.csv, else any folder of images; without it the demo."""
+    args, options = job.args, (job.clip.preprocess, job.args.limit or default_limit, job.args.seed)
+    if args.data is None:
+        return DemoBirds(split, *options)
+    kind = Waterbirds if (Path(args.data) / "metadata.csv").exists() else ImageFolder
+    return kind(args.data, split, *options)
+
+
+def zero_shot_problem(data: Images) -> tuple[list[str], Tensor]:
+    """(the classes' names, the class of each image); in the demo the classes are kinds of birds."""
+    if isinstance(data, DemoBirds):
+        return list(data.kinds), data.facts["kind"]
+    if data.y is None or len(data.classes) < 2:
+        raise InputError(
+            f"{data.root} has no labels: expected folders of images named by their class, two at least"
+        )
+    return list(data.classes), data.y
+
+
+def open_zero_shot(job: Job) -> tuple[Images, list[str], Tensor, Tensor]:
+    """(test images, the classes' names, the class of each image, classes' embeddings [c, d])."""
+    test = open_split(job, "test")
+    names, labels = zero_shot_problem(test)
+    return test, names, labels, classifier(job.clip, names, templates(job.clip), title="classes")

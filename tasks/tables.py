@@ -1,0 +1,95 @@
+"""What is printed: tables, accuracies with their intervals, and the settings above every table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import Dataset
+
+from zeroshot import Clip, templates
+
+from .job import Job
+
+
+def wilson(right: float, count: int) -> tuple[float, float]:
+    """95 % interval of an accuracy (Wilson 1927), which stays inside 0..1 and holds for few images."""
+    z = 1.959964
+    middle = (right + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(right * (1 - right) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def in_percent(accuracy: float, count: int) -> tuple[float, float, float]:
+    """(accuracy, lower and upper end of its 95 % interval), in percent."""
+    low, high = wilson(accuracy, count)
+    return 100 * accuracy, 100 * low, 100 * high
+
+
+def percent(accuracy: float, count: int) -> str:
+    """ "54.8 [51.2, 58.3]": an accuracy in percent with its 95 % interval."""
+    value, low, high = in_percent(accuracy, count)
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def mean_and_std(shares: Sequence[float]) -> str:
+    """ "54.8 ± 2.1", in percent."""
+    values = torch.tensor(shares, dtype=torch.float64)
+    return f"{100 * values.mean():.1f} ± {100 * values.std(correction=0):.1f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as what they hold; the first is aligned to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = zip(row, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
+
+    title = line(header)
+    return "\n".join([title, "-" * len(title), *map(line, rows)])
+
+
+def settings(job: Job, **more: str) -> dict[str, str]:
+    """What every table says of where its numbers come from."""
+    clip, args = job.clip, job.args
+    size = f", images of {args.image_size} pixels" if args.image_size else ""
+    dtype = str(clip.dtype).removeprefix("torch.")
+    model = f"{clip.name}, weights {clip.weights}, {dtype} on {clip.device}{size}"
+    return {"model": model, **more, "seed": str(args.seed)}
+
+
+def print_settings(lines: dict[str, str]) -> None:
+    """Print the lines, their values below each other."""
+    width = max(map(len, lines)) + 2
+    for key, value in lines.items():
+        print(f"{key + ':':<{width}}{value}")
+
+
+def zero_shot_settings(job: Job, test: Dataset, means: str, names: Sequence[str]) -> dict[str, str]:
+    """The settings of a zero-shot task: test images, images that means come from, prompts."""
+    prompts = prompts_of(job.clip, len(names))
+    return {"test": test.description, "means": means_of(job, means), "prompts": prompts}
+
+
+def means_of(job: Job, description: str, note: str = "on the images that are scored") -> str:
+    """The images that means come from, with a note where these are the test images."""
+    return description + (f"; {note}" if job.args.reference == "test" else "")
+
+
+def prompts_of(clip: Clip, classes: int | Sequence[str]) -> str:
+    """Prompt templates and classes of a classifier: how many there are, or what they are."""
+    classes = f"{classes:,} classes" if isinstance(classes, int) else " / ".join(classes)
+    return f"{len(templates(clip))} templates, {classes}; {logits(clip)}"
+
+
+def logits(clip: Clip) -> str:
+    """What the model makes of a cosine: CLIP's softmax or SigLIP's sigmoid; the same class wins."""
+    scale, bias = (getattr(clip.model, name, None) for name in ("logit_scale", "logit_bias"))
+    if scale is None:
+        return "cosines"
+    scale = float(scale.detach().exp())
+    if bias is None:
+        return f"softmax of {scale:.1f} cosine"
+    return f"sigmoid of {scale:.1f} cosine {float(bias.detach()):+.1f}"
