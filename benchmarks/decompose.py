@@ -1,10 +1,10 @@
 """What the decomposition costs: time and peak memory over encode_image (stock open_clip, random weights).
 
-    $ python -m benchmarks.decompose                      # ViT-B-16 and ViT-L-14, batch 16
+    $ python -m benchmarks.decompose                      # a class token, attention pooling twice; batch 8
     $ python -m benchmarks.decompose --models ViT-H-14 --device cuda --precision bf16
 
-Time: each round runs encode_image, decompose, token_scores (10 texts) and neurons (the last layer) one after
-the other. Printed are the median, the smallest and the largest ratio to the encode_image of the same round.
+Time: each round runs encode_image, decompose, heatmap (one text), token_scores (10 texts) and neurons (the last
+layer) one after the other. Printed are the median, the smallest and the largest ratio to the encode_image of the same round.
 
 Memory: each job runs in a process of its own. Printed is its peak, counted from when the model has been
 built, over the peak of a process that runs encode_image; in brackets, the same ratio without the memory that
@@ -23,11 +23,13 @@ from pathlib import Path
 import open_clip
 import torch
 
-from decompose import decompose, neurons, token_scores
+from decompose import decompose, heatmap, token_scores
+from neurons import neurons
 
 JOBS = {
     "encode_image": lambda model, images, texts: model.encode_image(images),
     "decompose": lambda model, images, texts: decompose(model, images),
+    "heatmap": lambda model, images, texts: heatmap(model, images, texts[:1]),
     "token_scores": token_scores,
     "neurons": lambda model, images, texts: neurons(model, images, -1),
 }
@@ -37,8 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=["ViT-B-16", "ViT-L-14"])
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--models", nargs="+", default=["ViT-B-16", "ViT-B-16-SigLIP", "coca_ViT-B-32"])
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
