@@ -4,8 +4,8 @@
         model.encode_image(images)
     calls[0].attention()    # [b, H, N, N] of the first block, whatever its queries and keys are made of
 
-All of them end in F.scaled_dot_product_attention with queries, keys and values: after their norms, rotary or relative
-positions. The function is replaced while the context is open. This file needs torch alone.
+All of them end in F.scaled_dot_product_attention with queries, keys and values, after their norms, rotary or
+relative positions. The function is replaced while the context is open. This file needs torch alone.
 MIT licence, (c) 2026 The TextSpan reference authors.
 
 Axes: b images   H heads   T queries   N tokens   e width of a head

@@ -97,15 +97,13 @@ def decompose(
     """
     tower = open_tower(model, images, convention=convention)
     terms = tower.terms(images, convention)
-    autocast = torch.is_autocast_enabled(images.device.type)
-    rounding = TOLERANCE[torch.bfloat16 if autocast else terms.embedding.dtype]
-    tolerance = rounding if tolerance is None else tolerance
+    if tolerance is None:
+        autocast = torch.is_autocast_enabled(images.device.type)
+        tolerance = TOLERANCE[torch.bfloat16 if autocast else terms.embedding.dtype]
     if tolerance < float("inf") and not terms.error() <= tolerance:
         error = f"relative error {terms.error():.1e}, tolerance {tolerance:.1e} ({terms.embedding.dtype})"
-        where = beside("diagnose") and beside("diagnose").culprit(terms, tower, images, tolerance)
-        raise DecompositionError(
-            f"the terms do not sum to the embedding: {error}; {where or 'see diagnose.py'}"
-        )
+        where = beside("diagnose").culprit(terms, tower, images, tolerance) if beside("diagnose") else ""
+        raise DecompositionError(f"the terms do not sum to the embedding: {error}{where}")
     return terms
 
 
@@ -251,15 +249,15 @@ class ClipTower:
             return terms_of(x, self.W_O, self.read_out(x.last, convention), convention)
 
     def head_maps(self) -> Tensor:
-        with torch.autocast(self.P.device.type, enabled=False):
+        with torch.autocast(self.W_O[0].device.type, enabled=False):
             return torch.stack([W @ self.G() for W in self.W_O])
 
     def scores(self, images: Tensor, texts: Tensor, convention: str, layers: list, by_head=True) -> Tensor:
         """[b, layers, H, N, t]; without `by_head` summed over heads, [b, layers, 1, N, t]."""
         found = {}
 
-        def at_attention(layer: int, A: Tensor, v: Tensor) -> None:
-            scores = A[..., None] * (v @ (self.W_O[layer] @ (self.G(convention) @ texts.T)))  # [b, H, N, t]
+        def at_attention(layer: int, A: Tensor, v_times: Callable) -> None:
+            scores = A[..., None] * v_times(self.W_O[layer] @ (self.G(convention) @ texts.T))  # [b, H, N, t]
             found[layer] = scores if by_head else scores.sum(dim=1, keepdim=True)
 
         x = self.watch(images, at_attention, layers)
@@ -272,7 +270,7 @@ class ClipTower:
             return scores
 
     def watch(self, images: Tensor, at_attention: Callable | None = None, layers: Sequence = ()) -> Written:
-        """Run the model; in these layers call at_attention(layer, A [b, H, N], v [b, H, N, e])."""
+        """Run the model; in these layers call at_attention(layer, A [b, H, N], a function from x to v x)."""
         stem, z, own, mlps, last = [], [], [], [], []
 
         def before_attention(layer: int, attn: nn.MultiheadAttention, args: tuple) -> None:
@@ -285,7 +283,8 @@ class ClipTower:
             z.append(einsum("bHD,HeD->bHe", einsum("bHN,bND->bHD", A, y), W_V) + b_V)
             own.append(A[:, :, :1] * (einsum("bD,HeD->bHe", y[:, 0], W_V) + b_V))
             if layer in layers:
-                at_attention(layer, A, einsum("bND,HeD->bHNe", y, W_V) + b_V[:, None])
+                vx = lambda x: einsum("bND,HDt->bHNt", y, W_V.mT @ x) + b_V[:, None] @ x  # noqa: E731
+                at_attention(layer, A, vx)  # never v itself: t columns cost less than e
 
         hooks = [(self.blocks[0].register_forward_pre_hook, lambda _, args: stem.append(self.token(args[0])))]
         hooks.append((self.blocks[-1].register_forward_hook, lambda _, args, x: last.append(self.token(x))))

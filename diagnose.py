@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def culprit(terms: Decomposition, tower: ClipTower, images: Tensor, tolerance: float) -> str:
-    """Both norms, which block does not add up, and where in it: the end of a sentence. The model runs once more."""
+    """Both norms, and which block does not add up, as the end of a sentence. The model runs once more."""
     total, embedding = terms.total().norm(), terms.embedding.to(terms.stem.dtype).norm()
     norms = f"; norm of the sum {total:.6g}, norm of the embedding {embedding:.6g}; "
     attention, stream = [], []  # L x [b, D], L + 1 x [b, D]

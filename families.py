@@ -1,29 +1,30 @@
-"""open_clip's other vision transformers for decompose.py: SigLIP, EVA, CoCa, CLIPA, ViTamin, MobileCLIP, PE, ...
+"""open_clip's other vision transformers for decompose.py: SigLIP, EVA, CoCa, CLIPA, ViTamin, MobileCLIP, PE.
 
 They differ from CLIP's class-token ViT in three places. Each is linear, too, once norms and pooling attention
 are held fixed at their values from this forward pass:
 
-* The way from heads (or neurons) to the residual stream: perhaps a norm, a linear map, perhaps a norm, perhaps
-  LayerScale. See `WayOut`.
+* The way from heads (or neurons) to the residual stream: perhaps a norm, a linear map, perhaps a norm,
+  perhaps LayerScale. See blocks.py.
 * What queries and keys are made of: norms, rotary or relative positions. All these towers end in
   F.scaled_dot_product_attention, where attention.py intercepts them.
-* The read-out. A mean of tokens T reads one virtual token, x = sum over T of w_T x_T, whose weights w sum to one.
-  With a LayerNorm before the mean, w_T is proportional to 1 / sigma_T, and sigma is the harmonic mean of the
-  tokens' sigmas. See `Mean`. Attention pooling is a sum of such read-outs, one for each pooling head. See `Pooled`.
+* The read-out. A mean of tokens T reads one virtual token, x = sum over T of w_T x_T. The weights w sum to one;
+  with a LayerNorm before the mean, w_T is proportional to 1 / sigma_T, and sigma is the harmonic mean of the
+  tokens' sigmas. See `Mean`. Attention pooling is a sum of such read-outs, one for each of its heads. See
+  `Pooled`.
 
 So decompose.py's formulas hold for every virtual token. One forward pass serves all: what is written on the
-tokens is kept until their weights are known, which depend on the last layer. This file needs torch, decompose.py
-and attention.py beside it. MIT licence, (c) 2026 The TextSpan reference authors.
+tokens is kept until their weights are known, which depend on the last layer. This file needs torch, and
+decompose.py, attention.py and blocks.py beside it. MIT licence, (c) 2026 The TextSpan reference authors.
 
-Axes as in decompose.py, and   T tokens that are read out   r virtual tokens   q queries, p heads of the pooling
-                               n features: the values of all heads, or the neurons of an MLP
+Axes as in decompose.py, and T tokens that are read out, r virtual tokens, q queries and p heads of a pooling.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -32,9 +33,11 @@ from torch import Tensor, einsum, nn
 try:
     from . import decompose as core
     from .attention import Call, attention_calls
+    from .blocks import Block, child, divisor, gamma_beta, native_block, require, through_norm, timm_block
 except ImportError:  # not in a package
     import decompose as core
     from attention import Call, attention_calls
+    from blocks import Block, child, divisor, gamma_beta, native_block, require, through_norm, timm_block
 
 ClipTower, ReadOut, Written, upcast = core.ClipTower, core.ReadOut, core.Written, core.upcast
 Decomposition, DecompositionError = core.Decomposition, core.DecompositionError
@@ -43,225 +46,118 @@ KEPT_BYTES = 1e9  # of what is kept of a batch until the weights are known; larg
 QUERIES = 64  # whose attention is formed at a time: never [N, N] of all tokens
 
 
-# Blocks.
-
-
-@dataclass
-class WayOut:
-    """From features h [b, T, n] to the residual stream: gain * outer(linear(inner(h))).
-
-    With the norms' divisors held fixed (s of the inner, u of the outer) this is h @ maps / (s u) + bias.
-    """
-
-    linear: nn.Linear
-    inner: nn.LayerNorm | None = None
-    outer: nn.LayerNorm | None = None
-    gain: Tensor | float = 1.0  # [D] LayerScale
-
-    def maps(self) -> Tensor:
-        """[n, D] what a unit of each feature adds, apart from the divisors."""
-        W = through_norm(self.inner, upcast(self.linear.weight).T)
-        return (W if self.outer is None else centre(W) * gamma_beta(self.outer, W)[0]) * self.gain
-
-    def freeze(self, h: Tensor, written: Tensor | None) -> tuple[Tensor, Tensor]:
-        """1 / (s u) [b, T], and the bias [b, T, D]; [1, 1, D] without the outer norm, which was given `written`."""
-        W, divisors = upcast(self.linear.weight).T, torch.ones_like(h[..., :1])
-        bias = torch.zeros_like(W[:1]) if self.linear.bias is None else upcast(self.linear.bias)[None]
-        if self.inner is not None:
-            divisors, bias = divisor(self.inner, h), bias + gamma_beta(self.inner, W)[1] @ W
-        if self.outer is not None:
-            u, (gamma, beta) = divisor(self.outer, written), gamma_beta(self.outer, W)
-            divisors, bias = divisors * u, centre(bias) * gamma / u + beta
-        return 1 / divisors[..., 0], (bias * self.gain).view(-1, *bias.shape[-2:])
-
-
-@dataclass
-class Block:
-    """What the blocks of all families have in common."""
-
-    module: nn.Module
-    attention: WayOut
-    attention_written: nn.Module  # its output is what the attention adds to the stream
-    mlp_written: nn.Module  # its output is what the MLP adds
-    mlp: Callable[[], WayOut]  # raises DecompositionError where neurons cannot be told apart
-    head_scale: Tensor | None = None  # [H, 1, 1] values are multiplied by it
-
-
-def native_block(block: nn.Module) -> Block:
-    """open_clip's ResidualAttentionBlock and CustomResidualAttentionBlock."""
-    for name in ("ln_1", "attn", "ls_1", "ls_2", "mlp"):
-        require(hasattr(block, name), f"block {type(block).__name__} has no {name}")
-    require(not hasattr(block, "ln_1_kv"), f"block {type(block).__name__} attends to another input")
-    attn, mlp = block.attn, block.mlp
-    known = getattr(attn, "in_proj_weight", None) is not None and hasattr(attn, "out_proj")
-    require(known, f"attention {type(attn).__name__} has no in_proj_weight and out_proj")
-    dot = getattr(attn, "logit_scale", None) is None
-    require(dot, "its scaled cosine attention does not run in open_clip 3.3, and is not supported")
-    within = getattr(attn, "bias_k", None) is None and not getattr(attn, "add_zero_attn", False)
-    require(within, "attention with add_bias_kv or add_zero_attn attends to tokens that are not in the image")
-
-    def mlp_way_out() -> WayOut:
-        steps = [name for name, step in mlp.named_children() if not isinstance(step, nn.Identity)]
-        found = ", ".join(steps) if isinstance(mlp, nn.Sequential) else type(mlp).__name__
-        known = found in ("c_fc, gelu, c_proj", "c_fc, gelu, ln, c_proj")
-        require(known, f"is {found}; expected c_fc, gelu, c_proj, with or without a norm ln before c_proj")
-        return WayOut(child(mlp, "c_proj", nn.Linear), child(mlp, "ln"), gain=gain(block, "ls_2"))
-
-    way_out = WayOut(attn.out_proj, child(attn, "ln_inner"), child(block, "ln_attn"), gain(block, "ls_1"))
-    return Block(block, way_out, block.ls_1, block.ls_2, mlp_way_out, getattr(attn, "head_scale", None))
-
-
-PRE_NORM = ("Block", "RelPosBlock", "EvaBlock")
-POST_NORM = ("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm")
-
-
-def timm_block(block: nn.Module) -> Block:
-    """timm's blocks with one attention and one MLP, with their norms before or after them."""
-    kind, known = type(block).__name__, PRE_NORM + POST_NORM
-    require(kind in known, f"its blocks are {kind}; expected one of {', '.join(known)}")
-    for name in ("attn", "mlp", "drop_path1", "drop_path2"):
-        require(hasattr(block, name), f"block {kind} has no {name}")
-    attn, mlp, post = block.attn, block.mlp, kind in POST_NORM
-    name, gated = f"attention {type(attn).__name__}", getattr(attn, "gate", None) is not None
-    require(isinstance(getattr(attn, "proj", None), nn.Linear), f"{name} has no linear proj")
-    require(not gated, f"{name} is gated: what a head writes is no linear map of its values")
-
-    def mlp_way_out() -> WayOut:
-        last = "fc2" if hasattr(mlp, "fc2") else "w2"  # GeGluMlp has w2, and its norm at the entrance
-        require(hasattr(mlp, last), f"is {type(mlp).__name__}; expected fc2 or w2 as its last linear map")
-        inner = child(mlp, "norm") if last == "fc2" else None
-        return WayOut(
-            child(mlp, last, nn.Linear),
-            inner,
-            child(block, "norm2") if post else None,
-            gain(block, "ls2", "gamma_2"),
-        )
-
-    way_out = WayOut(
-        attn.proj, child(attn, "norm"), child(block, "norm1") if post else None, gain(block, "ls1", "gamma_1")
-    )
-    return Block(block, way_out, block.drop_path1, block.drop_path2, mlp_way_out)
-
-
 # Read-outs.
 
 
 @dataclass
-class Seen:
-    """What a forward pass wrote on the tokens that are read out; the lists hold a tensor for each layer."""
-
-    embedding: Tensor | None = None  # [b, d]
-    stem: Tensor | None = None  # [b, T, D]
-    z: list[Tensor] = field(default_factory=list)  # [b, T, H e] attention-weighted values
-    own: list[Tensor] = field(default_factory=list)  # [b, H, e] a class token's part of them
-    scales: list[Tensor] = field(default_factory=list)  # [b, T] 1 / divisors of the norms behind the heads
-    b_O: list[Tensor] = field(default_factory=list)  # [b, T, D] or [1, 1, D] what belongs to no head
-    mlps: list[Tensor] = field(default_factory=list)  # [b, T, D]
-    last: Tensor | None = None  # [b, T, D]
-    calls: dict[int, Call] = field(default_factory=dict)  # of the layers whose source tokens are wanted
-    pooling: Sequence[Call] = ()  # after the last block
-    pool_mlp: Tensor | None = None  # [b, q, D'] what the pooling's own MLP wrote
-
-
-@dataclass
 class Virtual:
-    """A virtual token, and how it is read out: x G / sigma, times `up` where there is one."""
+    """r virtual tokens and their read-out: the sum of their x G / sigma, times `up` where there is one."""
 
-    weights: Tensor  # [b, T] they sum to one
+    weights: Tensor  # [b, r, T] the virtual tokens' parts of the tokens; they sum to one
     out: ReadOut
-    up: Tensor | None = None  # [e, d]
+    up: Tensor | None = None  # [r, e, d]
+    pool: Tensor | None = None  # [b, d] the term of the pooling's own MLP
+
+    def lift(self, read: Tensor) -> Tensor:
+        """[b, ..., d] of the embedding, from what was read of all virtual tokens [r b, ..., e]."""
+        if self.up is None:
+            return read
+        rows = read.unflatten(0, (len(self.up), -1)).movedim(0, -2)  # [b, ..., r, e]
+        return rows.flatten(-2) @ self.up.flatten(0, 1)
+
+
+class Rows(ReadOut):
+    """The read-outs of r virtual tokens, G [r, D, e]; whatever has a batch has r times b."""
+
+    def read(self, written: Tensor) -> Tensor:
+        """[r b, ..., e] from [r b, ..., D]"""
+        rows = written.reshape(len(self.G), -1, written.shape[-1]) @ self.G
+        return rows.view(*written.shape[:-1], -1) / self.sigma.view(-1, *[1] * (written.ndim - 1))
 
 
 @dataclass
 class Mean:
-    """A class token or a mean of tokens: perhaps a norm before, perhaps a norm after, linear maps."""
+    """A class token or a mean of tokens: perhaps a norm before or after the mean, linear maps."""
 
     name: str
     targets: slice  # which tokens
-    before: nn.LayerNorm | None
-    after: nn.LayerNorm | None
+    norm: nn.LayerNorm | None
+    norm_first: bool
     maps: list[tuple[Tensor, Tensor | None]]  # [in, out] and bias [out] of each
     like: Tensor  # [D] of the stream's width, for precision and device
 
     def G(self, convention: str = "term") -> Tensor:
         """[D, d]"""
-        P, *more = [upcast(matrix) for matrix, _ in self.maps] or [
-            torch.diag(torch.ones_like(upcast(self.like)))
-        ]
-        for matrix in more:
-            P = P @ matrix
-        centring = convention == "term"
-        return through_norm(self.before, through_norm(self.after, P, centring), centring)
+        P = upcast(self.maps[0][0]) if self.maps else torch.diag(torch.ones_like(upcast(self.like)))
+        for matrix, _ in self.maps[1:]:
+            P = P @ upcast(matrix)
+        return through_norm(self.norm, P, centring=convention == "term")
 
     def freeze(self, x: Tensor, convention: str = "term") -> Virtual:
         """From the last residual x [b, T, D]."""
-        inverse = torch.ones_like(x[..., 0]) if self.before is None else 1 / divisor(self.before, x)[..., 0]
+        inverse, shift = torch.ones_like(x[..., 0]), torch.zeros_like(x[:, 0])
+        if self.norm is not None:
+            shift = shift + gamma_beta(self.norm, x)[1]
+            inverse = 1 / divisor(self.norm, x)[..., 0] if self.norm_first else inverse
         weights, sigma = inverse / inverse.sum(dim=1, keepdim=True), 1 / inverse.mean(dim=1, keepdim=True)
-        pooled = einsum("bT,bTD->bD", weights, x)
-        G, normed, shift = self.G(convention), pooled, torch.zeros_like(pooled)
-        if self.before is not None:
-            gamma, shift = gamma_beta(self.before, x)
-            normed = centre(pooled) / sigma * gamma + shift
-        if self.after is not None:
-            u, (gamma, beta) = divisor(self.after, normed), gamma_beta(self.after, x)
-            sigma, shift = sigma * u, centre(shift) / u * gamma + beta
+        pooled, G = einsum("bT,bTD->bD", weights, x), self.G(convention)
+        if self.norm is not None and not self.norm_first:
+            sigma = divisor(self.norm, pooled)
         for matrix, bias in self.maps:
             shift = shift @ upcast(matrix) + (0 if bias is None else upcast(bias))
         if convention == "paper":  # G leaves the mean in
             shift = shift - pooled.mean(dim=-1, keepdim=True) / sigma * G.sum(dim=0)
-        return Virtual(weights, ReadOut(G, sigma, shift.expand(len(x), -1)))
+        return Virtual(weights[:, None], ReadOut(G, sigma, shift))
 
 
 @dataclass
 class Pooled:
-    """Attention pooling: a norm, attention of learned queries to the tokens, perhaps an MLP, a read-out of these.
+    """Attention pooling: a norm, attention of learned queries to the tokens, perhaps an MLP, a read-out.
 
-    Pooling head p writes norm(x) W_V,p W_O,p of the tokens, mixed by its attention. So it has a virtual token,
-    whose G is diag(gamma) W_V,p, centred; W_O,p and what comes after is `up`.
+    Pooling head p writes norm(x) W_V,p W_O,p of the tokens, mixed by its attention. So it has a virtual
+    token, whose G is diag(gamma) W_V,p, centred; W_O,p and what comes after is `up`.
     """
 
     name: str
     targets: slice
-    before: nn.LayerNorm | None
+    norm: nn.LayerNorm | None
     heads: int
     value: tuple[Tensor, Tensor | None]  # weight [p e, D] and bias
     out: nn.Linear  # [D', p e]
     then: Mean  # of the queries
     mlp: nn.Module | None = None
 
-    def freeze(self, seen: Seen) -> tuple[list[Virtual], Tensor, Tensor | None]:
-        """The virtual tokens, the shift [b, d], and the term of the pooling's MLP [b, d]."""
-        times = f"{len(seen.pooling)} times, expected once"
-        require(len(seen.pooling) == 1, f"its pooling called F.scaled_dot_product_attention {times}")
-        (weight, bias), call, queries = self.value, seen.pooling[0], self.then.targets
+    def freeze(self, x: Tensor, call: Call, written_by_mlp: Tensor | None) -> tuple[Virtual, Tensor]:
+        """The virtual tokens, and the shift [b, d].
+
+        x: [b, T, D] the last residual; call: of the pooling's attention; written_by_mlp: [b, q, D'].
+        """
+        (weight, bias), queries = self.value, self.then.targets
         W_V = upcast(weight).unflatten(0, (self.heads, -1))  # [p, e, D]
         W_O = upcast(self.out.weight).T.unflatten(0, (self.heads, -1))  # [p, e, D']
         b_V = torch.zeros_like(W_V[..., 0]) if bias is None else upcast(bias).view(W_V.shape[:2])
         b_O = torch.zeros_like(W_O[0, 0]) if self.out.bias is None else upcast(self.out.bias)
         written = einsum("bpqe,peD->bqD", upcast(call.out[:, :, queries]), W_O) + b_O
-        more = torch.zeros_like(written) if seen.pool_mlp is None else upcast(seen.pool_mlp[:, queries])
+        more = torch.zeros_like(written) if written_by_mlp is None else upcast(written_by_mlp[:, queries])
         then = self.then.freeze(written + more)
-
-        inverse = torch.ones_like(seen.last[..., 0])
-        if self.before is not None:
-            inverse = 1 / divisor(self.before, seen.last)[..., 0]
-            b_V = b_V + einsum("D,peD->pe", gamma_beta(self.before, W_V)[1], W_V)  # attention sums to one
-        mixed = einsum("bq,bpqT,bT->bpT", then.weights, call.attention(queries), inverse)
-        tokens = []
-        for p, w in enumerate(mixed.unbind(dim=1)):
-            total = w.sum(dim=1, keepdim=True)
-            out = ReadOut(through_norm(self.before, W_V[p].T), then.out.sigma / total, total * 0)
-            tokens.append(Virtual(w / total, out, W_O[p] @ then.out.G))
+        alpha = then.weights[:, :, None] @ call.attention(queries)  # [b, p, 1, T], mean over queries
+        if self.norm is not None:
+            alpha = alpha / divisor(self.norm, x)[..., 0][:, None, None]
+            b_V = b_V + einsum("D,peD->pe", gamma_beta(self.norm, W_V)[1], W_V)  # attention sums to one
+        total = alpha.sum(dim=-1)  # [b, p, 1]
+        sigma = (then.out.sigma[:, None] / total).transpose(0, 1).flatten(0, 1)  # [p b, 1]
+        G = torch.stack([through_norm(self.norm, W.T) for W in W_V])
+        pool = None if self.mlp is None else then.out.read((then.weights @ more)[:, 0])
         shift = then.out.shift + then.out.read(einsum("pe,peD->D", b_V, W_O)[None] + b_O)
-        pool = None if self.mlp is None else then.out.read(einsum("bq,bqD->bD", then.weights, more))
-        return tokens, shift, pool
+        out = Rows(G, sigma, torch.zeros_like(sigma))
+        return Virtual(alpha[:, :, 0] / total, out, W_O @ then.out.G, pool), shift
 
 
-# The tower.
+# Towers.
 
 
 class Family(ClipTower):
-    """ClipTower's interface for these blocks and read-outs."""
+    """A tower that reads out its class token as CLIP's do, from other blocks or through other norms."""
 
     def __init__(self, model: nn.Module, blocks: list[Block], readout: Mean | Pooled, prefix: int) -> None:
         self.model, self.readout, self.prefix, self.name = model, readout, prefix, readout.name
@@ -270,14 +166,13 @@ class Family(ClipTower):
         batch_first = getattr(getattr(model.visual, "transformer", None), "batch_first", True)
         self.batch_first = getattr(self.blocks[0].attn, "batch_first", batch_first)
         self.W_O = [x.attention.maps().unflatten(0, (x.module.attn.num_heads, -1)) for x in blocks]
-        self.single = isinstance(readout, Mean) and readout.targets == slice(0, 1)
         then = readout if isinstance(readout, Mean) else readout.then
         self.width = then.maps[-1][0].shape[1] if then.maps else len(then.like)
 
     def targets(self, x: Tensor) -> Tensor:
         """[b, T, D] the tokens that are read out; one is copied, since a view would hold on to all."""
         x = upcast((x if self.batch_first else x.transpose(0, 1))[:, self.readout.targets])
-        return x.clone() if self.single else x
+        return x.clone() if x.shape[1] == 1 else x
 
     def token(self, x: Tensor) -> Tensor:
         """[b, D] their mean."""
@@ -288,12 +183,45 @@ class Family(ClipTower):
         embed = getattr(getattr(self.model.visual, "trunk", None), "patch_embed", None)
         return super().grid(images) if embed is None else embed.dynamic_feat_size(tuple(images.shape[-2:]))
 
-    def see(self, images: Tensor, layers: Sequence[int] = ()) -> Seen:
-        """Run the model. Queries, keys and values are kept of these layers."""
-        seen, normed = Seen(), {}
+    def G(self, convention: str = "term") -> Tensor:
+        """[D, d]"""
+        return self.readout.G(convention)
 
-        def before_norm(layer: int, module: nn.Module, args: tuple) -> None:
-            normed[layer] = self.targets(args[0])
+    def read_out(self, x: Tensor, convention: str) -> ReadOut:
+        """Of the last residual x [b, D]."""
+        return self.readout.freeze(x[:, None], convention).out
+
+    def watch(self, images: Tensor, at_attention: Callable | None = None, layers: Sequence = ()) -> Written:
+        """As ClipTower's; A is divided by the norms behind the heads."""
+        z, own, b_O, mlps = [], [], [], []
+
+        def at_block(layer: int, call: Call, normed: Tensor | None) -> None:
+            A, v = call.attention(self.readout.targets)[:, :, 0], upcast(call.v)
+            mixed = einsum("bHN,bHNe->bHe", A, v)
+            scale, bias = self.parts[layer].attention.freeze(mixed.flatten(1)[:, None], normed)
+            A = A * scale[..., None]
+            z.append(mixed * scale[..., None])
+            own.append(A[:, :, :1] * v[:, :, 0])
+            b_O.append(bias[:, 0].expand(len(A), -1))
+            if layer in layers:
+                at_attention(layer, A, lambda x: v @ x)
+
+        embedding, stem, last, _, _ = self.see(images, at_block, mlps.append)
+        z, own, b_O = (torch.stack(parts, dim=1) for parts in (z, own, b_O))
+        return Written(embedding, stem[:, 0], z, own, b_O, torch.cat(mlps, dim=1), last[:, 0])
+
+    def see(self, images: Tensor, at_block: Callable, at_mlp: Callable) -> tuple:
+        """Run the model. Every block calls at_block(layer, call, what a norm behind its attention was given),
+        and at_mlp(what its MLP wrote [b, T, D]).
+
+        Returns:
+            embedding [b, d], stem and last residual [b, T, D], calls of attention after the last block, and
+            what the pooling's MLP wrote.
+        """
+        kept: dict[object, Tensor] = {}
+
+        def keep(name: object, module: nn.Module, args: tuple, *output: Tensor) -> None:
+            kept[name] = self.targets(output[0] if output else args[0])
 
         def before_mlp(layer: int, module: nn.Module, args: tuple) -> None:  # the block's attention is over
             times = f"{len(calls)} times, expected once" + ("" if calls else " (is TIMM_FUSED_ATTN=0 set?)")
@@ -303,127 +231,141 @@ class Family(ClipTower):
             require(within, f"block {layer} attends to tokens that are not in the image")
             if head_scale is not None:
                 call = replace(call, v=call.v * head_scale, out=call.out * head_scale)
-            z = upcast(call.out[:, :, self.readout.targets])
-            if self.single:  # worked out in full precision, whatever the pass's
-                A, v = call.attention(self.readout.targets), upcast(call.v)
-                z = A @ v
-            seen.z.append(z.transpose(1, 2).flatten(2))
-            scale, bias = self.parts[layer].attention.freeze(seen.z[-1], normed.pop(layer, None))
-            seen.scales.append(scale)
-            seen.b_O.append(bias)
-            if self.single:
-                seen.own.append(A[:, :, 0, :1] * v[:, :, 0] * scale[..., None])
-            if layer in layers:
-                seen.calls[layer] = call
-
-        def keep(name: str, module: nn.Module, args: tuple, *output: Tensor) -> None:
-            setattr(seen, name, self.targets(output[0] if output else args[0]))
+            at_block(layer, call, kept.pop(layer, None))
 
         hooks = [(self.blocks[0].register_forward_pre_hook, partial(keep, "stem")), *self.hooks]
         for layer, block in enumerate(self.parts):
             if block.attention.outer is not None:
-                hooks.append((block.attention.outer.register_forward_pre_hook, partial(before_norm, layer)))
+                hooks.append((block.attention.outer.register_forward_pre_hook, partial(keep, layer)))
             hooks.append((block.module.mlp.register_forward_pre_hook, partial(before_mlp, layer)))
-            after = block.mlp_written.register_forward_hook
-            hooks.append((after, lambda _, args, x: seen.mlps.append(self.targets(x))))
+            after_mlp = block.mlp_written.register_forward_hook
+            hooks.append((after_mlp, lambda _, args, x: at_mlp(self.targets(x))))
         hooks.append((self.blocks[-1].register_forward_hook, partial(keep, "last")))
         if getattr(self.readout, "mlp", None) is not None:
-            after = self.readout.mlp.register_forward_hook
-            hooks.append((after, lambda _, args, x: setattr(seen, "pool_mlp", x)))
+            after_pool = self.readout.mlp.register_forward_hook
+            hooks.append((after_pool, lambda _, args, x: kept.update(pool=x)))
         with refused(self.model), attention_calls() as calls:
-            seen.embedding, seen.pooling = core.image_embedding(self.model, images, hooks), calls
-        return seen
+            embedding = core.image_embedding(self.model, images, hooks)
+        return embedding, kept["stem"], kept["last"], calls, kept.get("pool")
 
-    def virtual(self, seen: Seen, convention: str = "term") -> tuple:
-        """The virtual tokens, what attention pooling adds to the shift, and the term of its MLP."""
+    def freeze(self, last: Tensor, calls: list[Call], pool: Tensor | None) -> tuple[Virtual, Tensor | float]:
+        """The virtual tokens, and what attention pooling adds to the shift."""
         if isinstance(self.readout, Mean):
-            return [self.readout.freeze(seen.last, convention)], 0.0, None
+            return self.readout.freeze(last), 0.0
         with refused(self.model):
-            return self.readout.freeze(seen)
+            times = f"{len(calls)} times, expected once"
+            require(len(calls) == 1, f"its pooling called F.scaled_dot_product_attention {times}")
+        return self.readout.freeze(last, calls[0], pool)
 
-    def weigh(self, seen: Seen, weights: Tensor) -> list[Written]:
-        """What was written on the virtual tokens that these weights [b, r, T] make."""
-        z = [(weights * scale[:, None]) @ z for z, scale in zip(seen.z, seen.scales, strict=True)]
-        z = torch.stack(z, dim=2).unflatten(3, (len(self.W_O[0]), -1))  # [b, r, L, H, e]
-        own = torch.stack(seen.own, dim=1) if self.single else None
-        b_O = torch.stack([mix(weights, bias) for bias in seen.b_O], dim=2)
-        mlps = torch.stack([weights @ x for x in seen.mlps], dim=2)
-        stem, last = weights @ seen.stem, weights @ seen.last
-        rows = zip(*(x.unbind(dim=1) for x in (stem, z, b_O, mlps, last)), strict=True)
-        return [Written(seen.embedding, s, z, own, b_O, mlps, x) for s, z, b_O, mlps, x in rows]
 
-    def watch(self, images: Tensor) -> Written:
-        """What was written on the mean of the tokens."""
-        seen = self.see(images)
-        with torch.autocast(images.device.type, enabled=False):
-            return self.weigh(seen, torch.full_like(seen.last[:, None, :, 0], 1 / seen.last.shape[1]))[0]
+class PooledFamily(Family):
+    """A tower that reads out several tokens, by a mean or by attention.
+
+    Their weights depend on the last layer, so what is written on all of them is kept until then.
+    """
 
     def in_parts(self, function: Callable, images: Tensor, kept: int) -> list:
-        """The function of parts of a batch. Of a part at most KEPT_BYTES is kept, in `kept` numbers of each token."""
+        """The function of parts of a batch. At most KEPT_BYTES are kept of a part, `kept` numbers a token."""
         rows, columns = self.grid(images)
         size = len(self.W_O) * (self.prefix + rows * columns) * kept * max(4, images.element_size())
-        return [function(part) for part in images.split(max(1, int(KEPT_BYTES / size)))]
+        parts = min(len(images), math.ceil(len(images) * size / KEPT_BYTES))
+        return [function(part) for part in images.tensor_split(parts)]
+
+    def watch_tokens(self, images: Tensor, virtual_of: Callable) -> tuple[Written, Virtual, Tensor | float]:
+        """What was written on the virtual tokens; virtual_of(last residual, calls, pool) says which."""
+        z, scales, b_O, mlps = [], [], [], []  # L x [b, T, H e], [b, T], [b, T, D] or [1, 1, D], [b, T, D]
+
+        def at_block(layer: int, call: Call, normed: Tensor | None) -> None:
+            z.append(upcast(call.out[:, :, self.readout.targets]).transpose(1, 2).flatten(2))
+            scale, bias = self.parts[layer].attention.freeze(z[-1], normed)
+            scales.append(scale)
+            b_O.append(bias)
+
+        embedding, stem, last, *pooling = self.see(images, at_block, mlps.append)
+        with torch.autocast(images.device.type, enabled=False):
+            virtual, shift = virtual_of(last, *pooling)
+            w = virtual.weights
+            z = torch.stack([(w * s[:, None]) @ x for x, s in zip(z, scales, strict=True)], dim=2)
+            b_O, mlps = (torch.stack([mix(w, x) for x in written], dim=2) for written in (b_O, mlps))
+            z = z.unflatten(3, (len(self.W_O[0]), -1))  # [b, r, L, H, e]
+            stem, z, b_O, mlps, last = (
+                x.transpose(0, 1).flatten(0, 1) for x in (w @ stem, z, b_O, mlps, w @ last)
+            )
+        return Written(embedding, stem, z, None, b_O, mlps, last), virtual, shift
+
+    def watch(self, images: Tensor, at_attention: Callable | None = None, layers: Sequence = ()) -> Written:
+        """On the mean of the tokens."""
+
+        def mean(last: Tensor, *_: object) -> tuple:
+            return Virtual(torch.full_like(last[:, None, :, 0], 1 / last.shape[1]), None), 0.0
+
+        return self.watch_tokens(images, mean)[0]
 
     def terms(self, images: Tensor, convention: str) -> Decomposition:
         """The decomposition: the sum of those of the virtual tokens."""
 
         def of_part(images: Tensor) -> Decomposition:
-            seen = self.see(images)
+            x, virtual, shift = self.watch_tokens(images, self.freeze)
             with torch.autocast(images.device.type, enabled=False):
-                tokens, shift, pool = self.virtual(seen, convention)
-                written = self.weigh(seen, torch.stack([token.weights for token in tokens], dim=1))
-                pairs = zip(written, tokens, strict=True)
-                read = [core.terms_of(x, self.W_O, token.out, convention) for x, token in pairs]
-                if tokens[0].up is None:
-                    return read[0]
-                pairs = list(zip(read, tokens, strict=True))
-                stem, heads, mlps, constant = (
-                    sum(getattr(x, name) @ token.up for x, token in pairs)
-                    for name in ("stem", "heads", "mlps", "constant")
+                terms = core.terms_of(x, self.W_O, virtual.out, "term")
+                if virtual.up is None:
+                    return terms
+                names = ("stem", "heads", "mlps", "constant")
+                stem, heads, mlps, constant = (virtual.lift(getattr(terms, name)) for name in names)
+                return replace(
+                    terms,
+                    stem=stem,
+                    heads=heads,
+                    mlps=mlps,
+                    constant=constant + shift,
+                    values=heads,
+                    pool=virtual.pool,
                 )
-                return Decomposition(seen.embedding, stem, heads, mlps, constant + shift, heads, None, pool)
 
         H, e, D = self.W_O[0].shape
-        parts = [of_part(images)] if self.single else self.in_parts(of_part, images, H * e + D)
-        fields = zip(*(vars(part).values() for part in parts), strict=True)
+        fields = zip(*(vars(x).values() for x in self.in_parts(of_part, images, H * e + D)), strict=True)
         return Decomposition(*(None if x[0] is None else torch.cat(x) for x in fields))
 
     def head_maps(self) -> Tensor:
         """[L, H, e, d]; under attention pooling a head's values are its term."""
         if isinstance(self.readout, Mean):
-            with torch.autocast(self.W_O[0].device.type, enabled=False):
-                return torch.stack([W_O @ self.readout.G() for W_O in self.W_O])
+            return super().head_maps()
         return torch.eye(self.width).to(self.W_O[0]).expand(len(self.W_O), len(self.W_O[0]), -1, -1)
 
     def scores(self, images: Tensor, texts: Tensor, convention: str, layers: list, by_head=True) -> Tensor:
         """As ClipTower's."""
 
         def of_part(images: Tensor) -> Tensor:
-            seen, found = self.see(images, layers), {}
-            with torch.autocast(images.device.type, enabled=False):
-                tokens, _, _ = self.virtual(seen, convention)
-                weights = torch.stack([x.weights / x.out.sigma for x in tokens], dim=1)  # [b, r, T]
-                sought = [x.out.G @ (texts.T if x.up is None else x.up @ texts.T) for x in tokens]  # [D, t]
-                for layer, call in seen.calls.items():
-                    A = self.attention(call, weights * seen.scales[layer][:, None])  # [b, H, r, N]
-                    v, W_O = upcast(call.v), self.W_O[layer]
-                    pairs = zip(A.unbind(dim=2), sought, strict=True)
-                    scores = sum(A_r[..., None] * (v @ (W_O @ text)) for A_r, text in pairs)
-                    found[layer] = scores if by_head else scores.sum(dim=1, keepdim=True)
-                scores = torch.stack([found[layer] for layer in layers], dim=1)
-                if convention == "paper":
-                    x = self.weigh(seen, tokens[0].weights[:, None])[0]
-                    shares = tokens[0].out.layer_shares(x)[:, layers] @ texts.T
-                    scores = scores + shares[:, :, None, None] / scores.shape[2:4].numel()
-                return scores
+            kept, found = {}, {}
 
-        H, e, D = self.W_O[0].shape
-        return torch.cat(self.in_parts(of_part, images, 4 * H * e + D))
+            def at_block(layer: int, call: Call, normed: Tensor | None) -> None:
+                if layer in layers:
+                    z = upcast(call.out[:, :, self.readout.targets]).transpose(1, 2).flatten(2)
+                    kept[layer] = call, self.parts[layer].attention.freeze(z, normed)[0]
+
+            _, _, *ends = self.see(images, at_block, lambda x: None)
+            with torch.autocast(images.device.type, enabled=False):
+                virtual, _ = self.freeze(*ends)
+                r = virtual.weights.shape[1]
+                weights = virtual.weights / virtual.out.sigma.view(r, -1, 1).transpose(0, 1)
+                sought = virtual.out.G @ (
+                    texts.T if virtual.up is None else virtual.up @ texts.T
+                )  # [r, D, t]
+                sought = sought.view(r, -1, len(texts)).movedim(0, 1).flatten(1)  # [D, r t]
+                for layer, (call, scale) in kept.items():
+                    A = self.attention(call, weights * scale[:, None])  # [b, H, r, N]
+                    by_row = (upcast(call.v) @ (self.W_O[layer] @ sought)).unflatten(3, (r, -1))
+                    scores = einsum("bHrN,bHNrt->bHNt", A, by_row)
+                    found[layer] = scores if by_head else scores.sum(dim=1, keepdim=True)
+                return torch.stack([found[layer] for layer in layers], dim=1)
+
+        H, e, _ = self.W_O[0].shape
+        return torch.cat(self.in_parts(of_part, images, 3 * H * e))
 
     def attention(self, call: Call, weights: Tensor) -> Tensor:
         """[b, H, r, N] the attention of the virtual tokens that these weights [b, r, T] make."""
         A, count = 0.0, weights.shape[2]
-        start = 0 if self.single else call.q.shape[2] - count
+        start = call.q.shape[2] - count
         for first in range(0, count, QUERIES):
             part = call.attention(slice(start + first, start + min(first + QUERIES, count)))
             A = A + weights[:, None, :, first : first + QUERIES] @ part
@@ -444,12 +386,6 @@ REFUSED = {
     "FastVit": "a FastViT mixes tokens by convolutions in most stages, which share no residual stream",
     "SwinTransformer": "a Swin merges tokens between stages, which do not share one residual stream",
 }
-
-
-def require(condition: bool, reason: str) -> None:
-    """The fence around what is exact here."""
-    if not condition:
-        raise DecompositionError(reason)
 
 
 @contextmanager
@@ -484,7 +420,7 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
         if ClipTower.fits(model) and is_plain(visual):
             return ClipTower(model)
         family = timm_tower(model) if hasattr(visual, "trunk") else native_tower(model)
-        one_norm = family.single and (family.readout.before is None) != (family.readout.after is None)
+        one_norm = type(family) is Family and family.readout.norm is not None
         meaning = (
             'convention="paper" is defined for a class token that is read out behind one norm; use "term"'
         )
@@ -493,7 +429,7 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
 
 
 def is_plain(visual: nn.Module) -> bool:
-    """Does it have the weights that ClipTower takes for granted, and no others? (LayerScale may be missing.)"""
+    """Does it have the weights that ClipTower takes for granted, and no others but LayerScale's?"""
     weights = {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
     for block in visual.transformer.resblocks:
         parts, attention = {name for name, _ in block.named_children()}, dict(block.attn.named_parameters())
@@ -502,6 +438,12 @@ def is_plain(visual: nn.Module) -> bool:
             return False
     norm = getattr(visual, "ln_post", None)
     return isinstance(norm, nn.LayerNorm) and len(list(norm.parameters())) == 2 and visual.proj is not None
+
+
+def family_of(model: nn.Module, blocks: list[Block], readout: Mean | Pooled, prefix: int) -> Family:
+    """One token or several?"""
+    single = isinstance(readout, Mean) and readout.targets == slice(0, 1)
+    return (Family if single else PooledFamily)(model, blocks, readout, prefix)
 
 
 def native_tower(model: nn.Module) -> Family:
@@ -520,15 +462,15 @@ def native_tower(model: nn.Module) -> Family:
     name, targets = ("class token", slice(0, 1)) if pool == "tok" else ("mean of patches", slice(1, None))
     maps = [] if visual.proj is None else [(visual.proj, None)]
     like = next(visual.parameters()).new_empty(ln_post.normalized_shape)
-    last = getattr(visual, "final_ln_after_pool", False) and pooler is None
-    readout = Mean(name, targets, None if last else ln_post, ln_post if last else None, maps, like)
+    norm_first = pooler is not None or not getattr(visual, "final_ln_after_pool", False)
+    readout = Mean(name, targets, ln_post, norm_first, maps, like)
     if pooler is not None:  # latents attend to the normed tokens, and are read out as tokens would be
         attn, before = pooler.attn, child(pooler, "ln_k")
         weight = attn.v_proj_weight if attn.in_proj_weight is None else attn.in_proj_weight.chunk(3)[2]
         value = weight, None if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)[2]
         everything, heads = slice(None), attn.num_heads
         readout = Pooled("attention pooling", everything, before, heads, value, attn.out_proj, readout)
-    return Family(model, [native_block(block) for block in visual.transformer.resblocks], readout, 1)
+    return family_of(model, [native_block(block) for block in visual.transformer.resblocks], readout, 1)
 
 
 def timm_tower(model: nn.Module) -> Family:
@@ -552,7 +494,7 @@ def timm_tower(model: nn.Module) -> Family:
         kind = type(pooler).__name__
         known = kind == "AttentionPoolLatent" and pooler.pos_embed is None and pooler.pool in ("token", "avg")
         require(known, f"its pooling is {kind} of another kind; expected AttentionPoolLatent")
-        then = Mean("", slice(0, 1) if pooler.pool == "token" else slice(None), None, after, maps, like)
+        then = Mean("", slice(0, 1) if pooler.pool == "token" else slice(None), after, False, maps, like)
         value = pooler.kv.weight.chunk(2)[1], None if pooler.kv.bias is None else pooler.kv.bias.chunk(2)[1]
         # EVA's pooling takes every token, ViT's leaves the prefix out.
         targets = patches if hasattr(trunk, "pool_include_prefix") else slice(None)
@@ -563,51 +505,6 @@ def timm_tower(model: nn.Module) -> Family:
             pool in ("token", "avg"), f"it reads out by pooling {pool!r}; expected 'token', 'avg' or 'map'"
         )
         name, targets = ("class token", slice(0, 1)) if pool == "token" else ("mean of patches", patches)
-        readout = Mean(name, targets, before, after, maps, like)
-    return Family(model, [timm_block(block) for block in trunk.blocks], readout, prefix)
-
-
-# Modules.
-
-
-def child(module: nn.Module, name: str, kind: type = nn.LayerNorm) -> nn.Module | None:
-    """A module's child of that kind and name, None where it has none."""
-    found = getattr(module, name, None)
-    if found is None or isinstance(found, nn.Identity):
-        return None
-    require(isinstance(found, kind), f"has {type(found).__name__} as {name}; expected {kind.__name__}")
-    return found
-
-
-def gain(module: nn.Module, *names: str) -> Tensor | float:
-    """[D] LayerScale of a block, under one of these names, or 1."""
-    for name in names:
-        found = getattr(module, name, None)
-        gamma = getattr(found, "gamma", found)
-        if isinstance(gamma, Tensor):
-            return upcast(gamma)
-    return 1.0
-
-
-def centre(x: Tensor) -> Tensor:
-    """x less its mean over the last axis, as LayerNorm begins."""
-    return x - x.mean(dim=-1, keepdim=True)
-
-
-def divisor(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """[..., 1] what the norm divides x by."""
-    return (x.var(dim=-1, correction=0, keepdim=True) + norm.eps).sqrt()
-
-
-def gamma_beta(norm: nn.LayerNorm, like: Tensor) -> tuple[Tensor, Tensor]:
-    """[D] each; 1 and 0 in the precision of another tensor, where the norm has none."""
-    gamma = like.new_ones(norm.normalized_shape) if norm.weight is None else upcast(norm.weight)
-    return gamma, torch.zeros_like(gamma) if norm.bias is None else upcast(norm.bias)
-
-
-def through_norm(norm: nn.LayerNorm | None, W: Tensor, centring: bool = True) -> Tensor:
-    """[D, d] the map W behind a norm, apart from its divisor: (I - 11'/D) diag(gamma) W."""
-    if norm is None:
-        return W
-    W = gamma_beta(norm, W)[0][:, None] * W
-    return W - W.mean(dim=0) if centring else W
+        require(before is None or after is None, "it has norms both before and after its pooling")
+        readout = Mean(name, targets, before or after, before is not None, maps, like)
+    return family_of(model, [timm_block(block) for block in trunk.blocks], readout, prefix)

@@ -1,15 +1,16 @@
 """An MLP's term of decompose.py, split by neuron.
 
-The MLP writes sum over neurons j of a_j W_j, + bias, onto the residual stream: a_j is the neuron's activation and
-W_j its row of the out-projection. (A gated MLP's neuron is the product of its two halves.) So neuron j's term is
-a_j W_j G / sigma, in the names of decompose.py, which has to be beside this file; families.py, too, for models that
-it takes. MIT licence, (c) 2026 The TextSpan reference authors.
+The MLP writes sum over neurons j of a_j W_j, + bias, onto the residual stream: a_j is the neuron's activation,
+W_j its row of the out-projection. (A gated MLP's neuron is the product of its two halves.) So neuron j's term
+is a_j W_j G / sigma, in the names of decompose.py, which has to be beside this file; families.py, too, for the
+models that it takes. MIT licence, (c) 2026 The TextSpan reference authors.
 
 Axes as in decompose.py, and n neurons of one MLP, r virtual tokens (see families.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ except ImportError:  # not in a package
 
 @dataclass(frozen=True, repr=False)
 class Neurons:
-    """The term of one layer's MLP, split by neuron: neuron j adds activations[:, j] times maps[j] to the embedding.
+    """The term of one layer's MLP, split by neuron: neuron j adds activations[:, j] times maps[j].
 
     The factors are kept, not the products: [b, n, d] takes d times the memory. Under attention pooling every
     pooling head reads a neuron in its own way: one more axis r, and the maps in two factors.
@@ -95,25 +96,20 @@ def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
 def of_clip(tower: core.ClipTower, images: Tensor, layer: int) -> Neurons:
     """Of CLIP's class token."""
     block, kept = tower.blocks[layer], {}
-
-    def keep(name: str, module: nn.Module, args: tuple, *output: Tensor) -> None:
-        kept[name] = tower.token(output[0] if output else args[0])
-
+    mlp = getattr(block, "ls_2", block.mlp)  # LayerScale, where there is one
     hooks = [
-        (block.mlp.c_proj.register_forward_pre_hook, partial(keep, "activations")),
-        (getattr(block, "ls_2", block.mlp).register_forward_hook, partial(keep, "written")),
-        (tower.blocks[-1].register_forward_hook, partial(keep, "last")),
+        (block.mlp.c_proj.register_forward_pre_hook, partial(keep, kept, "activations", tower.token)),
+        (mlp.register_forward_hook, partial(keep, kept, "written", tower.token)),
+        (tower.blocks[-1].register_forward_hook, partial(keep, kept, "last", tower.token)),
     ]
     embedding = core.image_embedding(tower.model, images, hooks)
     with torch.autocast(images.device.type, enabled=False):
         out = tower.read_out(kept["last"], "term")
         W, bias = core.upcast(block.mlp.c_proj.weight).T, block.mlp.c_proj.bias  # [n, D], [D]
+        gain = core.upcast(getattr(mlp, "gamma", torch.ones_like(W[0])))
         bias = torch.zeros_like(W[0]) if bias is None else core.upcast(bias)
-        layer_scale = getattr(getattr(block, "ls_2", None), "gamma", None)
-        if layer_scale is not None:
-            W, bias = W * core.upcast(layer_scale), bias * core.upcast(layer_scale)
-        term, constant = out.read(kept["written"]), out.read(bias[None])
-        return Neurons(embedding, term, kept["activations"] / out.sigma, W @ out.G, constant)
+        term, constant = out.read(kept["written"]), out.read((bias * gain)[None])
+        return Neurons(embedding, term, kept["activations"] / out.sigma, (W * gain) @ out.G, constant)
 
 
 def of_family(tower: Any, images: Tensor, layer: int) -> Neurons:
@@ -121,27 +117,29 @@ def of_family(tower: Any, images: Tensor, layer: int) -> Neurons:
     families, kept = core.beside("families"), {}
     with families.refused(tower.model, f"the MLP of block {layer} "):
         way_out = tower.parts[layer].mlp()
-    first = way_out.linear if way_out.inner is None else way_out.inner  # what reads the neurons
-    tower.hooks = [(first.register_forward_pre_hook, lambda _, args: kept.update(h=tower.targets(args[0])))]
+    reader = way_out.linear if way_out.inner is None else way_out.inner
+    mlp = tower.parts[layer].mlp_written
+    tower.hooks = [
+        (reader.register_forward_pre_hook, partial(keep, kept, "activations", tower.targets)),
+        (mlp.register_forward_hook, partial(keep, kept, "written", tower.targets)),
+    ]
     if way_out.outer is not None:
-        register = way_out.outer.register_forward_pre_hook
-        tower.hooks.append((register, lambda _, args: kept.update(normed=tower.targets(args[0]))))
-    seen = tower.see(images)
+        before_norm = way_out.outer.register_forward_pre_hook
+        tower.hooks.append((before_norm, partial(keep, kept, "normed", tower.targets)))
+    embedding, _, *ends = tower.see(images, lambda *_: None, lambda *_: None)
     with torch.autocast(images.device.type, enabled=False):
-        tokens, _, _ = tower.virtual(seen)
-        weights = torch.stack([token.weights for token in tokens], dim=1)  # [b, r, T]
-        scale, bias = way_out.freeze(kept["h"], kept.get("normed"))
-        sigma = torch.stack([token.out.sigma for token in tokens], dim=1)  # [b, r, 1]
-        activations = (weights * scale[:, None]) @ kept["h"] / sigma  # [b, r, n]
-        maps = torch.stack([way_out.maps() @ token.out.G for token in tokens])  # [r, n, e]
-        up = None if tokens[0].up is None else torch.stack([token.up for token in tokens])  # [r, e, d]
-        terms = []
-        for written in (seen.mlps[layer], bias):
-            rows = families.mix(weights, written).unbind(dim=1)  # r x [b, D]
-            read = [token.out.read(x) for token, x in zip(tokens, rows, strict=True)]
-            terms.append(
-                read[0] if up is None else sum(x @ token.up for x, token in zip(read, tokens, strict=True))
-            )
-    if up is None:
-        activations, maps = activations[:, 0], maps[0]
-    return Neurons(seen.embedding, terms[0], activations, maps, terms[1], up)
+        virtual, _ = tower.freeze(*ends)
+        weights, out = virtual.weights, virtual.out  # [b, r, T]
+        scale, bias = way_out.freeze(kept["activations"], kept.get("normed"))
+        sigma = out.sigma.view(weights.shape[1], -1, 1).transpose(0, 1)  # [b, r, 1]
+        activations = (weights * scale[:, None]) @ kept["activations"] / sigma  # [b, r, n]
+        mixed = (families.mix(weights, x).transpose(0, 1).flatten(0, 1) for x in (kept["written"], bias))
+        term, constant = (virtual.lift(out.read(x)) for x in mixed)
+        maps = way_out.maps() @ out.G  # [n, d] or [r, n, e]
+    activations = activations[:, 0] if virtual.up is None else activations
+    return Neurons(embedding, term, activations, maps, constant, virtual.up)
+
+
+def keep(kept: dict, name: str, pick: Callable, module: nn.Module, args: tuple, *output: Tensor) -> None:
+    """A hook: keep what is picked of a module's output, or of its input before it runs."""
+    kept[name] = pick(output[0] if output else args[0])

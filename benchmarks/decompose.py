@@ -3,8 +3,9 @@
     $ python -m benchmarks.decompose                      # a class token, attention pooling twice; batch 8
     $ python -m benchmarks.decompose --models ViT-H-14 --device cuda --precision bf16
 
-Time: each round runs encode_image, decompose, heatmap (one text), token_scores (10 texts) and neurons (the last
-layer) one after the other. Printed are the median, the smallest and the largest ratio to the encode_image of the same round.
+Time: each round runs encode_image, decompose, heatmap (one text), token_scores (10 texts) and neurons (the
+last layer) one after the other. Printed are the median, the smallest and the largest ratio to the
+encode_image of the same round.
 
 Memory: each job runs in a process of its own. Printed is its peak, counted from when the model has been
 built, over the peak of a process that runs encode_image; in brackets, the same ratio without the memory that

@@ -3,7 +3,7 @@
 $ pip install "mutmut>=3.8,<4"                          # only its operators are used, through libcst
 $ python -m benchmarks.mutation textspan.py             # every mutant; shows the survivors as diffs
 $ python -m benchmarks.mutation families.py --sample 150  # a seeded random sample
-$ python -m benchmarks.mutation families.py --mutants 17 --tests tests/test_seen.py  # some mutants, some tests
+$ python -m benchmarks.mutation families.py --mutants 17 --tests tests/test_seen.py  # some of both
 
 The operators are mutmut's for numbers, names, strings of one word, omitted arguments, `not`, keywords,
 operators and conditional expressions. This file adds more: a number less one, the condition of an `if` forced

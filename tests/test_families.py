@@ -210,10 +210,6 @@ FAMILIES = {
         of_timm, "eva02_tiny_patch14_224", "token", size=FOURTEEN, init_values=0.3, attn_only_layer_scale=True
     ),
     "EVA02-E": partial(of_timm, "eva02_enormous_patch14_clip_224", "token", size=FOURTEEN, mlp_ratio=2.0),
-    "EVA02, norms before and after": partial(EVA, "token", use_fc_norm=True, use_post_transformer_norm=True),
-    "EVA02, norms before and after mean": partial(
-        EVA, "avg", use_fc_norm=True, use_post_transformer_norm=True
-    ),
     "EVA02 without last norm": partial(EVA, "token", use_post_transformer_norm=False),
     "PE-Core with shared values": partial(PE, num_kv_heads=1, qkv_fused=False),
     "DINOv3": partial(of_timm, "vit_base_patch16_dinov3", "avg"),
@@ -720,14 +716,7 @@ def test_the_paper_shares_biases_and_means_evenly(family):
     assert ours.error() < EXACT
 
 
-NO_PAPER = [
-    *ATTENDED,
-    "mean, norm first",
-    "mean, norm last",
-    "EVA01 by mean",
-    "EVA02, norms before and after",
-    "EVA02 without last norm",
-]
+NO_PAPER = [*ATTENDED, "mean, norm first", "mean, norm last", "EVA01 by mean", "EVA02 without last norm"]
 
 
 @pytest.mark.parametrize("family", NO_PAPER)
@@ -1129,19 +1118,24 @@ def test_a_large_batch_is_split_and_gives_the_same(family, monkeypatch):
 
 def test_parts_of_a_batch_keep_no_more_than_what_is_allowed(monkeypatch):
     model, kept = model_of("SigLIP"), []
-    see = families.Family.see
+    weigh = families.mix
 
-    def watched(self, images, layers=()):
-        seen = see(self, images, layers)
-        kept.append(sum(x.numel() * x.element_size() for x in (*seen.z, *seen.mlps)))
-        return seen
+    def recorded(weights, x):  # what is kept of a part is weighed at the end
+        kept.append(len(weights))
+        return weigh(weights, x)
 
-    monkeypatch.setattr(families.Family, "see", watched)
+    monkeypatch.setattr(families, "mix", recorded)
     decompose(model, pictures(model, batch=4))
-    whole = kept.pop()
-    monkeypatch.setattr(families, "KEPT_BYTES", whole / 2)
+    assert set(kept) == {4}
+    tower = families.open_family(model)
+    (heads, e, width), tokens = tower.W_O[0].shape, 6
+    monkeypatch.setattr(families, "KEPT_BYTES", 2 * len(tower.W_O) * tokens * (heads * e + width) * 8)
+    kept.clear()
     decompose(model, pictures(model, batch=4))
-    assert kept == [whole / 2] * 2
+    assert set(kept) == {2}
+    kept.clear()
+    decompose(model, pictures(model, batch=5))
+    assert set(kept) == {1, 2}
 
 
 @some_families
@@ -1350,6 +1344,12 @@ def test_a_pooling_that_returns_all_its_queries_is_refused():
 def test_pooling_by_two_attentions_is_refused(kind):
     model = native(embed=32, attentional_pool=kind, attn_pooler_queries=3, attn_pooler_heads=2)
     refused("it pools by two attentions .attn_pool_contrastive.", model)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_norms_on_both_sides_of_the_pooling_are_refused(pool):
+    model = EVA(pool, use_fc_norm=True, use_post_transformer_norm=True)
+    refused("it has norms both before and after its pooling", model)
 
 
 def test_native_tokens_without_pooling_are_refused():
