@@ -77,7 +77,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """It reads out its class token, or, with pool="avg", the mean of its patches."""
+    """It reads out its class token, or, with pool="avg", a mean; which up to 2.20 took in the class token."""
 
     def __init__(self, release, layers=3, width=32, heads=4, patch=(4, 4), grid=(2, 3), dim=24, pool="tok"):
         super().__init__()
@@ -107,7 +107,7 @@ class VisionTransformer(nn.Module):
         x = self.transformer(x)
         x = x if self.batch_first else x.transpose(0, 1)
         x = self.ln_post(x) if self.norm_all else x
-        x = x[:, 1:].mean(dim=1) if self.averages else x[:, 0]
+        x = x[:, 1 if self.norm_all else 0 :].mean(dim=1) if self.averages else x[:, 0]
         return (x if self.norm_all else self.ln_post(x)) @ self.proj
 
 
