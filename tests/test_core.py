@@ -409,6 +409,14 @@ def test_honest_rounding_under_autocast_is_no_error():
         plain.under_autocast(lambda: decompose(model, pictures(model), tolerance=1e-4))
 
 
+def test_under_autocast_the_pass_rounds_even_where_the_embedding_comes_in_float32():
+    model = plain.build(torch.float32)
+    model.visual.register_forward_hook(lambda module, args, output: output.float())
+    terms = plain.under_autocast(lambda: decompose(model, pictures(model)))
+    assert terms.embedding.dtype == torch.float32
+    assert terms.error() > core.TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
 def test_a_wrong_sum_in_half_precision_is_an_error(mode):
     model = plain.build(torch.bfloat16 if mode == "bfloat16" else torch.float32)
@@ -422,6 +430,16 @@ def test_a_sum_that_is_no_number_is_an_error():
     model = plain.build()
     with pytest.raises(DecompositionError, match="not a number"):
         decompose(model, pictures(model) * torch.nan)
+    assert math.isnan(decompose(model, pictures(model) * torch.nan, tolerance=math.inf).error())
+
+
+@every_place
+def test_the_message_of_a_wrong_sum_is_one_clear_line(place):
+    model = plain.build()
+    changed_while_running(*place(model))
+    message = told(decompose, model, pictures(model))
+    assert "; norm of the sum " in message
+    assert "; ;" not in message
 
 
 # One forward pass.
