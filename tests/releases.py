@@ -13,9 +13,9 @@ from torch import nn
 RELEASES = {
     "openai": {"names_patch": False},
     "open_clip 2.0": {"early": True},
-    "open_clip 2.16": {"layer_scale": True, "average": False},
-    "open_clip 2.24": {"layer_scale": True, "pool_type": "tok", "norm_all": True},
-    "open_clip 2.26": {"layer_scale": True, "pool_type": "tok", "norm_all": True, "batch_first": True},
+    "open_clip 2.16": {"layer_scale": True, "names_pool": "global_average_pool"},
+    "open_clip 2.24": {"layer_scale": True, "names_pool": "pool_type", "norm_all": True},
+    "open_clip 2.26": {"layer_scale": True, "names_pool": "pool_type", "norm_all": True, "batch_first": True},
 }
 
 
@@ -77,15 +77,18 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, release, layers=3, width=32, heads=4, patch=(4, 4), grid=(2, 3), dim=24):
+    """It reads out its class token, or, with pool="avg", a mean; which up to 2.20 took in the class token."""
+
+    def __init__(self, release, layers=3, width=32, heads=4, patch=(4, 4), grid=(2, 3), dim=24, pool="tok"):
         super().__init__()
         facts = RELEASES[release]
         if facts.get("names_patch", True):
             self.patch_size = patch
-        if "pool_type" in facts:
-            self.pool_type, self.attn_pool = facts["pool_type"], None
-        if "average" in facts:
-            self.global_average_pool, self.attn_pool = facts["average"], None
+        self.averages = pool == "avg"
+        if facts.get("names_pool") == "pool_type":
+            self.pool_type, self.attn_pool = pool, None
+        if facts.get("names_pool") == "global_average_pool":
+            self.global_average_pool, self.attn_pool = self.averages, None
         self.norm_all, self.batch_first = facts.get("norm_all", False), facts.get("batch_first", False)
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width))
@@ -103,7 +106,9 @@ class VisionTransformer(nn.Module):
         x = x if self.batch_first else x.transpose(0, 1)
         x = self.transformer(x)
         x = x if self.batch_first else x.transpose(0, 1)
-        return (self.ln_post(x)[:, 0] if self.norm_all else self.ln_post(x[:, 0])) @ self.proj
+        x = self.ln_post(x) if self.norm_all else x
+        x = x[:, 1 if self.norm_all else 0 :].mean(dim=1) if self.averages else x[:, 0]
+        return (x if self.norm_all else self.ln_post(x)) @ self.proj
 
 
 class CLIP(nn.Module):

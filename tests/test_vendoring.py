@@ -16,17 +16,67 @@ ROOT = Path(__file__).parent.parent
 
 # Each file, and the files that it needs beside it.
 FILES = {
-    "towers.py": set(),
-    "decompose.py": {"towers.py"},
+    "decompose.py": set(),
+    "attention.py": set(),
+    "families.py": {"decompose.py", "attention.py"},
+    "neurons.py": {"decompose.py"},
+    "diagnose.py": {"decompose.py"},
     "textspan.py": set(),
     "cue.py": set(),
     "roles.py": {"cue.py"},
     "metrics.py": set(),
     "baselines.py": set(),
 }
+FLAT = {"roles.py"}  # what it needs beside it, it does not look for in its own package
 
 # A small computation with a known result; `m` is the file, imported.
 PROGRAMS = {
+    "decompose.py": """
+        import releases
+        model = releases.CLIP("open_clip 2.26").double()
+        images, texts = torch.randn(2, 3, 8, 12).double(), torch.randn(5, 24).double()
+        terms = m.decompose(model, images)
+        assert torch.allclose(terms.total(), model.encode_image(images))
+        assert torch.allclose(m.token_scores(model, images, texts).sum(dim=3), terms.heads @ texts.T)
+        assert m.heatmap(model, images, texts).shape == (2, 5, 2, 3)
+    """,
+    "attention.py": """
+        layer, x = torch.nn.MultiheadAttention(16, 2, batch_first=True), torch.randn(3, 5, 16)
+        stock = torch.nn.functional.scaled_dot_product_attention
+        with m.attention_calls() as calls:
+            layer(x, x, x, need_weights=False)
+        assert torch.nn.functional.scaled_dot_product_attention is stock
+        assert torch.allclose(calls[0].attention().mean(dim=1), layer(x, x, x)[1], atol=1e-6)
+    """,
+    "families.py": """
+        import releases
+        model = releases.CLIP("open_clip 2.26", pool="avg").double()
+        images, texts = torch.randn(2, 3, 8, 12).double(), torch.randn(5, 24).double()
+        terms = m.core.decompose(model, images)
+        assert terms.own is None  # not the class token, whose own part is kept
+        assert torch.allclose(terms.total(), model.encode_image(images))
+        assert torch.allclose(m.core.token_scores(model, images, texts).sum(dim=3), terms.heads @ texts.T)
+    """,
+    "neurons.py": """
+        import releases
+        model, images = releases.CLIP("open_clip 2.26").double(), torch.randn(2, 3, 8, 12).double()
+        split = m.neurons(model, images, 1)
+        assert torch.allclose(split.total(), m.core.decompose(model, images).mlps[:, 1])
+        assert split.terms().shape == (2, 64, 24)
+    """,
+    "diagnose.py": """
+        import importlib
+        core = importlib.import_module(m.__name__.replace("diagnose", "decompose"))
+        import releases
+        model = releases.CLIP("open_clip 2.26")
+        model.visual.transformer.resblocks[1].attn.register_forward_hook(lambda *x: (2 * x[2][0], None))
+        try:
+            core.decompose(model, torch.randn(2, 3, 8, 12))
+        except core.DecompositionError as error:
+            assert "largest gap in block 1: its heads differ from what its attention" in str(error), error
+        else:
+            raise AssertionError("a wrong sum was returned")
+    """,
     "textspan.py": """
         rows = torch.tensor([[3.0, 0, 0], [-3, 0, 0], [0, 1, 0], [0, -1, 0]])
         span = m.textspan(m.Moments(3).update(rows), torch.eye(3), size=2)
@@ -69,8 +119,8 @@ PROGRAMS = {
 }
 
 
-def run(folder, file, package=False, beside=()):
-    """Run the program of a file in a folder that holds it, what it needs, and nothing else."""
+def run(folder, file, package=False, beside=(), program=None):
+    """Run the program of a file, or another, in a folder that holds it, what it needs, and nothing else."""
     home = folder / "vendored" if package else folder
     home.mkdir(exist_ok=True)
     if package:
@@ -83,7 +133,7 @@ def run(folder, file, package=False, beside=()):
             f"import sys; sys.path.insert(0, {str(folder)!r})",
             "import torch",
             f"import {'vendored.' * package}{Path(file).stem} as m",
-            *(line[8:] for line in PROGRAMS[file].splitlines()),
+            *(line[8:] for line in (program or PROGRAMS[file]).splitlines()),
             "files = [str(getattr(module, '__file__', '')) for module in sys.modules.values()]",
             f"assert not any(file.startswith({str(ROOT)!r}) for file in files)",
             "assert 'open_clip' not in sys.modules",
@@ -104,12 +154,15 @@ def test_a_copied_file_runs(tmp_path, file):
     assert ran(run(tmp_path, file, beside=FILES[file]))
 
 
-@pytest.mark.parametrize("file", [file for file in PROGRAMS if not FILES[file]])
+@pytest.mark.parametrize("file", [file for file in PROGRAMS if file not in FLAT])
 def test_a_copied_file_runs_inside_a_package(tmp_path, file):
-    assert ran(run(tmp_path, file, package=True))
+    assert ran(run(tmp_path, file, package=True, beside=FILES[file]))
 
 
-@pytest.mark.parametrize("package", [False, True])
+in_a_package_or_not = pytest.mark.parametrize("package", [False, True])
+
+
+@in_a_package_or_not
 def test_a_file_without_the_sibling_that_it_imports_would_be_noticed(tmp_path, package):
     result = run(tmp_path, "roles.py", package=package, beside=FILES["roles.py"] if package else ())
     assert "ModuleNotFoundError: No module named 'cue'" in result.stderr
@@ -119,6 +172,67 @@ def test_a_file_without_the_sibling_that_it_imports_would_be_noticed(tmp_path, p
 def test_a_wrong_result_would_be_noticed(tmp_path, monkeypatch):
     monkeypatch.setitem(PROGRAMS, "metrics.py", PROGRAMS["metrics.py"].replace("(1, 1, 1)", "(1, 1, 0)"))
     assert "AssertionError" in run(tmp_path, "metrics.py").stderr
+
+
+# What decompose.py does without the files that may lie beside it.
+
+AVERAGED = """
+        import releases
+        model, images = releases.CLIP("open_clip 2.26", pool="avg"), torch.randn(2, 3, 8, 12)
+        for call in (m.decompose, m.check, lambda *x: m.heatmap(*x, torch.randn(5, 24))):
+            try:
+                call(model, images)
+            except m.DecompositionError as error:
+                print(error)
+            else:
+                raise AssertionError("it was taken for a class token")
+"""
+
+
+@in_a_package_or_not
+def test_without_families_another_read_out_is_refused_and_told_which_file_to_add(tmp_path, package):
+    result = run(tmp_path, "decompose.py", package, program=AVERAGED)
+    assert result.returncode == 0, result.stderr
+    *refusals, last = result.stdout.splitlines()
+    assert len(refusals) == 3
+    for line in refusals:
+        assert line.startswith("cannot decompose CLIP: its `visual` is not CLIP's class-token ViT")
+        assert "families.py" in line
+        assert "put it beside decompose.py" in line
+    assert last == "ran"
+
+
+@in_a_package_or_not
+def test_families_without_attention_is_told_which_file_to_add(tmp_path, package):
+    result = run(tmp_path, "decompose.py", package, beside=["families.py"], program=AVERAGED)
+    assert "attention.py" in result.stdout + result.stderr
+
+
+@in_a_package_or_not
+def test_with_families_the_same_model_is_taken(tmp_path, package):
+    result = run(tmp_path, "decompose.py", package, FILES["families.py"] | {"families.py"}, program=AVERAGED)
+    assert "AssertionError: it was taken" in result.stderr
+
+
+ALTERED = """
+        import releases
+        model = releases.CLIP("open_clip 2.26")
+        model.visual.transformer.resblocks[1].attn.register_forward_hook(lambda *x: (2 * x[2][0], None))
+        try:
+            m.decompose(model, torch.randn(2, 3, 8, 12))
+        except m.DecompositionError as error:
+            print(error)
+"""
+
+
+@in_a_package_or_not
+@pytest.mark.parametrize("beside", [["diagnose.py"], []])
+def test_a_wrong_sum_is_told_with_the_block_or_without(tmp_path, package, beside):
+    lines = run(tmp_path, "decompose.py", package, beside, program=ALTERED).stdout.splitlines()
+    assert lines[1:] == ["ran"]
+    assert lines[0].startswith("the terms do not sum to the embedding: relative error")
+    assert lines[0].endswith("see diagnose.py") == (not beside)
+    assert ("block 1" in lines[0]) == bool(beside)
 
 
 # What they import.
@@ -145,6 +259,7 @@ def test_the_check_sees_other_imports():
 @pytest.mark.parametrize("file", PROGRAMS)
 def test_a_file_to_copy_names_its_licence_and_whose_it_is(file):
     licence, _, holder = (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines()[:3]
-    first = (ROOT / file).read_text(encoding="utf-8").splitlines()[0]
-    assert licence.split()[0] in first  # MIT
-    assert holder.removeprefix("Copyright (c) ") in first
+    head, _, code = (ROOT / file).read_text(encoding="utf-8").partition("\nfrom __future__")
+    assert code
+    assert f"{licence.split()[0]} licence, " in head  # MIT
+    assert holder.removeprefix("Copyright (c) ") in head
