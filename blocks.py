@@ -41,7 +41,7 @@ class WayOut:
         return (W if self.outer is None else centre(W) * gamma_beta(self.outer, W)[0]) * self.gain
 
     def freeze(self, h: Tensor, written: Tensor | None) -> tuple[Tensor, Tensor]:
-        """1 / (s u) [b, T], and the bias [b, T, D]; [1, 1, D] without outer norm, whose input is `written`."""
+        """1 / (s u) [b, T], and the bias [b, T, D]; [1, 1, D] without outer norm (its input: `written`)."""
         W, divisors = upcast(self.linear.weight).T, torch.ones_like(h[..., :1])
         bias = torch.zeros_like(W[:1]) if self.linear.bias is None else upcast(self.linear.bias)[None]
         if self.inner is not None:

@@ -31,7 +31,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor, einsum, nn
@@ -95,24 +94,24 @@ def decompose(
     Raises:
         DecompositionError: the model has another architecture, or the sum is wrong; the message says which.
     """
-    tower = open_tower(model, images, convention=convention)
+    tower = open_tower(model, convention, images=images)
     terms = tower.terms(images, convention)
     if tolerance is None:
         autocast = torch.is_autocast_enabled(images.device.type)
         tolerance = TOLERANCE[torch.bfloat16 if autocast else terms.embedding.dtype]
     if tolerance < float("inf") and not terms.error() <= tolerance:
         error = f"relative error {terms.error():.1e}, tolerance {tolerance:.1e} ({terms.embedding.dtype})"
-        where = beside("diagnose").culprit(terms, tower, images, tolerance) if beside("diagnose") else ""
+        culprit = beside("diagnose", "culprit") or (lambda *_: "; for the block at fault see diagnose.py")
+        where = culprit(terms, tower, images, tolerance)
         raise DecompositionError(f"the terms do not sum to the embedding: {error}{where}")
     return terms
 
 
 @torch.no_grad()
 def check(model: nn.Module, images: Tensor, tolerance: float = 1e-4) -> float:
-    """The relative error of the sum on these images: the proof that nothing is missing.
+    """The relative error of the sum: the proof that nothing is missing. (Half precision needs 3e-2.)
 
-    float32 stays near 1e-6; allow half precision 3e-2. A larger error raises a DecompositionError, with both
-    norms and the block that it comes from.
+    A larger error raises a DecompositionError that names the block it comes from.
     """
     return decompose(model, images, tolerance=tolerance).error()
 
@@ -138,7 +137,7 @@ def token_scores(
         [b, layers, H, N, t]: class token and registers first, if there are any, then the patches row by row.
         The sum over N is decompose(...).heads @ texts.T.
     """
-    tower = open_tower(model, images, texts, convention)
+    tower = open_tower(model, convention, images=images, texts=texts)
     L = len(tower.W_O)
     wanted = list(range(L) if layers is None else [layers] if isinstance(layers, int) else layers)
     if not wanted or not all(isinstance(layer, int) and -L <= layer < L for layer in wanted):
@@ -152,9 +151,9 @@ def heatmap(model: nn.Module, images: Tensor, texts: Tensor, *, convention: str 
 
     Arguments as for `token_scores`. The rest comes from other source tokens, MLPs, the stem and the constant.
     """
-    tower = open_tower(model, images, texts, convention)
-    layers = list(range(len(tower.W_O)))
-    scores = tower.scores(images, texts.to(tower.W_O[0]), convention, layers, by_head=False).sum(dim=(1, 2))
+    tower = open_tower(model, convention, images=images, texts=texts)
+    every = list(range(len(tower.W_O)))
+    scores = tower.scores(images, texts.to(tower.W_O[0]), convention, every, by_head=False).sum(dim=(1, 2))
     return scores[:, tower.prefix :].mT.unflatten(2, tower.grid(images))
 
 
@@ -226,10 +225,8 @@ class ClipTower:
         visual = getattr(model, "visual", None)
         blocks = getattr(getattr(visual, "transformer", None), "resblocks", ())
         plain = [type(getattr(block, "attn", None)) is nn.MultiheadAttention for block in blocks]
-        averages = getattr(visual, "pool_type", "tok") != "tok" or getattr(
-            visual, "global_average_pool", False
-        )
-        return any(plain) and all(plain) and not averages and getattr(visual, "attn_pool", None) is None
+        pools = [getattr(visual, name, None) for name in ("attn_pool", "global_average_pool")]
+        return any(plain) and all(plain) and not any(pools) and getattr(visual, "pool_type", "tok") == "tok"
 
     def G(self, convention: str = "term") -> Tensor:
         """[D, d]"""
@@ -306,29 +303,31 @@ class ClipTower:
         return images.shape[-2] // rows, images.shape[-1] // columns
 
 
-def open_tower(model: nn.Module, images=None, texts=None, convention: str = "term") -> ClipTower:
-    """The model's image tower, once what was given is found to be usable."""
-    families = beside("families")
-    if families is None and not ClipTower.fits(model):
-        reason = "not CLIP's class-token ViT; families.py takes others: put it beside decompose.py"
+def open_tower(model: nn.Module, convention: str = "term", **given: object) -> ClipTower:
+    """The model's image tower, once the images and texts that are given are found to be usable."""
+    open_family = beside("families", "open_family")
+    if open_family is None and not ClipTower.fits(model):
+        reason = "not CLIP's class-token ViT; put families.py, attention.py and blocks.py beside decompose.py"
         raise DecompositionError(f"cannot decompose {type(model).__name__}: its `visual` is {reason}")
-    tower = ClipTower(model) if families is None else families.open_family(model, convention)
-    got = [list(x.shape) if isinstance(x, Tensor) else [type(x).__name__] for x in (images, texts)]
+    tower = ClipTower(model) if open_family is None else open_family(model, convention)
     if convention not in ("term", "paper"):
         raise ValueError(f'convention must be "term" or "paper", got {convention!r}')
-    if images is not None and len(got[0]) != 4:
-        raise ValueError(f"images must be [b, 3, rows, columns] (x[None] for one image x), got {got[0]}")
-    if texts is not None and got[1][1:] != [tower.width]:
-        raise ValueError(f"texts must be [t, {tower.width}], embeddings as encode_text gives, got {got[1]}")
+    texts = f"[t, {tower.width}], embeddings as encode_text gives"
+    wanted = {"images": "[b, 3, rows, columns] (x[None] for one image x)", "texts": texts}
+    for name, x in given.items():
+        shape = list(x.shape) if isinstance(x, Tensor) else [type(x).__name__]
+        if shape[0] == 0 or (len(shape) != 4 if name == "images" else shape[1:] != [tower.width]):
+            raise ValueError(f"{name} must be {wanted[name]}, got {shape}")
     return tower
 
 
-def beside(name: str) -> ModuleType | None:
-    """Another file of this project, where it lies beside this one."""
+def beside(file: str, function: str) -> Callable | None:
+    """A function of another file of this project, where that lies beside this one."""
     try:
-        return importlib.import_module(f"{__package__}.{name}" if __package__ else name)
+        module = importlib.import_module(f"{__package__}.{file}" if __package__ else file)
     except ImportError:
         return None
+    return getattr(module, function, None)
 
 
 def image_embedding(model: nn.Module, images: Tensor, hooks: Sequence[tuple] = ()) -> Tensor:

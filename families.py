@@ -7,7 +7,7 @@ are held fixed at their values from this forward pass:
   perhaps LayerScale. See blocks.py.
 * What queries and keys are made of: norms, rotary or relative positions. All these towers end in
   F.scaled_dot_product_attention, where attention.py intercepts them.
-* The read-out. A mean of tokens T reads one virtual token, x = sum over T of w_T x_T. The weights w sum to one;
+* The read-out. A mean of tokens T reads one virtual token, x = sum over T of w_T x_T, weights that sum to 1;
   with a LayerNorm before the mean, w_T is proportional to 1 / sigma_T, and sigma is the harmonic mean of the
   tokens' sigmas. See `Mean`. Attention pooling is a sum of such read-outs, one for each of its heads. See
   `Pooled`.
@@ -33,11 +33,31 @@ from torch import Tensor, einsum, nn
 try:
     from . import decompose as core
     from .attention import Call, attention_calls
-    from .blocks import Block, child, divisor, gamma_beta, native_block, require, through_norm, timm_block
+    from .blocks import (
+        Block,
+        WayOut,
+        child,
+        divisor,
+        gamma_beta,
+        native_block,
+        require,
+        through_norm,
+        timm_block,
+    )
 except ImportError:  # not in a package
     import decompose as core
     from attention import Call, attention_calls
-    from blocks import Block, child, divisor, gamma_beta, native_block, require, through_norm, timm_block
+    from blocks import (
+        Block,
+        WayOut,
+        child,
+        divisor,
+        gamma_beta,
+        native_block,
+        require,
+        through_norm,
+        timm_block,
+    )
 
 ClipTower, ReadOut, Written, upcast = core.ClipTower, core.ReadOut, core.Written, core.upcast
 Decomposition, DecompositionError = core.Decomposition, core.DecompositionError
@@ -57,6 +77,10 @@ class Virtual:
     out: ReadOut
     up: Tensor | None = None  # [r, e, d]
     pool: Tensor | None = None  # [b, d] the term of the pooling's own MLP
+
+    def mix(self, x: Tensor) -> Tensor:
+        """[b, r, D] what is written on them, of what is on the tokens [b, T, D], or alike on all [1, 1, D]."""
+        return x.expand(*self.weights.shape[:2], -1) if x.shape[:2] == (1, 1) else self.weights @ x
 
     def lift(self, read: Tensor) -> Tensor:
         """[b, ..., d] of the embedding, from what was read of all virtual tokens [r b, ..., e]."""
@@ -248,6 +272,11 @@ class Family(ClipTower):
             embedding = core.image_embedding(self.model, images, hooks)
         return embedding, kept["stem"], kept["last"], calls, kept.get("pool")
 
+    def mlp_way_out(self, layer: int) -> WayOut:
+        """How the neurons of a layer reach the residual stream."""
+        with refused(self.model, f"the MLP of block {layer} "):
+            return self.parts[layer].mlp()
+
     def freeze(self, last: Tensor, calls: list[Call], pool: Tensor | None) -> tuple[Virtual, Tensor | float]:
         """The virtual tokens, and what attention pooling adds to the shift."""
         if isinstance(self.readout, Mean):
@@ -286,7 +315,7 @@ class PooledFamily(Family):
             virtual, shift = virtual_of(last, *pooling)
             w = virtual.weights
             z = torch.stack([(w * s[:, None]) @ x for x, s in zip(z, scales, strict=True)], dim=2)
-            b_O, mlps = (torch.stack([mix(w, x) for x in written], dim=2) for written in (b_O, mlps))
+            b_O, mlps = (torch.stack([virtual.mix(x) for x in written], dim=2) for written in (b_O, mlps))
             z = z.unflatten(3, (len(self.W_O[0]), -1))  # [b, r, L, H, e]
             stem, z, b_O, mlps, last = (
                 x.transpose(0, 1).flatten(0, 1) for x in (w @ stem, z, b_O, mlps, w @ last)
@@ -372,11 +401,6 @@ class PooledFamily(Family):
         return A
 
 
-def mix(weights: Tensor, x: Tensor) -> Tensor:
-    """[b, r, D] weighted means of tokens x [b, T, D], or [1, 1, D] where all are the same."""
-    return x.expand(*weights.shape[:2], -1) if x.shape[:2] == (1, 1) else weights @ x
-
-
 # Which tower a model has.
 
 REFUSED = {
@@ -432,9 +456,12 @@ def is_plain(visual: nn.Module) -> bool:
     """Does it have the weights that ClipTower takes for granted, and no others but LayerScale's?"""
     weights = {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
     for block in visual.transformer.resblocks:
-        parts, attention = {name for name, _ in block.named_children()}, dict(block.attn.named_parameters())
+        parts = {name for name, part in block.named_children() if not isinstance(part, nn.Identity)}
         known = parts - {"ls_1", "ls_2"} == {"ln_1", "attn", "ln_2", "mlp"} and len(parts) in (4, 6)
-        if not known or set(attention) != weights or block.attn.add_zero_attn:
+        attention = {name for name, _ in block.attn.named_parameters()}
+        if not known or attention != weights or block.attn.add_zero_attn:
+            return False
+        if hasattr(block, "ls_1") != hasattr(block, "ls_2"):
             return False
     norm = getattr(visual, "ln_post", None)
     return isinstance(norm, nn.LayerNorm) and len(list(norm.parameters())) == 2 and visual.proj is not None

@@ -1,8 +1,8 @@
 """An MLP's term of decompose.py, split by neuron.
 
-The MLP writes sum over neurons j of a_j W_j, + bias, onto the residual stream: a_j is the neuron's activation,
+The MLP writes sum over neurons j of a_j W_j, + bias, onto the residual stream. a_j is neuron j's activation,
 W_j its row of the out-projection. (A gated MLP's neuron is the product of its two halves.) So neuron j's term
-is a_j W_j G / sigma, in the names of decompose.py, which has to be beside this file; families.py, too, for the
+is a_j W_j G / sigma in the names of decompose.py, which has to be beside this file; and families.py, for the
 models that it takes. MIT licence, (c) 2026 The TextSpan reference authors.
 
 Axes as in decompose.py, and n neurons of one MLP, r virtual tokens (see families.py).
@@ -75,8 +75,8 @@ def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
         DecompositionError: as `decompose`, and an MLP of another kind; the message names what it lacks.
         ValueError: a layer that the model does not have.
     """
-    tower = core.open_tower(model, images)
-    depth, families = len(tower.blocks), core.beside("families")
+    tower = core.open_tower(model, images=images)
+    depth = len(tower.blocks)
     if not isinstance(layer, int) or not -depth <= layer < depth:
         raise ValueError(f"layer must be between {-depth} and {depth - 1}, got {layer!r}")
     if type(tower) is not core.ClipTower:
@@ -84,13 +84,13 @@ def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
     steps = [(name, isinstance(step, nn.Linear)) for name, step in tower.blocks[layer].mlp.named_children()]
     if steps == [("c_fc", True), ("gelu", False), ("c_proj", True)]:
         return of_clip(tower, images, layer % depth)
-    if families is None:
+    native_tower = core.beside("families", "native_tower")  # it takes more MLPs, and refuses the rest by name
+    if native_tower is None:
         found = ", ".join(name for name, _ in steps)
         raise core.DecompositionError(
             f"the MLP of block {layer % depth} is {found}; expected c_fc, gelu, c_proj"
         )
-    with families.refused(model):
-        return of_family(families.native_tower(model), images, layer % depth)
+    return of_family(native_tower(model), images, layer % depth)
 
 
 def of_clip(tower: core.ClipTower, images: Tensor, layer: int) -> Neurons:
@@ -114,9 +114,7 @@ def of_clip(tower: core.ClipTower, images: Tensor, layer: int) -> Neurons:
 
 def of_family(tower: Any, images: Tensor, layer: int) -> Neurons:
     """Of the tokens that a tower of families.py reads out."""
-    families, kept = core.beside("families"), {}
-    with families.refused(tower.model, f"the MLP of block {layer} "):
-        way_out = tower.parts[layer].mlp()
+    way_out, kept = tower.mlp_way_out(layer), {}
     reader = way_out.linear if way_out.inner is None else way_out.inner
     mlp = tower.parts[layer].mlp_written
     tower.hooks = [
@@ -133,7 +131,7 @@ def of_family(tower: Any, images: Tensor, layer: int) -> Neurons:
         scale, bias = way_out.freeze(kept["activations"], kept.get("normed"))
         sigma = out.sigma.view(weights.shape[1], -1, 1).transpose(0, 1)  # [b, r, 1]
         activations = (weights * scale[:, None]) @ kept["activations"] / sigma  # [b, r, n]
-        mixed = (families.mix(weights, x).transpose(0, 1).flatten(0, 1) for x in (kept["written"], bias))
+        mixed = (virtual.mix(x).transpose(0, 1).flatten(0, 1) for x in (kept["written"], bias))
         term, constant = (virtual.lift(out.read(x)) for x in mixed)
         maps = way_out.maps() @ out.G  # [n, d] or [r, n, e]
     activations = activations[:, 0] if virtual.up is None else activations

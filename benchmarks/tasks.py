@@ -17,7 +17,8 @@ import open_clip
 import torch
 
 from cue import CueVotes, subspace
-from decompose import Decomposition, decompose, head_maps, neurons
+from decompose import Decomposition, decompose, head_maps
+from neurons import neurons
 from tasks.ablation import ablations
 from tasks.completeness import SIZES, along_texts
 from tasks.debias import Outcomes

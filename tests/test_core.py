@@ -585,6 +585,6 @@ def test_a_mean_is_exact_where_it_is_taken_and_else_refused(release):
 def test_the_class_token_of_open_clip_2_0_is_taken_beside_families_as_it_is_without_it(monkeypatch):
     model, (images, _) = of_release("open_clip 2.0"), seven()
     with monkeypatch.context() as patch:
-        patch.setattr(core, "beside", lambda name: None)
+        patch.setattr(core, "beside", lambda file, function: None)
         assert decompose(model, images).error() < EXACT
     assert decompose(model, images).error() < EXACT

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 FILES = {
     "decompose.py": set(),
     "attention.py": set(),
-    "families.py": {"decompose.py", "attention.py"},
+    "blocks.py": {"decompose.py"},
+    "families.py": {"decompose.py", "attention.py", "blocks.py"},
     "neurons.py": {"decompose.py"},
     "diagnose.py": {"decompose.py"},
     "textspan.py": set(),
@@ -47,6 +48,13 @@ PROGRAMS = {
             layer(x, x, x, need_weights=False)
         assert torch.nn.functional.scaled_dot_product_attention is stock
         assert torch.allclose(calls[0].attention().mean(dim=1), layer(x, x, x)[1], atol=1e-6)
+    """,
+    "blocks.py": """
+        linear, inner = torch.nn.Linear(6, 4), torch.nn.LayerNorm(6)
+        h = torch.randn(2, 3, 6)
+        scale, bias = m.WayOut(linear, inner).freeze(h, None)
+        written = h @ m.WayOut(linear, inner).maps() * scale[..., None] + bias
+        assert torch.allclose(written, linear(inner(h)), atol=1e-6)
     """,
     "families.py": """
         import releases
@@ -198,7 +206,7 @@ def test_without_families_another_read_out_is_refused_and_told_which_file_to_add
     for line in refusals:
         assert line.startswith("cannot decompose CLIP: its `visual` is not CLIP's class-token ViT")
         assert "families.py" in line
-        assert "put it beside decompose.py" in line
+        assert "beside decompose.py" in line
     assert last == "ran"
 
 
