@@ -1147,6 +1147,19 @@ def test_parts_of_a_batch_keep_no_more_than_what_is_allowed(monkeypatch):
     assert set(kept) == {1, 2}
 
 
+@pytest.mark.parametrize("call", [token_scores, heatmap])
+def test_parts_of_a_batch_keep_queries_keys_and_values_of_no_more_tokens_than_is_allowed(call, monkeypatch):
+    model, batches = copy.deepcopy(model_of("SigLIP")), []
+    images, texts, layers = pictures(model, batch=5), sentences(model), len(blocks(model))
+    blocks(model)[0].register_forward_pre_hook(lambda m, args: batches.append(len(args[0])))
+    an_image = layers * 6 * 3 * 48 * 8  # six tokens, three vectors of 48 numbers of each, in float64
+    for allowed, parts in ((5, [5]), (4.99, [3, 2]), (2, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(families, "KEPT_BYTES", allowed * an_image)
+        call(model, images, texts)
+        assert batches == parts
+        batches.clear()
+
+
 @some_families
 def test_gradient_checkpointing_changes_nothing(family):
     model = copy.deepcopy(model_of(family))
