@@ -373,6 +373,17 @@ def test_the_block_is_named_whose_weight_changes(place):
         decompose(model, pictures(model))
 
 
+@torch.no_grad()
+def test_the_gap_is_a_share_of_what_the_attention_wrote_however_little_that_is():
+    model = plain.build()
+    for p in (*model.visual.ln_pre.parameters(), *attention_of(model).out_proj.parameters()):
+        p.mul_(1e-8)  # a small stem, and an attention that writes little
+    attention_of(model).register_forward_hook(lambda module, args, output: (2 * output[0], None))
+    named = r"in block 1: its heads differ from what its attention wrote by 5\.0e-01 of its norm"
+    with pytest.raises(DecompositionError, match=named):
+        decompose(model, pictures(model), tolerance=0.0)
+
+
 @pytest.mark.parametrize("family", ["EVA02", "SigLIP", "MobileCLIP2-L"])
 def test_a_weight_of_another_family_that_changes_only_while_it_runs_is_an_error(family):
     model = other.FAMILIES[family]()
@@ -579,6 +590,14 @@ def test_each_image_of_an_older_release_has_the_terms_that_it_has_alone(release)
         assert far(heads[i, None], decompose(model, images[i, None]).heads) < EXACT
         assert far(maps[i, None], heatmap(model, images[i, None], texts)) < EXACT
     assert far(heads[:1], heads[1:2]) > FAR
+
+
+@every_release
+def test_the_block_of_an_older_release_is_named_whose_weight_changes(release):
+    model, (images, _) = of_release(release), seven()
+    changed_while_running(*PLACES["values"](model))
+    with pytest.raises(DecompositionError, match="largest gap in block 1: its heads differ"):
+        decompose(model, images)
 
 
 def test_axes_that_are_confused_do_not_pass(monkeypatch):
