@@ -33,31 +33,11 @@ from torch import Tensor, einsum, nn
 try:
     from . import decompose as core
     from .attention import Call, attention_calls
-    from .blocks import (
-        Block,
-        WayOut,
-        child,
-        divisor,
-        gamma_beta,
-        native_block,
-        require,
-        through_norm,
-        timm_block,
-    )
+    from .blocks import Block, child, divisor, gamma_beta, native_block, require, through_norm, timm_block
 except ImportError:  # not in a package
     import decompose as core
     from attention import Call, attention_calls
-    from blocks import (
-        Block,
-        WayOut,
-        child,
-        divisor,
-        gamma_beta,
-        native_block,
-        require,
-        through_norm,
-        timm_block,
-    )
+    from blocks import Block, child, divisor, gamma_beta, native_block, require, through_norm, timm_block
 
 ClipTower, ReadOut, Written, upcast = core.ClipTower, core.ReadOut, core.Written, core.upcast
 Decomposition, DecompositionError = core.Decomposition, core.DecompositionError
@@ -79,7 +59,7 @@ class Virtual:
     pool: Tensor | None = None  # [b, d] the term of the pooling's own MLP
 
     def mix(self, x: Tensor) -> Tensor:
-        """[b, r, D] what is written on them, of what is on the tokens [b, T, D], or alike on all [1, 1, D]."""
+        """[b, r, D] what is written on them, of what is on the tokens: [b, T, D], or [1, 1, D] on all alike."""
         return x.expand(*self.weights.shape[:2], -1) if x.shape[:2] == (1, 1) else self.weights @ x
 
     def lift(self, read: Tensor) -> Tensor:
@@ -272,10 +252,30 @@ class Family(ClipTower):
             embedding = core.image_embedding(self.model, images, hooks)
         return embedding, kept["stem"], kept["last"], calls, kept.get("pool")
 
-    def mlp_way_out(self, layer: int) -> WayOut:
-        """How the neurons of a layer reach the residual stream."""
+    def neurons(self, images: Tensor, layer: int) -> tuple:
+        """The fields of neurons.Neurons."""
         with refused(self.model, f"the MLP of block {layer} "):
-            return self.parts[layer].mlp()
+            way_out, kept = self.parts[layer].mlp(), {}
+
+        def keep(name: str, module: nn.Module, args: tuple, *output: Tensor) -> None:
+            kept[name] = self.targets(output[0] if output else args[0])
+
+        features = way_out.linear if way_out.inner is None else way_out.inner  # the module that reads them
+        self.hooks = [(features.register_forward_pre_hook, partial(keep, "h"))]
+        self.hooks.append((self.parts[layer].mlp_written.register_forward_hook, partial(keep, "written")))
+        if way_out.outer is not None:
+            self.hooks.append((way_out.outer.register_forward_pre_hook, partial(keep, "normed")))
+        embedding, _, *ends = self.see(images, lambda *_: None, lambda *_: None)
+        with torch.autocast(images.device.type, enabled=False):
+            virtual, _ = self.freeze(*ends)
+            scale, bias = way_out.freeze(kept["h"], kept.get("normed"))
+            sigma = virtual.out.sigma.view(virtual.weights.shape[1], -1, 1).transpose(0, 1)  # [b, r, 1]
+            activations = (virtual.weights * scale[:, None]) @ kept["h"] / sigma  # [b, r, n]
+            mixed = (virtual.mix(x).transpose(0, 1).flatten(0, 1) for x in (kept["written"], bias))
+            term, constant = (virtual.lift(virtual.out.read(x)) for x in mixed)
+            maps = way_out.maps() @ virtual.out.G  # [n, d] or [r, n, e]
+        activations = activations[:, 0] if virtual.up is None else activations
+        return embedding, term, activations, maps, constant, virtual.up
 
     def freeze(self, last: Tensor, calls: list[Call], pool: Tensor | None) -> tuple[Virtual, Tensor | float]:
         """The virtual tokens, and what attention pooling adds to the shift."""
