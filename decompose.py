@@ -2,7 +2,7 @@
 
 Gandelsman, Efros, Steinhardt, "Interpreting CLIP's Image Representation via Text-Based Decomposition",
 section 3, https://arxiv.org/abs/2310.05916. This file needs torch alone. It takes the vision transformers of
-open_clip (2.16 to 3.3) and of OpenAI's `clip` that read out their class token; with families.py beside it,
+open_clip (2.0 to 3.3) and of OpenAI's `clip` that read out their class token; with families.py beside it,
 open_clip's others, too (SigLIP, EVA, CoCa, ...). MIT licence, (c) 2026 The TextSpan reference authors.
 
 Four facts, in the names that the code uses:

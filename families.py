@@ -59,7 +59,7 @@ class Virtual:
     pool: Tensor | None = None  # [b, d] the term of the pooling's own MLP
 
     def mix(self, x: Tensor) -> Tensor:
-        """[b, r, D] what is written on them, of what is on the tokens: [b, T, D], or [1, 1, D] on all alike."""
+        """[b, r, D] what is on them, from what is on the tokens: [b, T, D], or on all alike [1, 1, D]."""
         return x.expand(*self.weights.shape[:2], -1) if x.shape[:2] == (1, 1) else self.weights @ x
 
     def lift(self, read: Tensor) -> Tensor:

@@ -75,8 +75,11 @@ def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
         raise ValueError(f"layer must be between {-depth} and {depth - 1}, got {layer!r}")
     if type(tower) is not core.ClipTower:
         return Neurons(*tower.neurons(images, layer % depth))
-    steps = [(name, isinstance(step, nn.Linear)) for name, step in tower.blocks[layer].mlp.named_children()]
-    if steps == [("c_fc", True), ("gelu", False), ("c_proj", True)]:
+    steps = [
+        (name, x) for name, x in tower.blocks[layer].mlp.named_children() if not isinstance(x, nn.Identity)
+    ]
+    plain = [name for name, _ in steps] == ["c_fc", "gelu", "c_proj"]
+    if plain and isinstance(steps[2][1], nn.Linear):
         return of_clip(tower, images, layer % depth)
     native_tower = core.beside("families", "native_tower")  # it takes more MLPs, and refuses the rest by name
     if native_tower is None:
