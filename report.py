@@ -23,6 +23,7 @@ from html import escape
 from itertools import accumulate, groupby, pairwise
 from numbers import Integral, Real
 from pathlib import Path
+from types import MappingProxyType
 from unicodedata import east_asian_width
 
 import numpy as np
@@ -33,7 +34,7 @@ from files import atomic_write
 # Twelve tones after Okabe and Ito, darkened or lightened until each has a contrast of 4.5 : 1 to its ground.
 LIGHT = "#0072b2 #c04a00 #00694a #b0387e #332288 #222222 #7a0f22 #7d55d8 #7a6700 #6b6b6b #007a72 #7a4a1e"
 DARK = "#56b4e9 #ff8a4d #1fd6a0 #f5a3d0 #8f8fff #f2f2f2 #c98a5e #cbbcff #f0e442 #a6a6a6 #7fdbe6 #ff6f6f"
-TONES, MISSING = 12, "\u2013"
+TONES, MISSING, NONE = 12, "\u2013", MappingProxyType({})
 DASHES = ("none", "8 3", "2 2.5", "9 3 2 3", "4 3", "14 4", "1 3", "9 3 2 3 2 3")
 MARKERS = (  # disc, square, triangle, diamond, triangle upside down, plus, hourglass, flat bar
     "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0Z",
@@ -220,24 +221,20 @@ def folded(items: list[Html], name: str, first: int = 5) -> Html:
 
 
 Points = Sequence[tuple[float, ...]]
+Series = Mapping[str, Points]
+Lines = Mapping[str, float]  # names and values to compare with
 
 
 def curves(
-    series: Mapping[str, Points],
-    x_label: str,
-    y_label: str,
-    title: str,
-    *,
-    bands: Mapping[str, Points] | None = None,
-    lines: Mapping[str, float] | None = None,
+    series: Series, x_label: str, y_label: str, title: str, *, bands: Series = NONE, lines: Lines = NONE
 ) -> Html:
     """Lines through (x, y), broken where one of them is missing.
 
     Args:
         bands: for some of the series, by the same name: (x, low, high) around it.
-        lines: values of y to compare with.
+        lines: values of y.
     """
-    bands, lines = bands or {}, present(lines)
+    lines = present(lines)
     strange = set(bands) - set(series)
     if strange:
         raise ValueError(f"a band must have the name of a series, {', '.join(series)}; got {min(strange)!r}")
@@ -284,13 +281,7 @@ def curve(i: int, name: str, points: Points, band: Points, x: Axis, y: Axis) -> 
     return tag("g", *parts, style=tone(i))
 
 
-def intervals(
-    groups: Mapping[str, Sequence[tuple]],
-    title: str,
-    x_label: str,
-    *,
-    lines: Mapping[str, float] | None = None,
-) -> Html:
+def intervals(groups: Mapping[str, Sequence], title: str, x_label: str, *, lines: Lines = NONE) -> Html:
     """Dots with whiskers, a line of text over each.
 
     Args:
@@ -394,8 +385,8 @@ def known(*values: float | None) -> bool:
     return all(isinstance(value, Real) and abs(value) < 1e30 for value in values)
 
 
-def present(lines: Mapping[str, float] | None) -> dict[str, float]:
-    return {name: value for name, value in (lines or {}).items() if known(value)}
+def present(lines: Lines) -> dict[str, float]:
+    return {name: value for name, value in lines.items() if known(value)}
 
 
 def bar(share: float | None) -> Html:
