@@ -26,6 +26,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -232,7 +233,7 @@ def run(job: Job, first: bool) -> None:
         if first:
             elapsed = time.monotonic() - job.started
             write(folder, results | {"task": task, "seconds": round(elapsed, 1)}, sections)
-            checkpoint.delete_checkpoints(job)
+            shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
             paths = f"a page to look at: {folder / 'report.html'}; everything: {folder / 'results.json'}"
             printed.write(f"\n{time.monotonic() - job.started:.0f} s; {paths}\n")
     finally:

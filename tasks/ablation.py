@@ -17,12 +17,9 @@ from .heads import LAST_LAYERS, head_name
 from .job import Job, open_zero_shot
 from .passes import one_pass
 from .reference import Reference, summarise
-from .tables import in_percent, percent, print_settings, settings, table, zero_shot_settings
+from .tables import in_percent, in_tenths, percent, print_settings, table, zero_shot_settings
 
-PAPER = (
-    "The paper, ImageNet, all MLPs ablated: "
-    "ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3."
-)
+PAPER = "ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3"
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -37,9 +34,8 @@ def run(job: Job) -> tuple[dict, list]:
             right.add(label, int((scores.argmax(dim=1) == truth).sum()))
     accuracy = {label: count / len(test) for label, count in right.sums.items()}
     common = zero_shot_settings(job, test, reference.description, names)
-    where = settings(job, **common, sum=reference.sum_error())
+    where = print_settings(job, **common, sum=reference.sum_error())
     depth, heads = reference.maps.shape[:2]
-    print_settings(where)
     print_tables(accuracy, len(test), depth, heads)
     results = {"settings": where, "images": len(test), "accuracy": accuracy}
     return results, page(accuracy, len(test), depth, heads)
@@ -48,12 +44,11 @@ def run(job: Job) -> tuple[dict, list]:
 def ablations(
     terms: Decomposition, reference: Reference, classes: Tensor, read: Tensor
 ) -> list[tuple[str, Tensor]]:
-    """(name, class scores [b, c]) of the embedding as it is, and after each ablation."""
+    """(name, class scores [b, c]) of the embedding as it is, and after each ablation; read is [L, H, e, c]."""
     depth, heads = read.shape[:2]
     base = terms.embedding.to(read) @ classes.T
     away = reference.values.mean.to(read) - terms.values  # [b, L, H, e]
-    by_layer = [away[:, i].flatten(1) @ read[i].flatten(0, 1) for i in range(depth)]  # L x [b, c]
-    by_layer = torch.stack(by_layer, dim=1)  # [b, L, c]
+    by_layer = torch.stack([away[:, i].flatten(1) @ read[i].flatten(0, 1) for i in range(depth)], dim=1)
     all_mlps = base + ((reference.mlps - terms.mlps) @ classes.T).sum(dim=1)
     stem = (reference.stem - terms.stem) @ classes.T
     found = [("base", base), ("all MLPs", all_mlps), ("all MLPs and stem", all_mlps + stem)]
@@ -77,27 +72,22 @@ def last_layers(depth: int) -> range:
 
 def head_rows(accuracy: dict[str, float], depth: int, heads: int) -> list[list[str]]:
     """The accuracy without each head of the last layers, a row for each layer."""
-    return [
-        [f"layer {i}", *(f"{100 * accuracy[f'head {head_name((i, h))}']:.1f}" for h in range(heads))]
-        for i in last_layers(depth)
-    ]
+    names = {i: [f"head {head_name((i, head))}" for head in range(heads)] for i in last_layers(depth)}
+    return [[f"layer {i}", *in_tenths(map(accuracy.get, row))] for i, row in names.items()]
 
 
 def print_tables(accuracy: dict[str, float], count: int, depth: int, heads: int) -> None:
-    rows = [
-        [label, percent(accuracy[label], count)]
-        for label in accuracy
-        if not label.startswith(("attention of layer", "head "))
-    ]
+    groups = [label for label in accuracy if not label.startswith(("attention of layer", "head "))]
+    rows = [[label, percent(accuracy[label], count)] for label in groups]
     print("\n" + table(["mean-ablated", "accuracy, %"], rows))
     layers = []
     for i in range(depth):
-        labels = (f"attention of layers 0 to {i}", f"attention of layer {i}")
-        layers.append([str(i), *(f"{100 * accuracy[label]:.1f}" for label in labels)])
+        both = accuracy[f"attention of layers 0 to {i}"], accuracy[f"attention of layer {i}"]
+        layers.append([str(i), *in_tenths(both)])
     print("\n" + table(["attention of layer", "all up to it", "it alone"], layers))
     header = ["each head alone", *map(str, range(heads))]
     print("\n" + table(header, head_rows(accuracy, depth, heads)))
-    print(f"\n[..]: 95 % interval (Wilson). {PAPER}")
+    print(f"\n[..]: 95 % interval (Wilson). The paper, ImageNet, all MLPs ablated: {PAPER}.")
 
 
 def page(accuracy: dict[str, float], count: int, depth: int, heads: int) -> list[report.Html]:
@@ -110,9 +100,6 @@ def page(accuracy: dict[str, float], count: int, depth: int, heads: int) -> list
     }
     title, base = "Accuracy without the attention of", {"unchanged": 100 * accuracy["base"]}
     by_layer = report.curves(layers, "layer", "accuracy, %", title, lines=base)
-    header = ["accuracy, %", *map(str, range(heads))]
-    return [
-        report.section("Whole groups of terms", by_group),
-        report.section("Attention, by layer", by_layer),
-        report.section("Each head alone", report.table(header, head_rows(accuracy, depth, heads))),
-    ]
+    by_head = report.table(["accuracy, %", *map(str, range(heads))], head_rows(accuracy, depth, heads))
+    parts = {"Whole groups of terms": by_group, "Attention, by layer": by_layer, "Each head alone": by_head}
+    return [report.section(title, part) for title, part in parts.items()]

@@ -8,12 +8,11 @@ copies, so the results are the same, bit for bit.
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,9 @@ class Checkpoint:
     """
 
     def __init__(self, job: Job, data: Dataset, title: str) -> None:
-        self.job, self.data, self.title = job, data, title
+        self.job = job
         self.saved = time.monotonic()
+        self.fingerprint = cache(partial(fingerprint, job, data, title))  # short runs need none
         self.folder = job.checkpoint_folder
         slug = re.sub(r"\W+", "-", title).strip("-")
         self.path = self.folder / f"{slug}.{processes.process_rank()}.pt"
@@ -95,11 +95,11 @@ class Checkpoint:
             self._delete_old()
             states = [state_dict(accumulator) for accumulator in accumulators]
             with atomic_write(path) as partial:
-                torch.save({"run": self.fingerprint, "done": done, "accumulators": states}, partial)
+                torch.save({"run": self.fingerprint(), "done": done, "accumulators": states}, partial)
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-            reason = getattr(error, "strerror", None) or "its disk may be full"
+            reason = f"{getattr(error, 'strerror', None) or 'its disk may be full'}; make room"
             raise InputError(
-                f"cannot save the state in {self.folder}: {reason}; make room and go on with --resume"
+                f"cannot save the state in {self.folder}: {reason} and go on with --resume"
             ) from error
 
     def _delete_old(self) -> None:
@@ -111,11 +111,6 @@ class Checkpoint:
                     path.unlink(missing_ok=True)
         self.job.old_checkpoints_deleted = True
 
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """Made when it is first needed: short runs need none."""
-        return fingerprint(self.job, self.data, self.title)
-
     def _read(self, path: Path) -> dict | None:
         if not path.exists():
             return None
@@ -123,17 +118,14 @@ class Checkpoint:
             found = torch.load(path, weights_only=True)
             theirs = found["run"]
         except Exception as error:  # torch raises many kinds
-            raise InputError(
-                f"cannot read the state {path}; remove it, or start anew without --resume"
-            ) from error
-        for key, ours in self.fingerprint.items():
+            hint = "remove it, or start anew without --resume"
+            raise InputError(f"cannot read the state {path}; {hint}") from error
+        for key, ours in self.fingerprint().items():
             if theirs.get(key) != ours:
                 shown = key.startswith("--") or key == "processes"
                 values = f": {theirs.get(key)!r} then, {ours!r} now" if shown else ""
-                raise InputError(
-                    f"{path} is of another run ({key} differs{values}); repeat that one, "
-                    "or start anew without --resume"
-                )
+                hint = "repeat that one, or start anew without --resume"
+                raise InputError(f"{path} is of another run ({key} differs{values}); {hint}")
         return found
 
 
@@ -145,11 +137,6 @@ def print_resume_hint(job: Job) -> None:
         print(f"note: {hint}", file=sys.stderr)
     if resume and not folder.exists():
         print(f"note: nothing to resume in {folder}; this run starts from the beginning", file=sys.stderr)
-
-
-def delete_checkpoints(job: Job) -> None:
-    """For a run whose results are written."""
-    shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
 
 
 def fingerprint(job: Job, data: Dataset, title: str) -> dict[str, Any]:

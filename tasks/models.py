@@ -88,14 +88,8 @@ def small(name: str, seed: int = 0) -> Images:
     if "timm_model_name" in vision:
         more, vision["image_size"] = _smaller(config)
     else:
-        side = GRID * vision.get("patch_size", 16)
-        vision |= {
-            "layers": LAYERS,
-            "width": WIDTH,
-            "head_width": WIDTH // HEADS,
-            "attn_pooler_heads": HEADS,
-            "image_size": side,
-        }
+        vision |= {"layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS, "attn_pooler_heads": HEADS}
+        vision["image_size"] = GRID * vision.get("patch_size", 16)
     with quiet(), torch.random.fork_rng(devices=[]), _timm_with(more):
         torch.manual_seed(seed)
         model = Images(_tower(config))

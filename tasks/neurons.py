@@ -36,7 +36,7 @@ from .job import Job, open_split, open_zero_shot
 from .passes import one_pass
 from .reference import check_varies
 from .removal import random_heads
-from .tables import mean_and_std, percent, print_settings, settings, table, zero_shot_settings
+from .tables import mean_and_std, percent, print_settings, table, zero_shot_settings
 
 KEPT = 6  # images of each neuron, for the page
 SHOWN = 3  # texts and images of each neuron on screen
@@ -64,21 +64,21 @@ def run(job: Job) -> tuple[dict, list]:
     accuracy, fired = ablate(job, test, labels, classes, activity, sets, kept)
     base, *single = accuracy[: len(chosen) + 1]
     together, *random = accuracy[len(chosen) + 1 :]
-    found = [
-        describe(j, activity, texts, bank, data) | {"accuracy without it": share}
-        for j, share in zip(chosen, single, strict=True)
-    ]
+    found = [describe(j, activity, texts, bank, data) for j in chosen]
+    for row, share in zip(found, single, strict=True):
+        row["accuracy without it"] = share
     if fired is not None:
         add_factors(found, fired, test.facts)
     texts_used = f"{bank.path.name}, {len(bank.texts):,} texts, less their mean"
+    where = print_settings(
+        job,
+        **zero_shot_settings(job, test, data.description, names),
+        bank=f"{texts_used}: else texts that are near everything would win",
+        layer=f"{layer} of 0 to {depth - 1}, {len(activity.maps):,} neurons",
+        sum=f"neurons and biases sum to the MLP's term within {activity.error:.0e} of its largest entry",
+    )
     results = {
-        "settings": settings(
-            job,
-            **zero_shot_settings(job, test, data.description, names),
-            bank=f"{texts_used}: else texts that are near everything would win",
-            layer=f"{layer} of 0 to {depth - 1}, {len(activity.maps):,} neurons",
-            sum=f"neurons and biases sum to the MLP's term within {activity.error:.0e} of its largest entry",
-        ),
+        "settings": where,
         "layer": layer,
         "images": len(test),
         "accuracy": {"base": base, "without the neurons shown": together},
@@ -93,9 +93,8 @@ def run(job: Job) -> tuple[dict, list]:
 def choose_layer(asked: int | None, depth: int) -> int:
     """--layer, counted from 0, or from the end where negative; without it the last."""
     if asked is not None and not -depth <= asked < depth:
-        raise InputError(
-            f"--layer {asked}: the model has layers 0 to {depth - 1}, or -{depth} to -1 from the end"
-        )
+        there = f"layers 0 to {depth - 1}, or -{depth} to -1 from the end"
+        raise InputError(f"--layer {asked}: the model has {there}")
     return (depth - 1 if asked is None else asked) % depth
 
 
@@ -262,8 +261,7 @@ def add_factors(found: list[dict], fired: Tensor, facts: dict[str, Tensor]) -> N
 
 
 def print_results(results: dict) -> None:
-    """Settings, a paragraph for each neuron, accuracies."""
-    print_settings(results["settings"])
+    """A paragraph for each neuron, accuracies."""
     for row in results["neurons"]:
         print(f"\nneuron {in_words(row, results['accuracy']['base'])}")
         for sign in ("towards", "away from"):
@@ -279,10 +277,8 @@ def print_results(results: dict) -> None:
         "standard deviations, as they reach the embedding. [..]: 95 % interval (Wilson)."
     )
     if "factors" in results["neurons"][0]:
-        print(
-            "Factor: the demo's that explains most of the variance of its activation on the test images, "
-            "where all are independent."
-        )
+        most = "explains most of the variance of its activation on the test images"
+        print(f"Factor: the demo's that {most}, where all are independent.")
 
 
 def in_words(row: dict, base: float) -> str:
@@ -300,11 +296,10 @@ def in_words(row: dict, base: float) -> str:
 
 def accuracies(results: dict) -> list[list[str]]:
     """Rows of the table."""
-    count, shown = results["images"], len(results["neurons"])
-    rows = [
-        ["base", percent(results["accuracy"]["base"], count)],
-        [f"the {shown} neurons above", percent(results["accuracy"]["without the neurons shown"], count)],
-    ]
+    shown = len(results["neurons"])
+    labels = ("base", f"the {shown} neurons above")
+    both = zip(labels, results["accuracy"].values(), strict=True)
+    rows = [[label, percent(accuracy, results["images"])] for label, accuracy in both]
     if results["random"]:  # none where all neurons of the layer are shown
         label, draws = f"{shown} random neurons of the layer", results["random"]
         rows.append([f"{label}, mean ± std of {len(draws)} draws", mean_and_std(draws)])
@@ -324,7 +319,6 @@ def page(results: dict, images: dict[str, list[Image.Image]]) -> list[report.Htm
         parts.append(report.pictures(list(zip(images[row["neuron"]], captions, strict=True))))
     texts = "Texts: by their cosine with what the neuron adds when it fires more."
     accuracy = report.table(["mean-ablated", "accuracy, %"], accuracies(results))
-    return [
-        report.section("Accuracy without them", accuracy),
-        report.section("What single neurons write", *parts, note=f"{texts} Images: those that fire it most."),
-    ]
+    note = f"{texts} Images: those that fire it most."
+    written = report.section("What single neurons write", *parts, note=note)
+    return [report.section("Accuracy without them", accuracy), written]

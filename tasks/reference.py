@@ -75,7 +75,7 @@ def summarise(
     job: Job,
     accumulator: Accumulator | None = None,
     data: Dataset | None = None,
-    update: Callable[[Decomposition, Tensor], None] | None = None,
+    update: Callable | None = None,
 ) -> Reference:
     """One pass over the reference images.
 
@@ -102,10 +102,8 @@ def summarise(
         if update is not None:
             update(terms, indices)
     means = {"own": None} | {name: (total / len(data)).to(maps) for name, total in sums.sums.items()}
-    error, description = errors.largest["sum of terms"], data.description
-    return Reference(
-        values=values, embedding=embedding, maps=maps, error=error, description=description, **means
-    )
+    found = {"values": values, "embedding": embedding, "maps": maps, "error": errors.largest["sum of terms"]}
+    return Reference(**found, description=data.description, **means)
 
 
 def check_varies(variance: float, description: str) -> None:

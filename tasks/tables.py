@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.utils.data import Dataset
@@ -33,6 +33,11 @@ def percent(accuracy: float, count: int) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def in_tenths(shares: Iterable[float]) -> list[str]:
+    """["54.8", ...]: shares in percent, for the cells of a table."""
+    return [f"{100 * share:.1f}" for share in shares]
+
+
 def mean_and_std(shares: Sequence[float]) -> str:
     """ "54.8 ± 2.1", in percent."""
     values = torch.tensor(shares, dtype=torch.float64)
@@ -51,20 +56,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([title, "-" * len(title), *map(line, rows)])
 
 
-def settings(job: Job, **more: str) -> dict[str, str]:
-    """What every table says of where its numbers come from."""
+def print_settings(job: Job, **more: str) -> dict[str, str]:
+    """Print what every table says of where its numbers come from; returned for the task's results."""
     clip, args = job.clip, job.args
     size = f", images of {args.image_size} pixels" if args.image_size else ""
     dtype = str(clip.dtype).removeprefix("torch.")
     model = f"{clip.name}, weights {clip.weights}, {dtype} on {clip.device}{size}"
-    return {"model": model, **more, "seed": str(args.seed)}
+    return print_lines({"model": model, **more, "seed": str(args.seed)})
 
 
-def print_settings(lines: dict[str, str]) -> None:
-    """Print the lines, their values below each other."""
+def print_lines(lines: dict[str, str]) -> dict[str, str]:
+    """Print the lines, their values below each other, and return them."""
     width = max(map(len, lines)) + 2
     for key, value in lines.items():
         print(f"{key + ':':<{width}}{value}")
+    return lines
 
 
 def zero_shot_settings(job: Job, test: Dataset, means: str, names: Sequence[str]) -> dict[str, str]:
