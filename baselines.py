@@ -33,7 +33,7 @@ Published code that is cited, by commit:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -454,17 +454,13 @@ def _hooked(model: nn.Module, hooks: list[tuple[Callable, Callable]]) -> Iterato
     switched = [(module, "training") for module in model.modules() if module.training]
     if getattr(transformer, "grad_checkpointing", False):  # would run the blocks, and these hooks, twice
         switched.append((transformer, "grad_checkpointing"))
-    handles = []
-    try:
-        handles.extend(register(hook) for register, hook in hooks)
+    with ExitStack() as stack:
+        for register, hook in hooks:
+            stack.callback(register(hook).remove)
         for module, name in switched:
+            stack.callback(setattr, module, name, True)
             setattr(module, name, False)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, name in switched:
-            setattr(module, name, True)
 
 
 def _attention(q: Tensor, k: Tensor) -> Tensor:

@@ -123,7 +123,6 @@ class Waterbirds(ImageFiles):
         return rows
 
     def caption(self, index: int) -> str:
-        """What to write under an image."""
         return f"{self.files[index]}: {self.classes[self.y[index]]} on {self.places[self.place[index]]}"
 
 
@@ -200,8 +199,6 @@ class DemoBirds(Dataset):
     """
 
     classes = ("landbird", "waterbird")
-    places = ("land", "water")
-    splits = ("train", "val", "test")
     sizes = {"train": 2000, "val": 2000, "test": 4096}  # noqa: RUF012
     seeds = {"train": 31, "val": 32, "test": 61}  # noqa: RUF012 test's is used nowhere else
 

@@ -2,7 +2,7 @@
 
     $ python evaluate.py --task waterbirds      # the embedded demo, offline: decide without the background
     $ python evaluate.py --list-models          # which of open_clip's models can be decomposed?
-    $ python evaluate.py --task check           # do the terms sum to the embedding? (--model all: of every one)
+    $ python evaluate.py --task check           # do the terms sum to the embedding? (--model all: of all)
     $ python evaluate.py --task textspan        # what each head writes, in words, and its role
     $ python evaluate.py --task segmentation    # do maps lie on the object? beside ten other attributions
     $ python evaluate.py --task heatmap --image FILE --text "a bird"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import open_clip
 import torch
@@ -120,16 +121,13 @@ def small_errors(name: str) -> list[float]:
 
 def families(rows: list[dict]) -> list[list[str]]:
     """Rows of the summary, from the models that can be decomposed."""
-    groups: dict[tuple, list[float]] = {}
+    groups = defaultdict(list)
     for row in rows:
-        groups.setdefault((row["family"], row["readout"]), []).append(max(row["errors"]))
+        groups[row["family"], row["readout"]].append(max(row["errors"]))
     return [[*group, str(len(errors)), f"{max(errors):.0e}"] for group, errors in sorted(groups.items())]
 
 
 def refusals(rows: list[dict]) -> list[tuple[str, str]]:
     """Reasons, and the models of each."""
-    groups: dict[str, list[str]] = {}
-    for row in rows:
-        if row["refusal"]:
-            groups.setdefault(row["refusal"], []).append(row["model"])
-    return [(reason, ", ".join(names)) for reason, names in groups.items()]
+    reasons = dict.fromkeys(row["refusal"] for row in rows if row["refusal"])
+    return [(why, ", ".join(row["model"] for row in rows if row["refusal"] == why)) for why in reasons]

@@ -97,10 +97,9 @@ class Checkpoint:
             with atomic_write(path) as partial:
                 torch.save({"run": self.fingerprint(), "done": done, "accumulators": states}, partial)
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-            reason = f"{getattr(error, 'strerror', None) or 'its disk may be full'}; make room"
-            raise InputError(
-                f"cannot save the state in {self.folder}: {reason} and go on with --resume"
-            ) from error
+            reason = getattr(error, "strerror", None) or "its disk may be full"
+            failed = f"cannot save the state in {self.folder}: {reason}"
+            raise InputError(f"{failed}; make room and go on with --resume") from error
 
     def _delete_old(self) -> None:
         """Delete what an earlier run left, when a run that does not resume it saves something itself."""

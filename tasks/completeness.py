@@ -55,7 +55,7 @@ def run(job: Job) -> tuple[dict, list]:
     accuracy = {key: count / len(test) for key, count in right.sums.items()}
     where = print_settings(
         job,
-        **zero_shot_settings(job, test, reference.description, names),
+        **zero_shot_settings(job, test, reference.description, len(names)),
         heads=f"layers {first} to {depth - 1}; every other term is its mean",
         sum=reference.sum_error(),
         pools="; ".join(f"{pool}: {len(texts):,} texts" for pool, texts in pools.items()),

@@ -29,9 +29,8 @@ LONG_SIDE = 512  # of the pictures
 TILE, ACROSS, GAP = 200, 6, 8  # of the sheet
 SCALE_NOTE = "Each map from its least (dark) to its most (bright); the decomposition from zero."
 # matplotlib's inferno at eight even steps: brighter is more, also without colour.
-INFERNO = np.float32([*bytes.fromhex("000004 280b54 65156e 9f2a63 d44842 f57d15 fac127 fcffa4")]).reshape(
-    8, 3
-)
+INFERNO = bytes.fromhex("000004 280b54 65156e 9f2a63 d44842 f57d15 fac127 fcffa4")
+INFERNO = np.float32([*INFERNO]).reshape(-1, 3)
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -67,13 +66,11 @@ def run(job: Job) -> tuple[dict, list]:
     scores = {method: score_of(method, args.score) for method in methods}
     cosines = dict(zip(args.text, cosine, strict=True))
     results = {"settings": where, "cosine": cosines, "scores": scores, "files": list(files)}
-    shown = {
-        title: [(tile, name) for name, tile in tiles.items()]
-        for title, tiles in zip(titles, drawn, strict=True)
-    }
-    return results, [
-        report.section(title, report.pictures(items, size=200)) for title, items in shown.items()
-    ]
+    sections = []
+    for title, tiles in dict(zip(titles, drawn, strict=True)).items():
+        shown = report.pictures([(tile, name) for name, tile in tiles.items()], size=200)
+        sections.append(report.section(title, shown))
+    return results, sections
 
 
 def draw_maps(

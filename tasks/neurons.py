@@ -72,7 +72,7 @@ def run(job: Job) -> tuple[dict, list]:
     texts_used = f"{bank.path.name}, {len(bank.texts):,} texts, less their mean"
     where = print_settings(
         job,
-        **zero_shot_settings(job, test, data.description, names),
+        **zero_shot_settings(job, test, data.description, len(names)),
         bank=f"{texts_used}: else texts that are near everything would win",
         layer=f"{layer} of 0 to {depth - 1}, {len(activity.maps):,} neurons",
         sum=f"neurons and biases sum to the MLP's term within {activity.error:.0e} of its largest entry",
@@ -147,14 +147,6 @@ class Activity:
         # The sort is stable: of equal activations, the earlier image is kept.
         order = top.argsort(dim=1, descending=True, stable=True)[:, : self.kept]
         self.top, self.images = top.gather(1, order), images.gather(1, order)
-
-    def mean(self) -> Tensor:
-        """[n] mean activation."""
-        return self.activations.mean[:, 0]
-
-    def variance(self) -> Tensor:
-        """[n] of the activation."""
-        return self.activations.covariance[:, 0, 0]
 
     def spread(self) -> Tensor:
         """[n] variance of each neuron's term over the embedding's; these need not sum to 1."""
@@ -240,8 +232,8 @@ def describe(j: int, activity: Activity, texts: Tensor, bank: Bank, data: Datase
     return {
         "neuron": head_name((activity.layer, j)),
         "spread": float(activity.spread()[j]),
-        "mean": float(activity.mean()[j]),
-        "variance": float(activity.variance()[j]),
+        "mean": float(activity.activations.mean[j, 0]),
+        "variance": float(activity.activations.covariance[j, 0, 0]),
         "towards": [(bank.texts[i], float(fit[i])) for i in order[:SHOWN]],
         "away from": [(bank.texts[i], float(fit[i])) for i in order[: -SHOWN - 1 : -1]],
         "images": [(i, data.caption(i), activation) for i, activation in images],
@@ -269,13 +261,11 @@ def print_results(results: dict) -> None:
         shown = "; ".join(f"{i}: {caption}" for i, caption, _ in row["images"][:SHOWN])
         print(f"  {'fired by':<10} {shown}")
     print("\n" + table(["mean-ablated", "accuracy, %"], accuracies(results)))
-    print(
-        "\nSpread: variance of what the neuron itself adds, over the embedding's; "
-        "neurons can cancel: shares need not sum to 100 %.\n"
-        "Towards, away from: texts by their cosine with what it adds when it fires more. "
-        "Activations are divided by the LayerNorms'\n"
-        "standard deviations, as they reach the embedding. [..]: 95 % interval (Wilson)."
-    )
+    spread = "variance of what the neuron itself adds, over the embedding's; neurons can cancel"
+    print(f"\nSpread: {spread}: shares need not sum to 100 %.")
+    towards = "texts by their cosine with what it adds when it fires more"
+    print(f"Towards, away from: {towards}. Activations are divided by the LayerNorms'")
+    print("standard deviations, as they reach the embedding. [..]: 95 % interval (Wilson).")
     if "factors" in results["neurons"][0]:
         most = "explains most of the variance of its activation on the test images"
         print(f"Factor: the demo's that {most}, where all are independent.")

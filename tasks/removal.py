@@ -11,7 +11,7 @@ Axes: k interventions, n images, c classes, L layers, H heads, t terms.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -143,41 +143,39 @@ class Scores:
         return self.embedding + torch.einsum("kt,ntc->knc", rows.to(self.embedding), terms)
 
 
-class Scorer:
-    """From the terms of a batch to its Scores.
+def scorer(
+    reference: Reference, directions: Tensor, votes: CueVotes, classes: Tensor
+) -> Callable[[Decomposition], Scores]:
+    """From the terms of a batch to its Scores: directions [k, d] of the cue, orthonormal; classes [c, d]."""
+    maps, classes_cue = (
+        reference.maps,
+        directions.T @ (directions @ classes.T),
+    )  # [d, c] their part along the cue
+    read, read_cue = maps @ classes.T, maps @ classes_cue  # [L, H, e, c]
+    mean, mean_embedding = reference.values.mean.to(maps), reference.embedding.mean.to(maps)
 
-    Args:
-        directions: [k, d] of the cue, orthonormal.
-        classes: [c, d].
-    """
-
-    def __init__(self, reference: Reference, directions: Tensor, votes: CueVotes, classes: Tensor) -> None:
-        maps = reference.maps
-        self.reference, self.votes, self.classes = reference, votes, classes
-        self.classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
-        self.read, self.read_cue = maps @ classes.T, maps @ self.classes_cue  # [L, H, e, c]
-        self.mean, self.mean_embedding = reference.values.mean.to(maps), reference.embedding.mean.to(maps)
-
-    def __call__(self, terms: Decomposition) -> Scores:
-        embedding, away = terms.embedding.to(self.mean), self.mean - terms.values
+    def scores(terms: Decomposition) -> Scores:
+        embedding, away = terms.embedding.to(mean), mean - terms.values
         return Scores(
-            embedding @ self.classes.T,
-            torch.einsum("bLHe,LHec->bLHc", away, self.read),
-            (self.reference.mlps - terms.mlps) @ self.classes.T,
-            (self.reference.stem - terms.stem) @ self.classes.T,
-            torch.einsum("bLHe,LHec->bLHc", away, self.read_cue),
-            (self.mean_embedding - embedding) @ self.classes_cue,
-            self.votes.labels(embedding),
+            embedding @ classes.T,
+            torch.einsum("bLHe,LHec->bLHc", away, read),
+            (reference.mlps - terms.mlps) @ classes.T,
+            (reference.stem - terms.stem) @ classes.T,
+            torch.einsum("bLHe,LHec->bLHc", away, read_cue),
+            (mean_embedding - embedding) @ classes_cue,
+            votes.labels(embedding),
         )
+
+    return scores
 
 
 def score(
     job: Job, test: Dataset, cue: Cue, classes: Tensor, *accumulators: Accumulator
 ) -> Iterator[tuple[Scores, Tensor]]:
     """One pass over the test images, in batches: (scores, indices)."""
-    scorer = Scorer(cue.reference, cue.directions, cue.votes, classes)
+    scores = scorer(cue.reference, cue.directions, cue.votes, classes)
     for images, indices in one_pass(job, test, "test", *accumulators):
-        yield scorer(decompose(job.clip.model, images)), indices
+        yield scores(decompose(job.clip.model, images)), indices
 
 
 class Plan:

@@ -118,10 +118,10 @@ class Found:
                 self.foregrounds.setdefault(value, index)
         if len(self.foregrounds) > 1:
             (one, first), (other, second) = list(self.foregrounds.items())[:2]
-            marks = f"{self.data.name(first)} marks foreground with {one}, that of {self.data.name(second)} with {other}"
-            raise InputError(
-                f"the mask of {marks}; if one of them marks pixels to leave out, give it as --void"
-            )
+            marks = f"the mask of {self.data.name(first)} marks foreground with {one}"
+            others = f"that of {self.data.name(second)} with {other}"
+            hint = "if one of them marks pixels to leave out, give it as --void"
+            raise InputError(f"{marks}, {others}; {hint}")
 
     def merge(self, other: Found) -> None:
         for method, total in other.totals.items():
@@ -249,11 +249,8 @@ def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]
         precision.append((method, *(100 * (row["mAP"] + away) for away in (0, -half, half))))
     overlap = [(method, 100 * row["mIoU"], None, None) for method, row in rows.items()]
     groups = {"mAP, ± 1.96 standard errors": precision, "mIoU": overlap}
-    measured = (
-        report.table(["%", "score", "text", *keys], cells),
-        report.intervals(groups, "Every method", "%"),
-    )
+    measured = report.table(["%", "score", "text", *keys], cells)
+    drawn = report.intervals(groups, "Every method", "%")
     shown = [part for title, tiles in pictures.items() for part in (title, report.pictures(tiles))]
-    note = f"Images drawn with the seed. {SCALE_NOTE}"
-    maps = report.section("Some of the maps", *shown, note=note)
-    return [report.section("Do the maps lie on the object?", *measured), maps]
+    maps = report.section("Some of the maps", *shown, note=f"Images drawn with the seed. {SCALE_NOTE}")
+    return [report.section("Do the maps lie on the object?", measured, drawn), maps]

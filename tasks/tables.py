@@ -12,6 +12,8 @@ from zeroshot import Clip, templates
 
 from .job import Job
 
+SCORED = "on the images that are scored"
+
 
 def wilson(right: float, count: int) -> tuple[float, float]:
     """95 % interval of an accuracy (Wilson 1927), which stays inside 0..1 and holds for few images."""
@@ -73,15 +75,12 @@ def print_lines(lines: dict[str, str]) -> dict[str, str]:
     return lines
 
 
-def zero_shot_settings(job: Job, test: Dataset, means: str, names: Sequence[str]) -> dict[str, str]:
-    """The settings of a zero-shot task: test images, images that means come from, prompts."""
-    prompts = prompts_of(job.clip, len(names))
-    return {"test": test.description, "means": means_of(job, means), "prompts": prompts}
-
-
-def means_of(job: Job, description: str, note: str = "on the images that are scored") -> str:
-    """The images that means come from, with a note where these are the test images."""
-    return description + (f"; {note}" if job.args.reference == "test" else "")
+def zero_shot_settings(
+    job: Job, test: Dataset, means: str, classes: int | Sequence[str], note: str = SCORED
+) -> dict[str, str]:
+    """Test images; images that means come from, with a note where these are the test images; prompts."""
+    means += f"; {note}" if job.args.reference == "test" else ""
+    return {"test": test.description, "means": means, "prompts": prompts_of(job.clip, classes)}
 
 
 def prompts_of(clip: Clip, classes: int | Sequence[str]) -> str:

@@ -32,8 +32,8 @@ ROLE_IMAGES = 4000  # that roles are found on; they are kept, in the heads' own 
 # The demo's factor of each category of its bank.
 FACTORS = {"animals": "kind", "colours": "colour", "places": "place", "light": "light", "styles": "style"}
 NOTE = (
-    "Bars of categories: share of the head's variance between images that different texts of the category fit "
-    "best. Beside each text, the share of variance along what it adds to those above it. Stable: share of "
+    "Bars of categories: share of the head's variance between images that different texts of the category "
+    "fit best. Beside each text, the share of variance along what it adds to those above it. Stable: share of "
     "bootstrap samples with the same role. Images: of those that roles were found on, where the head writes "
     "most along its first text."
 )

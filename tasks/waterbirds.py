@@ -15,7 +15,7 @@ from zeroshot import classifier, templates
 from .accumulators import Sums
 from .job import Job, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score
-from .tables import in_percent, in_tenths, means_of, percent, print_settings, prompts_of, table
+from .tables import SCORED, in_percent, in_tenths, percent, print_settings, table, zero_shot_settings
 
 GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 
@@ -37,9 +37,9 @@ def run(job: Job) -> tuple[dict, list]:
     found, (ours,), drawn = in_blocks(groups.rows(), interventions)
     rows = dict(zip(plan.labels, found, strict=True))
     control = random_control(ours, drawn) if drawn else None
-    means = means_of(job, cue.reference.description, "the authors' way, on the images that are scored")
-    prompts = prompts_of(clip, test.classes)
-    where = print_settings(job, test=test.description, means=means, prompts=prompts, **cue.settings())
+    note = f"the authors' way, {SCORED}"
+    common = zero_shot_settings(job, test, cue.reference.description, test.classes, note)
+    where = print_settings(job, **common, **cue.settings())
     print_rows(rows, control, counts, len(cue.heads))
     results = {"settings": where, "rows": rows, "random": control, **cue.results()}
     return results, page(results, counts)
@@ -130,10 +130,8 @@ def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, in
         lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *means, ""])
         lines.append([f"{chosen} random heads, best", *[""] * 4, *most, ""])
         below = round(control["below the chosen heads"] * control["draws"])
-        words = (
-            f"{control['draws']} draws of as many heads from each of the same layers (never the chosen set),"
-        )
-        words += f"\nmean-ablated; the chosen heads' worst group is above {below} of them."
+        words = f"{control['draws']} draws of as many heads from each of the same layers (never the chosen"
+        words += f" set),\nmean-ablated; the chosen heads' worst group is above {below} of them."
     columns = 8 if kinds else 7
     print("\n" + table(header[:columns], [line[:columns] for line in lines]))
     print(f"\nGroups are bird/place. [..]: 95 % interval (Wilson). Random: {words}")
