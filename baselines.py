@@ -366,6 +366,7 @@ class _Run:
     tokens: Tensor  # [b, N, D] with positions, before ln_pre
     last: Tensor  # [b, D] the class token after ln_post
     size: tuple[int, int]  # rows and columns of the patch grid
+    proj: Tensor  # [D, d] from the residual stream to the embedding
 
     def direction(self, embedding: Tensor) -> Tensor:
         """[b, d] the gradient of each image's score with respect to its embedding [b, d]."""
@@ -385,12 +386,6 @@ class _Run:
         direction = self.direction(embedding).to(embedding.dtype)
         found = torch.autograd.grad(embedding, activations, direction, retain_graph=True)
         return [full_precision(self.blocks[0].batch_first(gradient)) for gradient in found]
-
-    @property
-    def proj(self) -> Tensor:
-        """[D, d]"""
-        proj = self.model.visual.proj
-        return torch.eye(self.tokens.shape[-1]).to(self.tokens) if proj is None else full_precision(proj)
 
     def read_out(self, x: Tensor) -> Tensor:
         """[b, d] the embedding that the residual stream x [b, D] would give."""
@@ -421,9 +416,10 @@ def _run(
     blocks = blocks[first:]
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
-    width = visual.ln_post.normalized_shape[0] if visual.proj is None else visual.proj.shape[1]
-    if texts.shape != (len(images), width):
-        expected = f"texts must be [{len(images)}, {width}], one for each image"
+    width = visual.ln_post.normalized_shape[0]
+    proj = torch.eye(width) if visual.proj is None else full_precision(visual.proj)
+    if texts.shape != (len(images), proj.shape[1]):
+        expected = f"texts must be [{len(images)}, {proj.shape[1]}], one for each image"
         raise ValueError(f"{expected}; got {list(texts.shape)}")
     ends = {}
 
@@ -444,7 +440,8 @@ def _run(
     texts = F.normalize(full_precision(texts).to(ends["tokens"]), dim=-1)
     patch = getattr(visual, "patch_size", None) or visual.conv1.kernel_size  # OpenAI's tower has none
     size = tuple(pixels // side for pixels, side in zip(images.shape[-2:], patch, strict=True))
-    return _Run(model, score, texts, first, blocks, embedding, **ends, size=size)
+    proj = proj.to(ends["tokens"])
+    return _Run(model, score, texts, first, blocks, embedding, **ends, size=size, proj=proj)
 
 
 @contextmanager

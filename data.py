@@ -30,20 +30,14 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 
 
 class ImageFiles(Dataset):
-    """Image files of a folder: what Waterbirds and ImageFolder share.
-
-    Attributes:
-        files: relative to `root`.
-        y, place: [n] labels, None where they are not known.
-        confined_to: the folder that the files must lie in, where their names come from a file.
-    """
+    """Image files of a folder: what Waterbirds and ImageFolder share."""
 
     root: Path
     transform: Callable
-    files: Sequence[str | Path]
-    y: Tensor | None = None
-    place: Tensor | None = None
-    confined_to: Path | None = None
+    files: Sequence[str | Path]  # relative to `root`
+    y: Tensor | None = None  # [n] labels, where they are known
+    place: Tensor | None = None  # [n] likewise
+    confined_to: Path | None = None  # where names come from a file, the folder that the files must lie in
 
     def __len__(self) -> int:
         return len(self.files)
@@ -85,8 +79,8 @@ class Waterbirds(ImageFiles):
     def __init__(
         self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
     ) -> None:
-        self.root, self.transform = Path(root), transform
-        self.confined_to = self.root
+        self.root = self.confined_to = Path(root)
+        self.transform = transform
         number = self.splits.index(split)
         rows = [row for row in self._metadata() if row["split"] == number]
         if not rows:

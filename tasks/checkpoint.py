@@ -33,8 +33,7 @@ FILE_OPTIONS = ("text_bank", "words", "classes", "image", "data")  # they may na
 class Checkpoint:
     """The files of one pass: `path` while it runs, for each process, and `final_path` when it is finished.
 
-    Args:
-        title: names the pass; titles differ within a task.
+    The title names the pass; titles differ within a task.
     """
 
     def __init__(self, job: Job, data: Dataset, title: str) -> None:
@@ -142,6 +141,8 @@ def fingerprint(job: Job, data: Dataset, title: str) -> dict[str, Any]:
     """What must be equal for one run to continue another: options, files, weights, images, program."""
     args = vars(job.args) | {"device": job.device}
     options = {name: str(value) for name, value in args.items() if name not in IGNORED_OPTIONS}
+    some = isinstance(data, Subset)
+    images = [list(data.indices), data.dataset.fingerprint()] if some else data.fingerprint()
     return {
         "pass": title,
         "processes": processes.process_count(),
@@ -149,16 +150,10 @@ def fingerprint(job: Job, data: Dataset, title: str) -> dict[str, Any]:
         **{f"file of --{name}": _file_hash(args.get(name)) for name in FILE_OPTIONS},
         "default bank": _file_hash(default_bank(job.clip)),
         "weights": weights_hash(job.clip.model),
-        "images": digest(repr(_data_fingerprint(data)).encode()),
+        "images": digest(repr(images).encode()),
         "program": _program_hash(),
         "torch": str(torch.__version__),
     }
-
-
-def _data_fingerprint(data: Dataset) -> list:
-    if isinstance(data, Subset):
-        return [list(data.indices), _data_fingerprint(data.dataset)]
-    return data.fingerprint()
 
 
 def _file_hash(value: Any) -> str | None:

@@ -153,10 +153,9 @@ class Activity:
         return (self.rows.covariance * self.gram.cpu()).sum(dim=(1, 2)) / self.embedding.covariance.sum()
 
     def direction(self, j: int) -> Tensor:
-        """[d] the map of neuron j.
+        """[d] the map of neuron j; under attention pooling, the direction in which its term varies most.
 
-        Under attention pooling, the direction in which the neuron's term varies most, with the sign of the
-        term's mean.
+        That direction has the sign of the term's mean.
         """
         maps = self.maps[j].cpu()
         if len(maps) == 1:

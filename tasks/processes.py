@@ -24,11 +24,7 @@ class OtherProcessError(InputError):
 
 
 def init_processes(device: str) -> str:
-    """Under torchrun, connect to the other processes.
-
-    Returns:
-        The device for this process: a GPU of its own where there are some, else `device`.
-    """
+    """The device for this process, which connects to the others: under torchrun a GPU of its own, if any."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if not dist.is_initialized():

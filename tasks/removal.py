@@ -147,10 +147,8 @@ def scorer(
     reference: Reference, directions: Tensor, votes: CueVotes, classes: Tensor
 ) -> Callable[[Decomposition], Scores]:
     """From the terms of a batch to its Scores: directions [k, d] of the cue, orthonormal; classes [c, d]."""
-    maps, classes_cue = (
-        reference.maps,
-        directions.T @ (directions @ classes.T),
-    )  # [d, c] their part along the cue
+    maps = reference.maps
+    classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
     read, read_cue = maps @ classes.T, maps @ classes_cue  # [L, H, e, c]
     mean, mean_embedding = reference.values.mean.to(maps), reference.embedding.mean.to(maps)
 

@@ -48,14 +48,10 @@ def mean_and_std(shares: Sequence[float]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as what they hold; the first is aligned to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        first, *others = zip(row, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
-
-    title = line(header)
-    return "\n".join([title, "-" * len(title), *map(line, rows)])
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (header, *rows)]
+    title, *lines = ["  ".join(cells).rstrip() for cells in aligned]
+    return "\n".join([title, "-" * len(title), *lines])
 
 
 def print_settings(job: Job, **more: str) -> dict[str, str]:

@@ -33,9 +33,9 @@ ROLE_IMAGES = 4000  # that roles are found on; they are kept, in the heads' own 
 FACTORS = {"animals": "kind", "colours": "colour", "places": "place", "light": "light", "styles": "style"}
 NOTE = (
     "Bars of categories: share of the head's variance between images that different texts of the category "
-    "fit best. Beside each text, the share of variance along what it adds to those above it. Stable: share of "
-    "bootstrap samples with the same role. Images: of those that roles were found on, where the head writes "
-    "most along its first text."
+    "fit best. Beside each text, the share of variance along what it adds to those above it. Stable: share "
+    "of bootstrap samples with the same role. Images: of those that roles were found on, where the head "
+    "writes most along its first text."
 )
 AGREEMENTS = ("roles from categories", "roles from greedy texts", "roles dealt at random")
 
@@ -88,10 +88,9 @@ def strongest(values: Tensor, A: Tensor, span: TextSpan) -> list[int]:
 
 
 def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Head) -> TextSpan:
-    """The head's texts.
+    """The head's texts: none if it writes the same to every image.
 
-    Where no number was asked for, at most as many as the head has directions: none if it writes the same to
-    every image.
+    Where no number was asked for, there are at most as many as the head has directions.
     """
     held = len(moments.factor())
     if not held:
@@ -114,11 +113,9 @@ def choose_size(asked: int | None, width: int, bank: int) -> int:
 
 
 def describe(head: Head, span: TextSpan, bank: Bank, spread: float, roles: Roles, row: int) -> dict:
-    """What is printed of a head.
+    """What is printed of a head, whose layer is `row` in `roles`.
 
-    Args:
-        spread: the head's variance over the embedding's; heads can cancel, so these need not sum to 1.
-        row: the head's layer in `roles`.
+    The spread is the head's variance over the embedding's. Heads can cancel, so these need not sum to 1.
     """
     shares, by_category = span.explained.tolist(), Counter()
     for index, share in zip(span.indices, shares, strict=True):
@@ -196,11 +193,7 @@ def print_results(results: dict) -> None:
 
 
 def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report.Html]:
-    """The same for report.html.
-
-    Args:
-        images: of each head, where it writes most along its first text.
-    """
+    """The same for report.html; images of each head are those where it writes most along its first text."""
     heads = []
     for head in results["heads"]:
         layer, number = (int(part) for part in head["head"].split("."))

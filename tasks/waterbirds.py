@@ -23,7 +23,9 @@ GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 def run(job: Job) -> tuple[dict, list]:
     """Accuracy by group: as it is, without the cue's heads or directions, and without random heads."""
     clip, args = job.clip, job.args
-    test = open_test(job)
+    if args.data is not None:
+        Waterbirds(args.data, "test", clip.preprocess)  # refuses other folders, which have no groups
+    test = open_split(job, "test")
     counts = count_groups(test)
     cue = look_for_cue(job)
     kinds = test.kinds if clip.is_demo and args.data is None else ()
@@ -43,13 +45,6 @@ def run(job: Job) -> tuple[dict, list]:
     print_rows(rows, control, counts, len(cue.heads))
     results = {"settings": where, "rows": rows, "random": control, **cue.results()}
     return results, page(results, counts)
-
-
-def open_test(job: Job) -> DemoBirds | Waterbirds:
-    """The test split; other folders than Waterbirds have no groups and are refused."""
-    if job.args.data is not None:
-        Waterbirds(job.args.data, "test", job.clip.preprocess)
-    return open_split(job, "test")
 
 
 def count_groups(test: DemoBirds | Waterbirds) -> dict[str, int]:
@@ -73,12 +68,7 @@ class Groups(Sums):
         self.test, self.group = test, 2 * test.y + test.place
 
     def update(self, scores: Tensor, indices: Tensor) -> None:
-        """Add images.
-
-        Args:
-            scores: [k, b, c] of the two classes, and after them of the demo's kinds of birds.
-            indices: [b] in the data set.
-        """
+        """Add images: scores [k, b, c] of the two classes, then of the demo's kinds of birds; indices [b]."""
         scores, group = scores.cpu(), self.group[indices]
         of_classes, of_kinds = scores.tensor_split([len(self.test.classes)], dim=2)
         right = of_classes.argmax(dim=2) == self.test.y[indices]  # [k, b]
