@@ -260,8 +260,7 @@ def check_writable(folder: Path) -> None:
     """Make the folder if need be, and see that it takes a file: better now than after the work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to --out {folder}: {error.strerror or error}") from error
 

@@ -191,8 +191,7 @@ def card(head: Head, looks: dict, anchor: str, images: int, stable: bool) -> Htm
     style, mark = looks[head.role]
     name, role = f"{head.layer}.{head.head}", f"{head.role or 'no role'} {percent(head.role_share)}"
     known_facts = {"spread": head.spread, "unexplained": head.remainder}
-    if stable:
-        known_facts["stable"] = head.stable
+    known_facts |= {"stable": head.stable} if stable else {}
     facts = [tag("span", f"{key} ", tag("b", percent(share))) for key, share in known_facts.items()]
     shares = sorted(head.categories.items(), key=lambda item: -item[1] if known(item[1]) else math.inf)
     kinds = []

@@ -59,7 +59,7 @@ def run(job: Job) -> tuple[dict, list]:
         save_picture(picture, folder / name)
     part = "all of it" if covers(box, image.size) else "what the model's cropping leaves; the rest is dimmed"
     size = f"{args.image}, {image.width} x {image.height}"
-    where = print_settings(job, image=size, methods=", ".join(methods), seen=part)
+    where = print_settings(job, image=size, methods=", ".join(methods), seed=str(args.seed), seen=part)
     print("\n" + table(["text", "cosine", "all methods in one picture"], rows))
     print(f"\n{len(files)} pictures in {folder}. {SCALE_NOTE}")
     print_refused(refused)

@@ -76,9 +76,7 @@ def merge_over_processes(accumulators: Sequence[Accumulator]) -> None:
     for source in range(count):
         states = broadcast(mine if source == rank else None, source)
         for accumulator, state in zip(accumulators, states, strict=True):
-            if source == 0:
-                load_state_dict(accumulator, state)
-            else:
-                other = fresh_copy(accumulator)
-                load_state_dict(other, state)
+            other = accumulator if source == 0 else fresh_copy(accumulator)
+            load_state_dict(other, state)
+            if source > 0:
                 accumulator.merge(other)

@@ -73,9 +73,8 @@ def run(job: Job) -> tuple[dict, list]:
 
 def maps_of(method: str, job: Job, images: Tensor, indices: Tensor, classes: Tensor, shown: Tensor) -> Tensor:
     """[b, rows, cols] what a method says of the classes shown [b]."""
-    maps = sanity(method, images, job.clip, indices, job.args.seed)
-    if maps is not None:
-        return maps
+    if method in (BLOB, RANDOM):
+        return sanity(method, images, job.clip, indices, job.args.seed)
     texts = classes[shown]
     if contrasted(method, job.args.contrast):
         texts = texts - classes.mean(dim=0)
@@ -197,10 +196,8 @@ def contrasted(method: str, contrast: str) -> bool:
     return chosen and ATTRIBUTIONS[method].reads_text
 
 
-def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) -> Tensor | None:
-    """[b, rows, cols] of the two rows that look at nothing; None for a method."""
-    if method not in (BLOB, RANDOM):
-        return None
+def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) -> Tensor:
+    """[b, rows, cols] of one of the two rows that look at nothing."""
     patch_size = getattr(clip.model.visual, "patch_size", None)
     if patch_size is None:
         raise BaselineError(f"no map for {type(clip.model.visual).__name__}: it has no patches")
