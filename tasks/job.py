@@ -46,10 +46,8 @@ class Job:
     def check_finite(self, x: Tensor) -> None:
         """Refuse a model whose numbers overflow."""
         if not x.isfinite().all():
-            raise InputError(
-                f"{self.clip.name} in {self.args.precision} gives embeddings that are not numbers; "
-                "try --precision fp32"
-            )
+            model = f"{self.clip.name} in {self.args.precision}"
+            raise InputError(f"{model} gives embeddings that are not numbers; try --precision fp32")
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -71,9 +69,8 @@ def zero_shot_problem(data: Images) -> tuple[list[str], Tensor]:
     if isinstance(data, DemoBirds):
         return list(data.kinds), data.facts["kind"]
     if data.y is None or len(data.classes) < 2:
-        raise InputError(
-            f"{data.root} has no labels: expected folders of images named by their class, two at least"
-        )
+        expected = "folders of images named by their class, two at least"
+        raise InputError(f"{data.root} has no labels: expected {expected}")
     return list(data.classes), data.y
 
 

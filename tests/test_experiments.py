@@ -360,8 +360,8 @@ def test_every_ablation_changes_class_scores_by_what_the_terms_lose(which, reque
     world = request.getfixturevalue(which)
     found = ablations(world.test, reference(world), world.classes, world.maps @ world.classes.T)
     by_hand = ablated(world.test, world.train, world.maps)
-    assert [label for label, _ in found] == list(by_hand)
-    for label, scores in found:
+    assert list(found) == list(by_hand)
+    for label, scores in found.items():
         torch.testing.assert_close(scores, by_hand[label] @ world.classes.T, **SCORES)
 
 
@@ -375,7 +375,7 @@ def test_no_two_ablations_are_the_same(which, request):
         else {("attention of layers 0 to 0", "attention of layer 0")}
     )
     nothing.add(("attention of layers 0 to 0", "attention of layer 0"))
-    same = {(a, b) for (a, x), (b, y) in combinations(found, 2) if (x - y).abs().max() < 1e-3}
+    same = {(a, b) for (a, x), (b, y) in combinations(found.items(), 2) if (x - y).abs().max() < 1e-3}
     assert same == nothing
 
 
