@@ -38,6 +38,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # the tests that kill mutants fastest come first
     "decompose.py": ("core", "decompose", "neurons", "families"),
     "families.py": ("families", "core", "neurons"),
+    "blocks.py": ("core", "families", "neurons"),
+    "attention.py": ("core", "families", "decompose"),
+    "neurons.py": ("neurons", "core"),
+    "diagnose.py": ("core", "decompose"),
     "textspan.py": ("textspan", "cue", "roles"),
     "cue.py": ("cue", "roles"),
     "roles.py": ("roles",),

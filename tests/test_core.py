@@ -5,7 +5,9 @@ Models and the long way of working them out are those of test_decompose.py and t
 """
 
 import math
+import sys
 from functools import partial
+from types import ModuleType
 
 import pytest
 import releases
@@ -224,6 +226,20 @@ def test_one_image_without_its_axis_is_refused_and_told_how_to_add_it(call):
     model = plain.build()
     message = told(call, model, pictures(model)[0], sentences(model))
     assert message == "images must be [b, 3, rows, columns] (x[None] for one image x), got [3, 8, 12]"
+
+
+@every_call
+def test_no_images_at_all_are_refused(call):
+    model = plain.build()
+    message = told(call, model, pictures(model)[:0], sentences(model))
+    assert message == "images must be [b, 3, rows, columns] (x[None] for one image x), got [0, 3, 8, 12]"
+
+
+@every_textual_call
+def test_no_texts_at_all_are_refused(call):
+    model = plain.build()
+    message = told(call, model, pictures(model), sentences(model)[:0])
+    assert message == "texts must be [t, 24], embeddings as encode_text gives, got [0, 24]"
 
 
 MODELS = {
@@ -462,6 +478,26 @@ def test_one_forward_pass_and_no_hook_is_left(family, name):
     assert len(passes) == (0 if name == "head_maps" else 1)
     assert found(model.visual) == before
     assert F.scaled_dot_product_attention is stock
+
+
+@pytest.mark.parametrize("family", ["plain", "EVA02"])
+def test_what_is_kept_of_the_class_token_does_not_hold_on_to_all_tokens(family):
+    model = FAMILIES[family]()
+    written = core.open_tower(model).watch(other.pictures(model))
+    for kept in (written.stem, written.mlps, written.last):
+        assert kept.untyped_storage().nbytes() == kept.nbytes
+
+
+# The other files.
+
+
+@pytest.mark.parametrize("name", ["families", "diagnose"])
+def test_somebody_elses_module_of_the_same_name_is_passed_over(name, monkeypatch):
+    model = plain.build()
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert decompose(model, pictures(model)).error() < EXACT
+    with pytest.raises(DecompositionError, match=r"do not sum to the embedding: relative error"):
+        decompose(model, pictures(model), tolerance=-1.0)
 
 
 # The shapes of older releases.

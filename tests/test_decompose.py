@@ -1,7 +1,7 @@
-"""decompose.py against small random CLIPs of open_clip, and against the same terms worked out the long way (`by_hand`).
+"""decompose.py against small random CLIPs of open_clip, and against the same terms worked out the long way.
 
-Wherever a term goes through a norm, the norm is frozen as it was in the forward pass: the term's own mean is subtracted, and the
-divisor is that of the whole vector.
+The long way is `by_hand`. Wherever a term goes through a norm, the norm is frozen as it was in the forward
+pass: the term's own mean is subtracted, and the divisor is that of the whole vector.
 """
 
 import math
@@ -19,9 +19,12 @@ from torch import nn
 
 from decompose import Decomposition, DecompositionError, check, decompose, head_maps, heatmap, token_scores
 
-EXACT = 1e-10  # float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this
+# float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this.
+EXACT = 1e-10
 SINGLE = 1e-5  # float32 rounds at 6e-8; the longest sums here lose one digit more
-HALF = 3e-2  # bfloat16 rounds at 4e-3 in every step of a forward pass of three blocks; the docstring of `check` allows this much
+# bfloat16 rounds at 4e-3 in every step of a forward pass of three blocks; the docstring of `check`
+# allows this much.
+HALF = 3e-2
 FAR = 1e-3  # what a negative control must differ by at least: far from any rounding error
 TEXT_TOWER = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
@@ -74,7 +77,7 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 @torch.no_grad()
 def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, **options):
-    """A CLIP of three blocks, four heads, 2 x 3 patches, with no parameter at its trivial value, in eval mode."""
+    """A CLIP of three blocks, four heads, 2 x 3 patches, no parameter at its trivial value, in eval mode."""
     vision = {
         "layers": 3,
         "width": 32,
@@ -159,7 +162,7 @@ def attention_matrices(attn, y):
 
 
 def attend(block, y):
-    """What the attention writes: [b, N, D] in all; [b, H, N, D] to the class token, of every head and source."""
+    """What the attention writes: [b, N, D] in all; [b, H, N, D] to the class token, by head and source."""
     A, v = attention_matrices(block.attn, y)
     b, H, N, e = v.shape
     whole = (A @ v).transpose(1, 2).flatten(2)  # [b, N, H e]
@@ -489,7 +492,7 @@ def test_the_source_tokens_of_a_tower_without_projection_sum_to_its_heads():
 
 
 def sequence_first(model):
-    """The same model with tokens on the first axis inside the transformer, as older releases of open_clip have it."""
+    """The same model with tokens on the first axis inside the transformer, as in older open_clip releases."""
     turned = Transformer(32, 3, 4, mlp_ratio=2.0, batch_first=False).to(torch.float64)
     turned.load_state_dict(model.visual.transformer.state_dict())
     model.visual.transformer = turned
@@ -943,7 +946,7 @@ def test_autocast_does_not_reach_the_sums(options):
 
 
 def rounded_pass(model, convention="term"):
-    """The decomposition under autocast, and in float64 what that forward pass had at its stem, its first norm and its last one."""
+    """The decomposition under autocast, and in float64 that pass's stem, first norm and last norm."""
     seen, first, norm = {}, blocks(model)[0], model.visual.ln_post
     first.register_forward_pre_hook(lambda module, args: seen.update(stem=args[0][:, 0].double()))
     first.ln_1.register_forward_hook(lambda module, args, output: seen.update(y=output.double()))

@@ -1,8 +1,8 @@
-"""decompose.py against small random models of every kind of image tower that it takes, beside open_clip's ViT with a class token.
+"""families.py against small random models of every kind of image tower, beside open_clip's class-token ViT.
 
-The long way (`by_hand`) carries every part of the residual stream, at every token, through the rest of the tower: each source of each
-head, each MLP, the stem, and one part for what belongs to none of them. A norm divides a part by what it divides the whole by; pooling
-attention is that of the whole.
+The long way (`by_hand`) carries every part of the residual stream, at every token, through the rest of the
+tower: each source of each head, each MLP, the stem, and one part for what belongs to none of them. A norm
+divides a part by what it divides the whole by; pooling attention is that of the whole.
 """
 
 import copy
@@ -35,11 +35,11 @@ from attention import attention_calls
 from decompose import DecompositionError, check, decompose, head_maps, heatmap, token_scores
 from neurons import neurons
 
-EXACT = 1e-10  # float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this
+# float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this.
+EXACT = 1e-10
 SINGLE = 1e-5  # float32 rounds at 6e-8; the longest sums here lose one digit more
-HALF = (
-    3e-2  # bfloat16 rounds at 4e-3 in every step of a forward pass; the docstring of `check` allows this much
-)
+# bfloat16 rounds at 4e-3 in every step of a forward pass; the docstring of `check` allows this much.
+HALF = 3e-2
 FAR = 1e-3  # what a negative control must differ by at least: far from any rounding error
 TEXT_TOWER = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 INNER = {
@@ -291,7 +291,7 @@ def std(norm, x):
 
 @dataclass
 class Split:
-    """Some vectors, and parts that sum to them. The last part is what belongs to no other: it takes the biases."""
+    """Some vectors, and parts that sum to them. The last part belongs to no other: it takes the biases."""
 
     whole: Tensor  # [b, T, D]
     parts: Tensor  # [p, b, T, D]
@@ -359,7 +359,10 @@ def of_heads(q, k, heads, q_norm=None, k_norm=None):
 
 @torch.no_grad()
 def watched(model, images):
-    """What enters each block and leaves the last [b, N, D]; timm's attention matrices [b, H, N, N], by its slow path."""
+    """What enters each block and leaves the last [b, N, D]; timm's attention matrices [b, H, N, N].
+
+    The matrices are those of timm's slow path.
+    """
     model, stream, attention = copy.deepcopy(model), [], []
     for module in model.visual.modules():
         if hasattr(module, "fused_attn"):
@@ -398,7 +401,7 @@ def values_of(attn, y):
 
 
 def anatomy(block):
-    """The norms and maps of a block: before and after its attention, before and after its MLP's hidden features."""
+    """The norms and maps of a block, before and after its attention and its MLP's hidden features."""
     attn, mlp = block.attn, block.mlp
     if hasattr(block, "ln_1"):
         after = [getattr(attn, "ln_inner", None), attn.out_proj, getattr(block, "ln_attn", None), block.ls_1]
@@ -468,7 +471,10 @@ def by_latent(pool, split):
 
 
 def read_out(model, split):
-    """The embedding and its parts, one token each; the weights [b, N] of the tokens, where attention does not pool them."""
+    """The embedding and its parts, one token each.
+
+    Also the weights [b, N] of the tokens, where attention does not pool them.
+    """
     visual, N = model.visual, split.whole.shape[1]
     if hasattr(visual, "trunk"):
         trunk = visual.trunk
@@ -514,7 +520,10 @@ def natively_attended(visual, split):
 
 @torch.no_grad()
 def by_hand(model, images, centred=True):
-    """The terms of `decompose`; sources [b, L, H, N, d]; terms and rest of every layer's neurons [b, n, d], [b, d], and activations."""
+    """The terms of `decompose`; sources [b, L, H, N, d]; and of every layer's neurons three things.
+
+    These are their terms [b, n, d], the rest [b, d], and the activations.
+    """
     stream, attention = watched(model, images)
     heads, mlps, biases, mixed, own, neurons = [], [], [], [], [], []
     for i, block in enumerate(blocks(model)):
@@ -1138,6 +1147,19 @@ def test_parts_of_a_batch_keep_no_more_than_what_is_allowed(monkeypatch):
     assert set(kept) == {1, 2}
 
 
+@pytest.mark.parametrize("call", [token_scores, heatmap])
+def test_parts_of_a_batch_keep_queries_keys_and_values_of_no_more_tokens_than_is_allowed(call, monkeypatch):
+    model, batches = copy.deepcopy(model_of("SigLIP")), []
+    images, texts, layers = pictures(model, batch=5), sentences(model), len(blocks(model))
+    blocks(model)[0].register_forward_pre_hook(lambda m, args: batches.append(len(args[0])))
+    an_image = layers * 6 * 3 * 48 * 8  # six tokens, three vectors of 48 numbers of each, in float64
+    for allowed, parts in ((5, [5]), (4.99, [3, 2]), (2, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(families, "KEPT_BYTES", allowed * an_image)
+        call(model, images, texts)
+        assert batches == parts
+        batches.clear()
+
+
 @some_families
 def test_gradient_checkpointing_changes_nothing(family):
     model = copy.deepcopy(model_of(family))
@@ -1218,7 +1240,8 @@ def test_the_terms_of_a_float32_model_sum_to_the_embedding(family):
     assert far(terms.heads.double(), terms_of(family).heads) < 10 * SINGLE
 
 
-# The attention of one class token is worked out in float32; of many tokens, the heads take the forward pass's own rounded results.
+# The attention of one class token is worked out in float32; of many tokens, the heads take the forward pass's
+# own rounded results.
 SOURCES = {family: SINGLE if family == "EVA02" else HALF for family in FEW}
 
 

@@ -1,4 +1,4 @@
-"""open_clip's configurations, all of them; and every task on models that are not read out at a class token."""
+"""All of open_clip's configurations; and every task on models that are not read out at a class token."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""decompose.neurons against every neuron's term worked out the long way, and the task against the same figures by hand."""
+"""neurons.py against every neuron's term worked out the long way, and the task against figures by hand."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ every_case = pytest.mark.parametrize(
 
 @torch.no_grad()
 def streams(model, images, layer):
-    """The class token's hidden activations [b, n] of one MLP and what the last norm gets [b, D], by plain hooks."""
+    """The class token's activations [b, n] in one MLP and what the last norm gets [b, D], by plain hooks."""
     seen = {}
     gelu, norm = blocks(model)[layer].mlp.gelu, model.visual.ln_post
     handles = [
@@ -280,7 +280,10 @@ def test_layers_differ():
 
 @torch.no_grad()
 def intervene(model, images, layer, j, value=None, hold=True, freeze=True):
-    """The embedding with the neuron j at the class token set to a value; None: the run is only recorded and replayed."""
+    """The embedding with the neuron j at the class token set to a value.
+
+    None: the run is only recorded and replayed.
+    """
     block, after, written, norms = blocks(model)[layer], blocks(model)[layer + 1 :], {}, {}
     places = [x for later in after for x in (later.ls_1, later.ls_2)]
     inner = [block.mlp.ln] if isinstance(getattr(block.mlp, "ln", None), nn.LayerNorm) else []
@@ -445,9 +448,12 @@ def test_a_model_in_half_precision_is_split_in_float32(mixed, options):
     model = half(torch.bfloat16, mixed, **options)
     split = neurons(model, pictures(model), 1)
     assert {key: value.dtype for key, value in fields(split).items()} == {
-        "embedding": torch.bfloat16, "term": torch.float32, "activations": torch.float32, "maps": torch.float32,
+        "embedding": torch.bfloat16,
+        "term": torch.float32,
+        "activations": torch.float32,
+        "maps": torch.float32,
         "constant": torch.float32,
-    }  # fmt: skip
+    }
     assert 1e-6 < split.error() < HALF  # what the MLP wrote was rounded, the sum of neurons is not
 
 
@@ -786,7 +792,7 @@ def test_the_control_is_as_many_random_neurons_of_the_layer(ran, truth):
 
 
 def test_ablations_that_matter_are_counted_exactly(truth):
-    """Single neurons hardly change the demo's accuracy: here whole quarters of the layer are taken out, and means are moved."""
+    """Single neurons hardly change the accuracy: here quarters of the layer go, and means are moved."""
     activity = task.watch(options(), truth.train, 3)
     sets = [[], list(range(64)), list(range(64, 128)), list(range(128)), list(range(256))]
     labels = truth.test.facts["kind"]
