@@ -341,15 +341,8 @@ class PooledFamily(Family):
                     return terms
                 names = ("stem", "heads", "mlps", "constant")
                 stem, heads, mlps, constant = (virtual.lift(getattr(terms, name)) for name in names)
-                return replace(
-                    terms,
-                    stem=stem,
-                    heads=heads,
-                    mlps=mlps,
-                    constant=constant + shift,
-                    values=heads,
-                    pool=virtual.pool,
-                )
+                constant = constant + shift
+                return Decomposition(x.embedding, stem, heads, mlps, constant, heads, None, virtual.pool)
 
         H, e, D = self.W_O[0].shape
         fields = zip(*(vars(x).values() for x in self.in_parts(of_part, images, H * e + D)), strict=True)
@@ -377,10 +370,9 @@ class PooledFamily(Family):
                 virtual, _ = self.freeze(*ends)
                 r = virtual.weights.shape[1]
                 weights = virtual.weights / virtual.out.sigma.view(r, -1, 1).transpose(0, 1)
-                sought = virtual.out.G @ (
-                    texts.T if virtual.up is None else virtual.up @ texts.T
-                )  # [r, D, t]
-                sought = sought.view(r, -1, len(texts)).movedim(0, 1).flatten(1)  # [D, r t]
+                texts_up = texts.T if virtual.up is None else virtual.up @ texts.T  # [r, e, t]
+                sought = (virtual.out.G @ texts_up).view(r, -1, len(texts))  # [r, D, t]
+                sought = sought.movedim(0, 1).flatten(1)  # [D, r t]
                 for layer, (call, scale) in kept.items():
                     A = self.attention(call, weights * scale[:, None])  # [b, H, r, N]
                     by_row = (upcast(call.v) @ (self.W_O[layer] @ sought)).unflatten(3, (r, -1))
@@ -419,10 +411,8 @@ def refused(model: nn.Module, where: str = "") -> Iterator[None]:
         yield
     except (DecompositionError, NotImplementedError) as error:
         visual = getattr(model, "visual", None)
-        tower = type(visual).__name__ + (
-            f" ({type(visual.trunk).__name__})" if hasattr(visual, "trunk") else ""
-        )
-        name = f"cannot decompose {type(model).__name__} with image tower {tower}: "
+        trunk = f" ({type(visual.trunk).__name__})" if hasattr(visual, "trunk") else ""
+        name = f"cannot decompose {type(model).__name__} with image tower {type(visual).__name__}{trunk}: "
         raise DecompositionError(f"{name}{where}" + str(error).removeprefix(name)) from None
 
 
