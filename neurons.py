@@ -81,7 +81,7 @@ def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
     plain = [name for name, _ in steps] == ["c_fc", "gelu", "c_proj"]
     if plain and isinstance(steps[2][1], nn.Linear):
         return of_clip(tower, images, layer % depth)
-    native_tower = core.beside("families", "native_tower")  # it takes more MLPs, and refuses the rest by name
+    native_tower = core.beside("families", "native_tower")  # knows more MLPs, and names the rest
     if native_tower is None:
         found = ", ".join(name for name, _ in steps)
         reason = f"the MLP of block {layer % depth} is {found}; expected c_fc, gelu, c_proj"
@@ -90,7 +90,7 @@ def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
 
 
 def of_clip(tower: core.ClipTower, images: Tensor, layer: int) -> Neurons:
-    """Of CLIP's class token."""
+    """The neurons of a class-token CLIP."""
     block, kept = tower.blocks[layer], {}
     mlp = getattr(block, "ls_2", block.mlp)  # LayerScale, where there is one
 

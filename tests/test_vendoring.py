@@ -52,7 +52,7 @@ PROGRAMS = {
     "blocks.py": """
         linear, inner = torch.nn.Linear(6, 4), torch.nn.LayerNorm(6)
         h = torch.randn(2, 3, 6)
-        scale, bias = m.WayOut(linear, inner).freeze(h, None)
+        scale, bias = m.WayOut(linear, inner).scale_and_bias(h, None)
         written = h @ m.WayOut(linear, inner).maps() * scale[..., None] + bias
         assert torch.allclose(written, linear(inner(h)), atol=1e-6)
     """,
