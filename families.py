@@ -9,8 +9,8 @@ held fixed at their values from this forward pass:
   F.scaled_dot_product_attention, where attention.py intercepts them.
 * The read-out. A virtual token is a weighted mean of tokens T, x = sum over T of w_T x_T, where the weights
   sum to one. A mean of tokens reads out one; with a LayerNorm before the mean, w_T is proportional to
-  1 / sigma_T, and sigma is the harmonic mean of the tokens' sigmas. See `TokenReadOut`. Attention pooling is a
-  sum of such read-outs, one for each of its heads. See `AttentionPooling`.
+  1 / sigma_T, and sigma is the harmonic mean of the tokens' sigmas. See `TokenReadOut`. Attention pooling is
+  a sum of such read-outs, one for each of its heads. See `AttentionPooling`.
 
 So decompose.py's formulas hold for every virtual token. One forward pass serves all: what is written on the
 tokens is kept until their weights are known, which depend on the last layer.
