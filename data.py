@@ -1,4 +1,4 @@
-"""Images with labels: Waterbirds, any folder of images, and the demo world, which renders its own.
+"""Images with labels: Waterbirds, and any folder of images.
 
 Every data set yields (image tensor, index). Labels are attributes, in the order of the indices: y (the class
 to tell apart) and, where it is known, place (the cue that goes along with it), both [n]. `fingerprint()` is
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -183,55 +182,6 @@ class ImageFolder(ImageFiles):
             )
             raise InputError(f"{found}; expected {ordered}, or folders named by their class")
         return tuple(IMAGENET_CLASSNAMES)
-
-
-class DemoBirds(Dataset):
-    """One split of the demo world. `facts` holds every factor of every image; see demo/scenes.py.
-
-    The train split holds other pictures than the model was trained on, from the same distribution: nearly all
-    birds are where such birds live. val and test are balanced: the place says nothing about the bird.
-    """
-
-    classes = ("landbird", "waterbird")
-    sizes = {"train": 2000, "val": 2000, "test": 4096}  # noqa: RUF012
-    seeds = {"train": 31, "val": 32, "test": 61}  # noqa: RUF012 test's is used nowhere else
-
-    def __init__(self, split: str, transform: Callable, limit: int | None = None, seed: int = 0) -> None:
-        from demo import ALIGNMENT, scenes
-
-        self.transform, self.seed, self._render = transform, self.seeds[split], scenes.render
-        facts = scenes.sample(self.sizes[split], self.seed, alignment=ALIGNMENT if split == "train" else 0.5)
-        self.rows = subset(self.sizes[split], limit, seed)
-        self.all_facts = facts
-        self.facts = {name: torch.from_numpy(values[self.rows]) for name, values in facts.items()}
-        self.kinds = scenes.FACTORS["kind"]
-        self.y, self.place = (self.facts[name] // scenes.FIRST_WATER for name in ("kind", "place"))
-        self.description = f"demo world, {split} split, {len(self.rows):,} images"
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.picture(index)), index
-
-    def picture(self, index: int) -> Image.Image:
-        """The image before the transform."""
-        return Image.fromarray(self.render(index)[0])
-
-    def caption(self, index: int) -> str:
-        """What the picture shows, in words."""
-        from demo.scenes import FACTORS
-
-        kind, colour, place, light, style = (FACTORS[name][int(self.facts[name][index])] for name in FACTORS)
-        return f"{colour} {kind}, {place}, {light}, {style}"
-
-    def render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The picture [64, 64, 3], and the bird's mask [64, 64] (0 to 255, soft at the edge)."""
-        return self._render(self.all_facts, self.rows[index], self.seed)
-
-    def fingerprint(self) -> list:
-        """What tells this data set from another: its rows and labels."""
-        return [self.rows, self.y.tolist(), self.place.tolist()]
 
 
 def subset(count: int, limit: int | None, seed: int) -> list[int]:

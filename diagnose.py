@@ -31,10 +31,8 @@ def culprit(terms: Decomposition, tower: ClipTower, images: Tensor, tolerance: f
     x = tower.watch(images)
     stream.append(x.last)
     if not x.stem.isfinite().all():
-        return (
-            norms
-            + "the embedding of patches and positions is the first to write something that is not a number"
-        )
+        first = "the embedding of patches and positions"
+        return norms + f"{first} is the first to write something that is not a number"
     gaps = []
     for i, W_O in enumerate(tower.W_O):
         with torch.autocast(images.device.type, enabled=False):

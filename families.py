@@ -330,9 +330,8 @@ class PooledFamily(Family):
             z = torch.stack([(w * s[:, None]) @ x for x, s in zip(z, scales, strict=True)], dim=2)
             b_O, mlps = (torch.stack([virtual.mix(x) for x in written], dim=2) for written in (b_O, mlps))
             z = z.unflatten(3, (len(self.W_O[0]), -1))  # [b, r, L, H, e]
-            stem, z, b_O, mlps, last = (
-                x.transpose(0, 1).flatten(0, 1) for x in (w @ stem, z, b_O, mlps, w @ last)
-            )
+            parts = (w @ stem, z, b_O, mlps, w @ last)
+            stem, z, b_O, mlps, last = (x.transpose(0, 1).flatten(0, 1) for x in parts)
         return Written(embedding, stem, z, None, b_O, mlps, last), virtual, shift
 
     def watch(self, images: Tensor, at_attention: Callable | None = None, layers: Sequence = ()) -> Written:
@@ -433,10 +432,8 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
     """The model's tower; or a DecompositionError that names it and what it lacks."""
     visual = getattr(model, "visual", None)
     with refused(model):
-        require(
-            not isinstance(model, torch.jit.ScriptModule),
-            "scripted models cannot be watched; load it without jit",
-        )
+        scripted = isinstance(model, torch.jit.ScriptModule)
+        require(not scripted, "scripted models cannot be watched; load it without jit")
         if visual is None:
             require(not hasattr(model, "module"), "it is a wrapper; give the model inside, its .module")
             tower = hasattr(model, "ln_post") or hasattr(model, "trunk")
@@ -448,10 +445,8 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
             return ClipTower(model)
         family = timm_tower(model) if hasattr(visual, "trunk") else native_tower(model)
         one_norm = type(family) is Family and family.readout.norm is not None
-        meaning = (
-            'convention="paper" is defined for a class token that is read out behind one norm; use "term"'
-        )
-        require(convention != "paper" or one_norm, meaning)
+        where = "for a class token that is read out behind one norm"
+        require(convention != "paper" or one_norm, f'convention="paper" is defined {where}; use "term"')
     return family
 
 
@@ -486,10 +481,8 @@ def native_tower(model: nn.Module) -> Family:
     ln_post, averages = child(visual, "ln_post"), getattr(visual, "global_average_pool", False)
     require(ln_post is not None, "has Identity as ln_post; expected LayerNorm")
     require(not averages, "it averages its tokens as older releases of open_clip did (global_average_pool)")
-    require(
-        not two_pools,
-        "it pools by two attentions (attn_pool_contrastive), as no configuration of open_clip does",
-    )
+    unused = "as no configuration of open_clip does"
+    require(not two_pools, f"it pools by two attentions (attn_pool_contrastive), {unused}")
     pool, pooler = getattr(visual, "pool_type", "tok"), getattr(visual, "attn_pool", None)
     require(pool in ("tok", "avg"), f"it reads out by pooling {pool!r}; expected 'tok' or 'avg'")
     name, targets = ("class token", slice(0, 1)) if pool == "tok" else ("mean of patches", slice(1, None))
@@ -502,10 +495,8 @@ def native_tower(model: nn.Module) -> Family:
         attn, before = pooler.attn, child(pooler, "ln_k")
         weight = attn.v_proj_weight if attn.in_proj_weight is None else attn.in_proj_weight.chunk(3)[2]
         value = weight, None if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)[2]
-        everything, heads = slice(None), attn.num_heads
-        readout = AttentionPooling(
-            "attention pooling", everything, before, heads, value, attn.out_proj, readout
-        )
+        name, targets, heads = "attention pooling", slice(None), attn.num_heads
+        readout = AttentionPooling(name, targets, before, heads, value, attn.out_proj, readout)
     return family_of(model, [native_block(block) for block in visual.transformer.resblocks], readout, 1)
 
 
@@ -530,18 +521,16 @@ def timm_tower(model: nn.Module) -> Family:
         kind = type(pooler).__name__
         known = kind == "AttentionPoolLatent" and pooler.pos_embed is None and pooler.pool in ("token", "avg")
         require(known, f"its pooling is {kind} of another kind; expected AttentionPoolLatent")
-        then = TokenReadOut(
-            "", slice(0, 1) if pooler.pool == "token" else slice(None), after, False, maps, like
-        )
+        queries = slice(0, 1) if pooler.pool == "token" else slice(None)
+        then = TokenReadOut("", queries, after, False, maps, like)
         value = pooler.kv.weight.chunk(2)[1], None if pooler.kv.bias is None else pooler.kv.bias.chunk(2)[1]
         # EVA's pooling takes every token, ViT's leaves the prefix out.
         targets = patches if hasattr(trunk, "pool_include_prefix") else slice(None)
         heads, out = pooler.num_heads, pooler.proj
         readout = AttentionPooling("attention pooling", targets, before, heads, value, out, then, pooler.mlp)
     else:
-        require(
-            pool in ("token", "avg"), f"it reads out by pooling {pool!r}; expected 'token', 'avg' or 'map'"
-        )
+        expected = "'token', 'avg' or 'map'"
+        require(pool in ("token", "avg"), f"it reads out by pooling {pool!r}; expected {expected}")
         name, targets = ("class token", slice(0, 1)) if pool == "token" else ("mean of patches", patches)
         require(before is None or after is None, "it has norms both before and after its pooling")
         readout = TokenReadOut(name, targets, before or after, before is not None, maps, like)

@@ -1,4 +1,4 @@
-"""Images with masks, to judge maps by: ImageNet-Segmentation, a folder of images and masks, the demo's birds.
+"""Images with masks, to judge maps by: ImageNet-Segmentation, and any folder of images and masks.
 
 Every data set yields ((image, mask, foreground), index): the image as the model takes it, the mask
 [height, width] int8 in the same geometry (1 foreground, 0 background, -1 not labelled), and the value that
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose, InterpolationMode
 
-from data import SUFFIXES, DemoBirds, eight_bits, file_sizes, images_below, read, read_picture, subset
+from data import SUFFIXES, eight_bits, file_sizes, images_below, read, read_picture, subset
 from files import InputError
 
 EXPECTED = "--data must be gtsegs_ijcv.mat, or a folder with images/ and masks/"
@@ -213,26 +213,6 @@ class MaskFolder(Masked):
         return [[*map(str, self.files)], sizes, None if self.labels is None else self.labels.tolist()]
 
 
-class DemoMasks(Masked):
-    """The demo's balanced test split; the mask is the bird, and what an image shows is its kind."""
-
-    def __init__(self, transform: Callable, *limit_and_seed: int, split: str = "test", **options) -> None:
-        super().__init__(transform, *limit_and_seed, **options)
-        self.birds = DemoBirds(split, transform, self.limit, self.seed)
-        self.names, self.labels = list(self.birds.kinds), self.birds.facts["kind"]
-        self.rows, self.description = self.birds.rows, self.birds.description
-
-    def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        picture, mask = self.birds.render(index)
-        return Image.fromarray(picture), (mask > 127).astype(int)  # its edge is soft
-
-    def name(self, index: int) -> str:
-        return f"picture {index} of the demo"
-
-    def fingerprint(self) -> list:
-        return [self.labels.tolist(), self.birds.fingerprint()]
-
-
 def mask_geometry(transform: Callable) -> Callable[[Image.Image], Image.Image]:
     """An open_clip image transform for a mask: the same resizing and cropping, and no new values.
 
@@ -250,7 +230,6 @@ def mask_geometry(transform: Callable) -> Callable[[Image.Image], Image.Image]:
             steps.append(changed)
         elif name not in ("MaybeConvertMode", "ToTensor", "MaybeToTensor", "Normalize"):
             raise InputError(f"cannot tell what the image transform's step {name} does to positions")
-
     return Compose(steps)
 
 

@@ -75,9 +75,8 @@ def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
         raise ValueError(f"layer must be between {-depth} and {depth - 1}, got {layer!r}")
     if type(tower) is not core.ClipTower:
         return Neurons(*tower.neurons(images, layer % depth))
-    steps = [
-        (name, x) for name, x in tower.blocks[layer].mlp.named_children() if not isinstance(x, nn.Identity)
-    ]
+    children = tower.blocks[layer].mlp.named_children()
+    steps = [(name, x) for name, x in children if not isinstance(x, nn.Identity)]
     plain = [name for name, _ in steps] == ["c_fc", "gelu", "c_proj"]
     if plain and isinstance(steps[2][1], nn.Linear):
         return of_clip(tower, images, layer % depth)

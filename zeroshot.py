@@ -310,10 +310,7 @@ def fill_templates(names: Sequence[str], templates: Sequence[str | Callable]) ->
 
 def templates(clip: Clip) -> tuple:
     """CLIP's 80 prompt templates for ImageNet; for the demo, the six ways its captions begin."""
-    if clip.is_demo:
-        kinds = ("picture", "photo", "sketch", "painting", "cartoon")
-        return ("a {}", *(f"a {kind} of a {{}}" for kind in kinds))
-    return open_clip.OPENAI_IMAGENET_TEMPLATES
+    return demo.TEMPLATES if clip.is_demo else open_clip.OPENAI_IMAGENET_TEMPLATES
 
 
 @dataclass(frozen=True)

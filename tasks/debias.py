@@ -17,7 +17,7 @@ from files import InputError
 from zeroshot import classifier, templates
 
 from .accumulators import Sums
-from .job import Images, Job, open_split
+from .job import Images, Job, check_class_names, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score
 from .tables import in_tenths, logits, mean_and_std, percent, print_settings, table
 
@@ -62,10 +62,7 @@ def class_problem(asked: list[str] | None, test: Images) -> tuple[list[str], Ten
             raise InputError(f"--task debias needs --classes: {expected}")
         return own, y
     names = list(asked)
-    if not all(name.strip() for name in names):
-        raise InputError("--classes holds a class without a name")
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise InputError(f"--classes needs at least two names, each once; found {', '.join(names)}")
+    check_class_names(names)
     if y is None or not set(own) <= set(names):  # the folders mean something else
         return names, None
     return names, torch.tensor([names.index(name) for name in own])[y]
@@ -81,8 +78,6 @@ class Outcomes(Sums):
         labels: [images] the class of each image, or None.
         group: [images] the group of each image, or None.
     """
-
-    state_names = ("sums",)
 
     def __init__(self, texts: int, labels: Tensor | None, group: Tensor | None) -> None:
         super().__init__()

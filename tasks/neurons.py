@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import report
-from data import DemoBirds
 from decompose import head_maps
+from demo.images import DemoBirds
+from demo.truth import add_factors
 from files import InputError
 from neurons import Neurons, neurons
-from roles import explained
 from textspan import Moments
 from zeroshot import Bank, embed_texts
 
@@ -242,13 +242,6 @@ def describe(j: int, activity: Activity, texts: Tensor, bank: Bank, data: Datase
 def likeness(direction: Tensor, texts: Tensor) -> Tensor:
     """[t] cosine of a direction [d] with each text [t, d] less the texts' mean, which they all share."""
     return F.cosine_similarity(texts - texts.mean(dim=0), direction[None], dim=1)
-
-
-def add_factors(found: list[dict], fired: Tensor, facts: dict[str, Tensor]) -> None:
-    """Add to each neuron the share of its activation's variance that each factor of the demo explains."""
-    shares = {factor: explained(fired[:, None, :, None], values)[0] for factor, values in facts.items()}
-    for i, row in enumerate(found):
-        row["factors"] = {factor: float(share[i]) for factor, share in shares.items()}
 
 
 def print_results(results: dict) -> None:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 import report
 from cue import THRESHOLD
-from data import DemoBirds, read_picture
+from data import read_picture
 from decompose import decompose, head_maps
+from demo.images import DemoBirds
+from demo.truth import same_factors, same_factors_in_words
 from files import InputError
 from roles import find_roles, in_own_space
 from zeroshot import embed_texts
@@ -61,10 +63,8 @@ def run(job: Job) -> tuple[dict, list]:
     print("\n" + table(["nearest", "score", "image"], rows))
     results = {"settings": where, "heads": [list(head) for head in heads], "found": found}
     if isinstance(data, DemoBirds):
-        results["agree"] = agree(data, order)
-        shares = results["agree"].items()
-        words = [f"{factor} {share:.0%} (all images {chance:.0%})" for factor, (share, chance) in shares]
-        print(f"\nPairs of these images that are the same in: {', '.join(words)}")
+        results["agree"] = same_factors(data, order)
+        print("\n" + same_factors_in_words(results["agree"]))
     print(f"\nContact sheet: {path}")
     return results, page(query, pictures, found)
 
@@ -126,15 +126,6 @@ def cosine(kept: Tensor, asked: Tensor, A: Tensor) -> Tensor:
     """[n] of the terms that values kept [n, k] and asked [1, k] stand for under A [k, d]."""
     own = in_own_space(torch.cat([kept, asked])[:, None, None], A[None, None])[:, 0, 0]
     return F.cosine_similarity(own[:-1], own[-1:], dim=1)
-
-
-def agree(data: DemoBirds, order: list[int]) -> dict[str, tuple[float, float]]:
-    """{factor: share of pairs of these images that have the same value, and of all pairs}."""
-    found = {}
-    for factor, values in data.facts.items():
-        counts = [torch.bincount(rows).double() for rows in (values[order], values)]
-        found[factor] = tuple(float((n * (n - 1)).sum() / max(n.sum() * (n.sum() - 1), 1)) for n in counts)
-    return found
 
 
 def sheet(query: Image.Image | None, items: list[tuple[Image.Image, str]]) -> Image.Image:

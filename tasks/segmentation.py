@@ -19,14 +19,15 @@ import report
 from baselines import BaselineError
 from data import subset
 from decompose import DecompositionError, image_embedding
+from demo.images import DemoMasks
 from files import InputError, read_lines
-from masks import DemoMasks, ImageNetSegmentation, Masked, MaskFolder, seen
+from masks import ImageNetSegmentation, Masked, MaskFolder, seen
 from metrics import Segmentation
 from zeroshot import Clip, classifier, templates
 
 from .attribution import ATTRIBUTIONS, DECOMPOSITIONS, attribute, choose_methods, clipped, score_of
 from .heatmap import SCALE_NOTE, overlay, print_refused
-from .job import Job
+from .job import Job, check_class_names
 from .passes import one_pass
 from .tables import in_tenths, print_settings, prompts_of, table
 
@@ -153,13 +154,7 @@ def class_names(asked: list[str] | None, data: Masked) -> list[str]:
         expected = "--classes takes at least two names, or a file with one on each line"
         lines = read_lines(Path(asked[0]), f"{expected}; cannot read {asked[0]}")
         names = [line.strip() for line in lines if line.strip()]
-    if not all(name.strip() for name in names):
-        raise InputError("--classes holds a class without a name")
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise InputError(f"--classes holds {twice!r} twice")
-    if len(names) < 2:
-        raise InputError("--classes needs at least two names")
+    check_class_names(names)
     return list(names)
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import report
 from cue import THRESHOLD
-from data import DemoBirds
 from decompose import decompose, head_maps
+from demo import truth
+from demo.images import DemoBirds
 from files import InputError
 from roles import Roles, explained, find_roles, in_own_space
 from textspan import Moments, TextSpan, textspan
@@ -29,15 +29,12 @@ from .tables import print_settings
 PICTURES = 6  # per head on the page
 SHOWN = 4  # texts per head on screen; all are in results.json
 ROLE_IMAGES = 4000  # that roles are found on; they are kept, in the heads' own space
-# The demo's factor of each category of its bank.
-FACTORS = {"animals": "kind", "colours": "colour", "places": "place", "light": "light", "styles": "style"}
 NOTE = (
     "Bars of categories: share of the head's variance between images that different texts of the category "
     "fit best. Beside each text, the share of variance along what it adds to those above it. Stable: share "
     "of bootstrap samples with the same role. Images: of those that roles were found on, where the head "
     "writes most along its first text."
 )
-AGREEMENTS = ("roles from categories", "roles from greedy texts", "roles dealt at random")
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -75,8 +72,8 @@ def run(job: Job) -> tuple[dict, list]:
         roles=f"from {len(kept.rows):,} images; {rule}",
     )
     results = {"settings": where, "heads": found}
-    if job.clip.is_demo and set(FACTORS) <= set(bank.categories):
-        results["agreement"] = agreement(true_factors(job, first), found)
+    if job.clip.is_demo and set(truth.FACTOR_OF) <= set(bank.categories):
+        results["agreement"] = truth.agreement(true_factors(job, first), found)
     print_results(results)
     return results, page(results, images)
 
@@ -150,27 +147,7 @@ def true_factors(job: Job, first: int) -> dict[str, Tensor]:
     for images, _ in one_pass(job, data, "truth (val)", values):
         values.add(decompose(job.clip.model, images).values[:, first:])
     written = in_own_space(values.tensor(), head_maps(job.clip.model)[first:])
-    return {factor: explained(written, data.facts[factor]) for factor in FACTORS.values()}
-
-
-def agreement(truth: dict[str, Tensor], found: list[dict]) -> dict:
-    """How often a head's role is its true factor, among heads that one factor explains over THRESHOLD of."""
-    shares = torch.stack(list(truth.values())).flatten(1)  # [factors, heads]
-    clear = [i for i in range(shares.shape[1]) if shares[:, i].max() > THRESHOLD]
-    true = [list(truth)[int(shares[:, i].argmax())] for i in clear]
-    by_role = [FACTORS.get(found[i]["role"]) for i in clear]
-    most = [found[i]["texts by category"] for i in clear]
-    by_texts = [FACTORS.get(max(counts, key=counts.get, default=None)) for counts in most]
-    # Expected when the roles are shuffled over the heads.
-    dealt = sum(by_role.count(factor) * true.count(factor) for factor in truth) / max(len(clear), 1)
-    others = [head for i, head in enumerate(found) if i not in clear]
-    right = [sum(a == b for a, b in zip(named, true, strict=True)) for named in (by_role, by_texts)]
-    return {
-        "heads": shares.shape[1],
-        "clear heads": len(clear),
-        **dict(zip(AGREEMENTS, [*right, dealt], strict=True)),
-        "other heads without a role": sum(head["role"] is None for head in others),
-    }
+    return {factor: explained(written, data.facts[factor]) for factor in truth.FACTOR_OF.values()}
 
 
 def print_results(results: dict) -> None:
@@ -182,14 +159,7 @@ def print_results(results: dict) -> None:
         rest = [share for _, share in head["texts"][SHOWN:]]
         print(f"       {sum(rest):6.1%}  {len(rest)} more texts;  {head['remainder']:.1%} is left")
     if "agreement" in results:
-        counts = results["agreement"]
-        clear, total = counts["clear heads"], counts["heads"]
-        clear_heads = f"{THRESHOLD:.0%} of {clear} of {total} heads"
-        print(f"\nA true factor explains over {clear_heads} (validation split). It is the role in")
-        for key in AGREEMENTS:
-            print(f"  {key:<24} {counts[key]:4.1f} of {clear}  ({counts[key] / max(clear, 1):.0%})")
-        none = counts["other heads without a role"]
-        print(f"Of the other {total - clear} heads, {none} are given no role.")
+        print("\n" + truth.agreement_in_words(results["agreement"]))
 
 
 def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report.Html]:
@@ -205,12 +175,5 @@ def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report
         heads.append(report.Head(layer, number, head["role"] or "", largest, shown, *texts, **more))
     sections = [report.section("What each head writes", report.head_grid(heads), note=NOTE)]
     if "agreement" in results:
-        counts = results["agreement"]
-        clear = counts["clear heads"]
-        shares = {key: (counts[key], counts[key] / max(clear, 1)) for key in AGREEMENTS}
-        rows = [(key, f"{count:.1f} of {clear}", f"{share:.0%}") for key, (count, share) in shares.items()]
-        known = f"one factor explains over 30% of {clear} of {counts['heads']} heads"
-        words = f"In the demo the truth is known: {known}. It is the role in"
-        table = report.table(["", "heads", ""], rows)
-        sections.append(report.section("Roles and the true factors", words, table))
+        sections.append(truth.page_of_agreement(results["agreement"]))
     return sections

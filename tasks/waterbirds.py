@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import report
-from data import DemoBirds, Waterbirds
+from data import Waterbirds
+from demo.images import DemoBirds
 from files import InputError
 from zeroshot import classifier, templates
 
@@ -60,8 +61,6 @@ def count_groups(test: DemoBirds | Waterbirds) -> dict[str, int]:
 
 class Groups(Sums):
     """Right answers by group, counted over images, for several interventions at once."""
-
-    state_names = ("sums",)
 
     def __init__(self, test: DemoBirds | Waterbirds) -> None:
         super().__init__()

@@ -46,8 +46,9 @@ import decompose as core
 import report
 import tasks.neurons as task
 from attention import attention_calls
-from data import DemoBirds, InputError
+from data import InputError
 from decompose import DecompositionError, decompose
+from demo.images import DemoBirds
 from evaluate import main
 from neurons import Neurons, neurons
 from tasks.job import Job
