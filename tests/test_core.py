@@ -373,6 +373,20 @@ def test_the_block_is_named_whose_weight_changes(place):
         decompose(model, pictures(model))
 
 
+@pytest.mark.parametrize("stem", [1.0, 1e-8])
+@torch.no_grad()
+def test_the_gap_is_a_share_of_what_the_attention_wrote_however_little_that_is(stem):
+    model = plain.build()
+    for p in model.visual.ln_pre.parameters():
+        p.mul_(stem)
+    for p in attention_of(model).out_proj.parameters():
+        p.mul_(1e-8)
+    attention_of(model).register_forward_hook(lambda module, args, output: (2 * output[0], None))
+    named = r"in block 1: its heads differ from what its attention wrote by 5\.0e-01 of its norm"
+    with pytest.raises(DecompositionError, match=named):
+        decompose(model, pictures(model), tolerance=0.0)
+
+
 @pytest.mark.parametrize("family", ["EVA02", "SigLIP", "MobileCLIP2-L"])
 def test_a_weight_of_another_family_that_changes_only_while_it_runs_is_an_error(family):
     model = other.FAMILIES[family]()
@@ -456,6 +470,28 @@ def test_the_message_of_a_wrong_sum_is_one_clear_line(place):
     message = told(decompose, model, pictures(model))
     assert "; norm of the sum " in message
     assert "; ;" not in message
+
+
+def test_the_norm_of_an_embedding_in_half_precision_is_not_rounded():
+    model = plain.build(torch.bfloat16)
+    changed_while_running(*PLACES["projection"](model), size=1.0)
+    embedding = decompose(model, pictures(model), tolerance=math.inf).embedding.float()
+    assert (
+        told(decompose, model, pictures(model)).count(f"norm of the embedding {embedding.norm():.6g};") == 1
+    )
+
+
+def test_a_tower_that_turns_autocast_off_adds_up_in_full_precision():
+    model = plain.build(torch.float32)
+    forward = model.visual.forward
+
+    def in_full(images):
+        with torch.autocast("cpu", enabled=False):
+            return forward(images) + 1
+
+    model.visual.forward = in_full
+    with pytest.raises(DecompositionError, match="every block adds up, so the difference arises in the read"):
+        plain.under_autocast(lambda: decompose(model, pictures(model), tolerance=1e-4))
 
 
 # One forward pass.
@@ -579,6 +615,14 @@ def test_each_image_of_an_older_release_has_the_terms_that_it_has_alone(release)
         assert far(heads[i, None], decompose(model, images[i, None]).heads) < EXACT
         assert far(maps[i, None], heatmap(model, images[i, None], texts)) < EXACT
     assert far(heads[:1], heads[1:2]) > FAR
+
+
+@every_release
+def test_the_block_of_an_older_release_is_named_whose_weight_changes(release):
+    model, (images, _) = of_release(release), seven()
+    changed_while_running(*PLACES["values"](model))
+    with pytest.raises(DecompositionError, match="largest gap in block 1: its heads differ"):
+        decompose(model, images)
 
 
 def test_axes_that_are_confused_do_not_pass(monkeypatch):

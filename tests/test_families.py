@@ -147,6 +147,13 @@ def latents(pool, **options):
     return altered_siglip(lambda trunk: setattr(trunk, "attn_pool", pooler()))
 
 
+def without_biases(trunk):
+    """No bias on the way out of heads, neurons, and the pooling's heads."""
+    for block in trunk.blocks:
+        block.attn.proj.bias = block.mlp.fc2.bias = None
+    trunk.attn_pool.proj.bias = None
+
+
 SIGLIP = partial(of_timm, "vit_base_patch16_siglip_224", "map", proj="none", embed=48)
 PROJECTED = partial(of_timm, "vit_base_patch16_siglip_224", "map", "linear", proj_bias=True)
 PE = partial(of_timm, "vit_pe_core_tiny_patch16_384", "map", attn_pool_num_heads=4)
@@ -193,7 +200,7 @@ FAMILIES = {
     "SigLIP, projected twice": partial(
         altered_siglip, lambda trunk: setattr(trunk, "head", nn.Linear(48, 48)), proj="linear"
     ),
-    "SigLIP without biases": partial(SIGLIP, qkv_bias=False, proj_bias=False),
+    "SigLIP without biases": partial(altered_siglip, without_biases, qkv_bias=False),
     "PE-Core": PE,
     "PE-Core with a last norm": partial(PE, use_fc_norm=True),
     "PE-Core without class token": partial(PE, class_token=False),
