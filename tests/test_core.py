@@ -648,6 +648,18 @@ def test_the_grid_of_an_older_release_is_that_of_its_patches(release):
     assert far(maps, scores.sum(dim=(1, 2))[:, 1:].mT.unflatten(2, (2, 5))) < EXACT
 
 
+def test_the_grid_is_known_where_a_linear_map_takes_in_the_patches():
+    """Older releases of open_clip have no convolution there under input_patchnorm."""
+    model, (images, texts) = of_release("open_clip 2.16"), seven()
+    expected, kernel = heatmap(model, images, texts), model.visual.conv1.weight
+    linear = nn.Linear(kernel[0].numel(), len(kernel), bias=False).double()
+    linear.weight = nn.Parameter(kernel.flatten(1))
+    linear.register_forward_pre_hook(lambda module, args: F.unfold(args[0], 4, stride=4).mT)
+    linear.register_forward_hook(lambda module, args, output: output.mT)
+    model.visual.conv1 = linear
+    assert far(heatmap(model, images, texts), expected) < EXACT
+
+
 @pytest.mark.parametrize("release", ["open_clip 2.16", "open_clip 2.24", "open_clip 2.26"])
 def test_a_mean_is_exact_where_it_is_taken_and_else_refused(release):
     model, (images, texts) = of_release(release, pool="avg"), seven()
