@@ -52,7 +52,7 @@ def attention_calls() -> Iterator[list[Call]]:
     """While open, every attention of this thread is appended to the list.
 
     Raises:
-        NotImplementedError: an attention is causal, which no image tower's is.
+        NotImplementedError: an attention is causal; those of image towers are not.
     """
     calls: list[Call] = []
     with _lock:

@@ -33,7 +33,7 @@ Published code that is cited, by commit:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -181,21 +181,26 @@ def grad_eclip(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = 
 
 
 @torch.no_grad()
-def lrp(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot") -> Tensor:
+def lrp(
+    model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot", conserving: bool = False
+) -> Tensor:
     """Relevance propagated to the patches by the published rules; signed.
 
     Bach et al. 2015, as TE's orig_lrp, method "full" (ViT_LRP.py:337-343), runs it on a ViT. Their map has
     pixels; its sum over a patch is given here, because the rule for the patch convolution keeps each patch's
     total. The published rules double the relevance at every Linear, so nothing is conserved, and rounding
-    grows: compare in float64. `lrp_conserving` is the same by rules that conserve.
+    grows: compare in float64. `conserving`: by the rules of Chefer et al. 2021, section 3.2, where every
+    layer's relevance sums to one.
     """
-    return _full_relevance(model, images, texts, score, conserving=False)
+    run = _run(model, images, texts, score, first=0, keep=("x",))
+    for _, _, R in _relevance(run, conserving):  # noqa: B007
+        pass
+    # Down to the patches, without what the position embeddings and the class token get.
+    position = full_precision(run.model.visual.positional_embedding).expand_as(run.tokens)
+    return run.grid(_add(run.tokens - position, position, R, conserving)[0].sum(dim=-1))
 
 
-@torch.no_grad()
-def lrp_conserving(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot") -> Tensor:
-    """As `lrp`, by the rules of Chefer et al. 2021, section 3.2: every layer's relevance sums to one."""
-    return _full_relevance(model, images, texts, score, conserving=True)
+lrp_conserving = partial(lrp, conserving=True)
 
 
 @torch.no_grad()
@@ -299,15 +304,6 @@ def _through_block(block: _Block, R: Tensor, conserving: bool) -> tuple[Tensor, 
     return R_A, R_x + _linear(y, block.W_in, R_qkv, conserving)
 
 
-def _full_relevance(model: nn.Module, images: Tensor, texts: Tensor, score: str, conserving: bool) -> Tensor:
-    """[b, rows, cols] down to the patches, without what the position embeddings and the class token get."""
-    run = _run(model, images, texts, score, first=0, keep=("x",))
-    for _, _, R in _relevance(run, conserving):  # noqa: B007
-        pass
-    position = full_precision(run.model.visual.positional_embedding).expand_as(run.tokens)
-    return run.grid(_add(run.tokens - position, position, R, conserving)[0].sum(dim=-1))
-
-
 # The rules, each written once. R is the relevance of a result; they return that of what it was made from.
 
 
@@ -370,6 +366,7 @@ class _Run:
     tokens: Tensor  # [b, N, D] with positions, before ln_pre
     last: Tensor  # [b, D] the class token after ln_post
     size: tuple[int, int]  # rows and columns of the patch grid
+    proj: Tensor  # [D, d] from the residual stream to the embedding
 
     def direction(self, embedding: Tensor) -> Tensor:
         """[b, d] the gradient of each image's score with respect to its embedding [b, d]."""
@@ -389,12 +386,6 @@ class _Run:
         direction = self.direction(embedding).to(embedding.dtype)
         found = torch.autograd.grad(embedding, activations, direction, retain_graph=True)
         return [full_precision(self.blocks[0].batch_first(gradient)) for gradient in found]
-
-    @property
-    def proj(self) -> Tensor:
-        """[D, d]"""
-        proj = self.model.visual.proj
-        return torch.eye(self.tokens.shape[-1]).to(self.tokens) if proj is None else full_precision(proj)
 
     def read_out(self, x: Tensor) -> Tensor:
         """[b, d] the embedding that the residual stream x [b, D] would give."""
@@ -425,11 +416,11 @@ def _run(
     blocks = blocks[first:]
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
-    width = visual.ln_post.normalized_shape[0] if visual.proj is None else visual.proj.shape[1]
-    if texts.shape != (len(images), width):
-        raise ValueError(
-            f"texts must be [{len(images)}, {width}], one for each image; got {list(texts.shape)}"
-        )
+    width = visual.ln_post.normalized_shape[0]
+    proj = torch.eye(width) if visual.proj is None else full_precision(visual.proj)
+    if texts.shape != (len(images), proj.shape[1]):
+        expected = f"texts must be [{len(images)}, {proj.shape[1]}], one for each image"
+        raise ValueError(f"{expected}; got {list(texts.shape)}")
     ends = {}
 
     def at_start(module: nn.Module, args: tuple) -> None:
@@ -439,10 +430,8 @@ def _run(
         x = output.detach()  # [b, N, D], or [b, D] where the norm follows the pooling
         ends["last"] = full_precision(x[:, 0] if x.ndim == 3 else x).clone()
 
-    hooks = [
-        (visual.ln_pre.register_forward_pre_hook, at_start),
-        (visual.ln_post.register_forward_hook, at_end),
-    ]
+    hooks = [(visual.ln_pre.register_forward_pre_hook, at_start)]
+    hooks.append((visual.ln_post.register_forward_hook, at_end))
     for i, block in enumerate(blocks):
         hooks += block.hooks(keep, start=i == 0 and "a" in keep)
     with _hooked(model, hooks), torch.no_grad():  # which also ends what the first block's hook switches on
@@ -451,7 +440,8 @@ def _run(
     texts = F.normalize(full_precision(texts).to(ends["tokens"]), dim=-1)
     patch = getattr(visual, "patch_size", None) or visual.conv1.kernel_size  # OpenAI's tower has none
     size = tuple(pixels // side for pixels, side in zip(images.shape[-2:], patch, strict=True))
-    return _Run(model, score, texts, first, blocks, embedding, **ends, size=size)
+    proj = proj.to(ends["tokens"])
+    return _Run(model, score, texts, first, blocks, embedding, **ends, size=size, proj=proj)
 
 
 @contextmanager
@@ -461,17 +451,13 @@ def _hooked(model: nn.Module, hooks: list[tuple[Callable, Callable]]) -> Iterato
     switched = [(module, "training") for module in model.modules() if module.training]
     if getattr(transformer, "grad_checkpointing", False):  # would run the blocks, and these hooks, twice
         switched.append((transformer, "grad_checkpointing"))
-    handles = []
-    try:
-        handles.extend(register(hook) for register, hook in hooks)
+    with ExitStack() as stack:
+        for register, hook in hooks:
+            stack.callback(register(hook).remove)
         for module, name in switched:
+            stack.callback(setattr, module, name, True)
             setattr(module, name, False)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, name in switched:
-            setattr(module, name, True)
 
 
 def _attention(q: Tensor, k: Tensor) -> Tensor:
@@ -495,9 +481,8 @@ def full_precision(x: Tensor) -> Tensor:
 def _start(model: nn.Module, start_layer: int) -> int:
     depth = len(_blocks(model))
     if not 0 <= start_layer < depth:
-        raise ValueError(
-            f"start_layer must be between 0 and {depth - 1} for a model of {depth} layers, got {start_layer}"
-        )
+        expected = f"start_layer must be between 0 and {depth - 1} for a model of {depth} layers"
+        raise ValueError(f"{expected}, got {start_layer}")
     return start_layer
 
 

@@ -36,11 +36,11 @@ class WayOut:
     gain: Tensor | float = 1.0  # [D] LayerScale
 
     def maps(self) -> Tensor:
-        """[n, D] what a unit of each feature adds, apart from the divisors."""
+        """[n, D] what each feature adds per unit, before the division by s u."""
         W = through_norm(self.inner, upcast(self.linear.weight).T)
         return (W if self.outer is None else centre(W) * gamma_beta(self.outer, W)[0]) * self.gain
 
-    def freeze(self, h: Tensor, written: Tensor | None) -> tuple[Tensor, Tensor]:
+    def scale_and_bias(self, h: Tensor, written: Tensor | None) -> tuple[Tensor, Tensor]:
         """1 / (s u) [b, T], and the bias [b, T, D]; [1, 1, D] without outer norm (its input: `written`)."""
         W, divisors = upcast(self.linear.weight).T, torch.ones_like(h[..., :1])
         bias = torch.zeros_like(W[:1]) if self.linear.bias is None else upcast(self.linear.bias)[None]
@@ -54,13 +54,13 @@ class WayOut:
 
 @dataclass
 class Block:
-    """What the blocks of all families have in common."""
+    """Where one block keeps its heads and neurons, and which modules write to the stream."""
 
     module: nn.Module
-    attention: WayOut
+    heads: WayOut
     attention_written: nn.Module  # its output is what the attention adds to the stream
     mlp_written: nn.Module  # its output is what the MLP adds
-    mlp: Callable[[], WayOut]  # raises DecompositionError where neurons cannot be told apart
+    neurons: Callable[[], WayOut]  # raises DecompositionError where neurons cannot be told apart
     head_scale: Tensor | None = None  # [H, 1, 1] values are multiplied by it
 
 
@@ -88,6 +88,7 @@ def native_block(block: nn.Module) -> Block:
     return Block(block, way_out, block.ls_1, block.ls_2, mlp_way_out, getattr(attn, "head_scale", None))
 
 
+# timm's classes; those with their norms behind attention and MLP have them in norm1 and norm2.
 PRE_NORM = ("Block", "RelPosBlock", "EvaBlock")
 POST_NORM = ("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm")
 
@@ -111,6 +112,7 @@ def timm_block(block: nn.Module) -> Block:
 
     outer = child(block, "norm1") if post else None
     way_out = WayOut(attn.proj, child(attn, "norm"), outer, gain(block, "ls1", "gamma_1"))
+    # In eval mode drop_path1 and drop_path2 are identities, behind LayerScale.
     return Block(block, way_out, block.drop_path1, block.drop_path2, mlp_way_out)
 
 
@@ -118,7 +120,7 @@ def timm_block(block: nn.Module) -> Block:
 
 
 def require(condition: bool, reason: str) -> None:
-    """The fence around what is exact here."""
+    """Raise a DecompositionError with this reason unless the condition holds."""
     if not condition:
         raise DecompositionError(reason)
 

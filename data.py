@@ -1,4 +1,4 @@
-"""Images with labels: Waterbirds, any folder of images, and the demo world, which renders its own.
+"""Images with labels: Waterbirds, and any folder of images.
 
 Every data set yields (image tensor, index). Labels are attributes, in the order of the indices: y (the class
 to tell apart) and, where it is known, place (the cue that goes along with it), both [n]. `fingerprint()` is
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -26,22 +25,18 @@ from tqdm import tqdm
 
 from files import InputError, read_lines
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
 
 class ImageFiles(Dataset):
-    """Image files of a folder: what Waterbirds and ImageFolder share.
-
-    Attributes:
-        files: relative to `root`.
-        y, place: [n] labels, None where they are not known.
-        confined_to: the folder that the files must lie in, where their names come from a file.
-    """
+    """Image files of a folder: what Waterbirds and ImageFolder share."""
 
     root: Path
     transform: Callable
-    files: Sequence[str | Path]
-    y: Tensor | None = None
-    place: Tensor | None = None
-    confined_to: Path | None = None
+    files: Sequence[str | Path]  # relative to `root`
+    y: Tensor | None = None  # [n] labels, where they are known
+    place: Tensor | None = None  # [n] likewise
+    confined_to: Path | None = None  # where names come from a file, the folder that the files must lie in
 
     def __len__(self) -> int:
         return len(self.files)
@@ -83,13 +78,12 @@ class Waterbirds(ImageFiles):
     def __init__(
         self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
     ) -> None:
-        self.root, self.transform = Path(root), transform
-        self.confined_to = self.root
-        rows = [row for row in self._metadata() if row["split"] == self.splits.index(split)]
+        self.root = self.confined_to = Path(root)
+        self.transform = transform
+        number = self.splits.index(split)
+        rows = [row for row in self._metadata() if row["split"] == number]
         if not rows:
-            raise InputError(
-                f"{self.root / 'metadata.csv'} has no row with split {self.splits.index(split)} ({split})"
-            )
+            raise InputError(f"{self.root / 'metadata.csv'} has no row with split {number} ({split})")
         rows = [rows[i] for i in subset(len(rows), limit, seed)]
         self.files = [row["img_filename"] for row in rows]
         self.y, self.place = (torch.tensor([row[name] for row in rows]) for name in ("y", "place"))
@@ -98,10 +92,8 @@ class Waterbirds(ImageFiles):
     def _metadata(self) -> list[dict]:
         path = self.root / "metadata.csv"
         if not path.is_file():
-            raise InputError(
-                f"no {path}: --data must be the folder of waterbird_complete95_forest2water2, "
-                "with metadata.csv in it"
-            )
+            expected = "the folder of waterbird_complete95_forest2water2, with metadata.csv in it"
+            raise InputError(f"no {path}: --data must be {expected}")
         reader = csv.DictReader(read_lines(path, f"cannot read {path}", "; expected UTF-8 text"))
         missing = {"img_filename", "y", "split", "place"} - set(reader.fieldnames or ())
         if missing:
@@ -124,7 +116,6 @@ class Waterbirds(ImageFiles):
         return rows
 
     def caption(self, index: int) -> str:
-        """What to write under an image."""
         return f"{self.files[index]}: {self.classes[self.y[index]]} on {self.places[self.place[index]]}"
 
 
@@ -142,19 +133,13 @@ class ImageFolder(ImageFiles):
         InputError: no such folder, no images, some but not all WordNet ids.
     """
 
-    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-
     def __init__(
         self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
     ) -> None:
         self.root, self.transform = self._split(Path(root), split), transform
-        files = [
-            path.relative_to(self.root)
-            for path in sorted(self.root.rglob("*"))
-            if path.suffix.lower() in self.suffixes and path.is_file()
-        ]
+        files = images_below(self.root)
         if not files:
-            raise InputError(f"no images in {self.root} ({', '.join(self.suffixes)})")
+            raise InputError(f"no images in {self.root} ({', '.join(SUFFIXES)})")
         total, rows = len(files), subset(len(files), limit, seed)
         self.classes: tuple[str, ...] = ()
         if all(len(file.parts) > 1 for file in files):
@@ -168,18 +153,15 @@ class ImageFolder(ImageFiles):
     @staticmethod
     def _split(root: Path, split: str) -> Path:
         if not root.is_dir():
-            raise InputError(
-                f"no folder {root}: --data must be a folder of images, "
-                "or of folders of images, one for each class"
-            )
+            expected = "a folder of images, or of folders of images, one for each class"
+            raise InputError(f"no folder {root}: --data must be {expected}")
         there = [name for name in ("train", "val", "test") if (root / name).is_dir()]
         if not there:
             return root
         wanted = "val" if split == "test" and "test" not in there else split
         if wanted not in there:
-            raise InputError(
-                f"no folder {root / wanted}: found {', '.join(there)} there; choose with --reference"
-            )
+            found = f"found {', '.join(there)} there; choose with --reference"
+            raise InputError(f"no folder {root / wanted}: {found}")
         return root / wanted
 
     def _names(self, folders: list[str]) -> tuple[str, ...]:
@@ -188,70 +170,18 @@ class ImageFolder(ImageFiles):
             names = tuple(name.replace("_", " ") for name in folders)
             twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
             if twice is not None:
-                raise InputError(
-                    f"two folders in {self.root} name the class {twice!r}; each class needs one folder"
-                )
+                found = f"two folders in {self.root} name the class {twice!r}"
+                raise InputError(f"{found}; each class needs one folder")
             return names
         from open_clip import IMAGENET_CLASSNAMES
 
-        if len(ids) != len(folders) or len(ids) != len(IMAGENET_CLASSNAMES):
-            raise InputError(
-                f"{self.root} holds {len(folders):,} folders, {len(ids):,} of them WordNet ids; "
-                f"expected all {len(IMAGENET_CLASSNAMES):,} of ImageNet "
-                "(an id's place among them names the class), or folders named by their class"
+        if not len(ids) == len(folders) == len(IMAGENET_CLASSNAMES):
+            found = f"{self.root} holds {len(folders):,} folders, {len(ids):,} of them WordNet ids"
+            ordered = (
+                f"all {len(IMAGENET_CLASSNAMES):,} of ImageNet (an id's place among them names the class)"
             )
+            raise InputError(f"{found}; expected {ordered}, or folders named by their class")
         return tuple(IMAGENET_CLASSNAMES)
-
-
-class DemoBirds(Dataset):
-    """One split of the demo world. `facts` holds every factor of every image; see demo/scenes.py.
-
-    The train split holds other pictures than the model was trained on, from the same distribution: nearly all
-    birds are where such birds live. val and test are balanced: the place says nothing about the bird.
-    """
-
-    classes = ("landbird", "waterbird")
-    places = ("land", "water")
-    splits = ("train", "val", "test")
-    sizes = {"train": 2000, "val": 2000, "test": 4096}  # noqa: RUF012
-    seeds = {"train": 31, "val": 32, "test": 61}  # noqa: RUF012 test's is used nowhere else
-
-    def __init__(self, split: str, transform: Callable, limit: int | None = None, seed: int = 0) -> None:
-        from demo import ALIGNMENT, scenes
-
-        self.transform, self.seed, self._render = transform, self.seeds[split], scenes.render
-        facts = scenes.sample(self.sizes[split], self.seed, alignment=ALIGNMENT if split == "train" else 0.5)
-        self.rows = subset(self.sizes[split], limit, seed)
-        self.all_facts = facts
-        self.facts = {name: torch.from_numpy(values[self.rows]) for name, values in facts.items()}
-        self.kinds = scenes.FACTORS["kind"]
-        self.y, self.place = (self.facts[name] // scenes.FIRST_WATER for name in ("kind", "place"))
-        self.description = f"demo world, {split} split, {len(self.rows):,} images"
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.picture(index)), index
-
-    def picture(self, index: int) -> Image.Image:
-        """The image before the transform."""
-        return Image.fromarray(self.render(index)[0])
-
-    def caption(self, index: int) -> str:
-        """What the picture shows, in words."""
-        from demo.scenes import FACTORS
-
-        kind, colour, place, light, style = (FACTORS[name][int(self.facts[name][index])] for name in FACTORS)
-        return f"{colour} {kind}, {place}, {light}, {style}"
-
-    def render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The picture [64, 64, 3], and the bird's mask [64, 64] (0 to 255, soft at the edge)."""
-        return self._render(self.all_facts, self.rows[index], self.seed)
-
-    def fingerprint(self) -> list:
-        """What tells this data set from another: its rows and labels."""
-        return [self.rows, self.y.tolist(), self.place.tolist()]
 
 
 def subset(count: int, limit: int | None, seed: int) -> list[int]:
@@ -296,6 +226,12 @@ def read_picture(path: Path, root: Path | None = None) -> Image.Image:
     if isinstance(image, str):
         raise InputError(image)
     return image
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Paths of the images in a folder and the folders in it, relative to it, sorted."""
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
+    return [path.relative_to(folder) for path in found if path.is_file()]
 
 
 def file_sizes(root: Path, files: Sequence[str | Path]) -> list[int | None]:
@@ -348,15 +284,13 @@ def _workers_alive(loader: DataLoader) -> Iterator:
             loaded = iter(loader)
         yield from loaded
     except OSError as error:
-        raise InputError(
-            f"cannot start {loader.num_workers} processes that read images ({error}); try fewer --workers"
-        ) from error
+        what = f"cannot start {loader.num_workers} processes that read images ({error})"
+        raise InputError(f"{what}; try fewer --workers") from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) or "exited" not in str(error):
             raise
-        raise InputError(
-            "a worker process that reads images was killed, perhaps for its memory; try fewer --workers"
-        ) from error
+        what = "a worker process that reads images was killed, perhaps for its memory"
+        raise InputError(f"{what}; try fewer --workers") from error
 
 
 @contextlib.contextmanager

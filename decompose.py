@@ -2,16 +2,18 @@
 
 Gandelsman, Efros, Steinhardt, "Interpreting CLIP's Image Representation via Text-Based Decomposition",
 section 3, https://arxiv.org/abs/2310.05916. This file needs torch alone. It takes the vision transformers of
-open_clip (2.16 to 3.3) and of OpenAI's `clip` that read out their class token; with families.py beside it,
+open_clip (2.0 to 3.3) and of OpenAI's `clip` that read out their class token; with families.py beside it,
 open_clip's others, too (SigLIP, EVA, CoCa, ...). MIT licence, (c) 2026 The TextSpan reference authors.
 
 Four facts, in the names that the code uses:
 
-1. A residual stream is a sum. The class token's last residual is x = stem + sum of attentions + sum of MLPs.
+1. A residual stream is a sum. The class token leaves the last block as x = stem + attentions + MLPs, where
+   the stem is the token as it enters the first block.
 2. Attention is a sum over heads and source tokens. A head writes z W_O, z = sum over tokens n of A[n] v[n].
-   A is the class token's attention, v = y W_V + b_V, and y is the block's normed input. A sums to one, so b_V
-   is part of z. The output bias b_O belongs to no head.
-3. LayerNorm is linear once its divisor sigma is held fixed at its value from this forward pass:
+   A is how the class token attends in this head, v = y W_V + b_V, and y is what ln_1 gives to the attention.
+   A sums to one, so b_V is part of z. The output bias b_O belongs to no head.
+3. LayerNorm (ln_post: weight gamma, bias beta) is linear once sigma, the standard deviation that it divides
+   each image's x by, is held fixed at its value from this forward pass. With the projection P (visual.proj):
        embedding = x G / sigma + shift       G = (I - 11'/D) diag(gamma) P       shift = beta P
 4. So whatever writes s onto the class token adds s G / sigma to the embedding. That is its term.
 
@@ -84,10 +86,10 @@ def decompose(
 
     Args:
         images: [b, 3, rows, columns] as encode_image takes them.
-        convention: who gets what belongs to no single term. "term": each term is centred by its own mean, and
-            a constant holds the output biases and LayerNorm's beta. "paper", the authors' way: a layer's bias
-            is divided evenly over its heads, LayerNorm's mean and beta over the 2 L + 1 stem, attention and
-            MLP terms. (They also divide by the embedding's norm.) Either way the sum is the embedding.
+        convention: who gets b_O, LayerNorm's mean and beta. "term": LayerNorm's mean of x is the sum of the
+            terms' own means, which G subtracts; b_O and beta are the constant. "paper", the authors' way: b_O
+            is divided evenly over its layer's heads, mean and beta over stem, L attentions and L MLPs, then
+            heads. (They also divide by the embedding's norm.) Either way the sum is the embedding.
         tolerance: the largest `error()` accepted. None: what rounding explains in the model's precision. A
             larger error means a wrong sum, from a weight that changes while the model runs, say.
 
@@ -99,17 +101,17 @@ def decompose(
     if tolerance is None:
         autocast = torch.is_autocast_enabled(images.device.type)
         tolerance = TOLERANCE[torch.bfloat16 if autocast else terms.embedding.dtype]
-    if tolerance < float("inf") and not terms.error() <= tolerance:
+    if tolerance < float("inf") and not terms.error() <= tolerance:  # an error of NaN is too large
         error = f"relative error {terms.error():.1e}, tolerance {tolerance:.1e} ({terms.embedding.dtype})"
-        culprit = beside("diagnose", "culprit") or (lambda *_: "; for the block at fault see diagnose.py")
-        where = culprit(terms, tower, images, tolerance)
+        culprit = beside("diagnose", "culprit")
+        where = culprit(terms, tower, images, tolerance) if culprit else "; for the block see diagnose.py"
         raise DecompositionError(f"the terms do not sum to the embedding: {error}{where}")
     return terms
 
 
 @torch.no_grad()
 def check(model: nn.Module, images: Tensor, tolerance: float = 1e-4) -> float:
-    """The relative error of the sum: the proof that nothing is missing. (Half precision needs 3e-2.)
+    """The relative error of the sum: the proof that nothing is missing. (For half precision pass 3e-2.)
 
     A larger error raises a DecompositionError that names the block it comes from.
     """
@@ -159,7 +161,7 @@ def heatmap(model: nn.Module, images: Tensor, texts: Tensor, *, convention: str 
 
 @dataclass
 class Written:
-    """What a forward pass wrote on the token that is read out."""
+    """What a forward pass wrote on the class token, before the read-out."""
 
     embedding: Tensor  # [b, d] as the model returned it
     stem: Tensor  # [b, D] what enters the first block
@@ -167,7 +169,7 @@ class Written:
     own: Tensor | None  # [b, L, H, e] the part of z whose source is the class token itself
     b_O: Tensor  # [b or 1, L, D] what the attentions write and no head does
     mlps: Tensor  # [b, L, D]
-    last: Tensor  # [b, D] what leaves the last block
+    last: Tensor  # [b, D] the x of the facts: what leaves the last block
 
 
 @dataclass
@@ -178,28 +180,28 @@ class ReadOut:
     sigma: Tensor  # [b, 1]
     shift: Tensor  # [b, d]
 
-    def read(self, written: Tensor) -> Tensor:
-        """[b, ..., d] the terms of what was written, [b, ..., D] (fact 4)."""
-        return written @ self.G / self.sigma.view(-1, *[1] * (written.ndim - 1))
+    def read(self, s: Tensor) -> Tensor:
+        """The terms [b, ..., d] of what was written, s [b, ..., D] (fact 4)."""
+        return s @ self.G / self.sigma.view(-1, *[1] * (s.ndim - 1))
 
-    def layer_shares(self, x: Written) -> Tensor:
-        """[b, L, d] what the paper gives to each layer's heads, of b_O and of the shift."""
-        return self.read(x.b_O) + self.shift[:, None] / (2 * x.mlps.shape[1] + 1)
+    def layer_shares(self, w: Written) -> Tensor:
+        """[b, L, d] what convention "paper" adds to the heads of each layer, all heads together."""
+        return self.read(w.b_O) + self.shift[:, None] / (2 * w.mlps.shape[1] + 1)
 
 
-def terms_of(x: Written, W_O: list[Tensor], out: ReadOut, convention: str) -> Decomposition:
-    """All that was written, read out."""
-    heads = [out.read(einsum("bHe,HeD->bHD", z, W)) for z, W in zip(x.z.unbind(dim=1), W_O, strict=True)]
-    stem, heads, mlps = out.read(x.stem), torch.stack(heads, dim=1), out.read(x.mlps)
-    constant = out.shift + out.read(x.b_O).sum(dim=1)
+def terms_of(w: Written, W_O: list[Tensor], out: ReadOut, convention: str) -> Decomposition:
+    """Read out everything that was written (fact 4); share out what belongs to no term, by the convention."""
+    heads = [out.read(einsum("bHe,HeD->bHD", z, W)) for z, W in zip(w.z.unbind(dim=1), W_O, strict=True)]
+    stem, heads, mlps = out.read(w.stem), torch.stack(heads, dim=1), out.read(w.mlps)
+    constant = out.shift + out.read(w.b_O).sum(dim=1)
     if convention == "paper":
         share = out.shift / (2 * len(W_O) + 1)
         stem = stem + share
-        heads = heads + out.layer_shares(x)[:, :, None] / heads.shape[2]
+        heads = heads + out.layer_shares(w)[:, :, None] / heads.shape[2]
         mlps = mlps + share[:, None]
         constant = torch.zeros_like(stem)
-    values, own = (None if z is None else z / out.sigma[..., None, None] for z in (x.z, x.own))
-    return Decomposition(x.embedding, stem, heads, mlps, constant, values, own)
+    values, own = (None if z is None else z / out.sigma[..., None, None] for z in (w.z, w.own))
+    return Decomposition(w.embedding, stem, heads, mlps, constant, values, own)
 
 
 class ClipTower:
@@ -209,7 +211,7 @@ class ClipTower:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.norm, self.P = model, model.visual.ln_post, upcast(model.visual.proj)
-        self.width, self.hooks = self.P.shape[1], []  # hooks: of others who read along, see `image_embedding`
+        self.width, self.hooks = self.P.shape[1], []  # hooks: more to run in `watch`; diagnose.py sets some
         self.blocks = list(model.visual.transformer.resblocks)
         self.batch_first = self.blocks[0].attn.batch_first  # False before open_clip 2.24: tokens [N, b, D]
         self.attentions = [getattr(block, "ls_1", block.attn) for block in self.blocks]  # write to the stream
@@ -221,7 +223,7 @@ class ClipTower:
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
-        """Is it one? (OpenAI's has no pool_type and no LayerScale, older open_clip global_average_pool.)"""
+        """Has it such a tower? (OpenAI's lacks pool_type; older open_clip has global_average_pool.)"""
         visual = getattr(model, "visual", None)
         blocks = getattr(getattr(visual, "transformer", None), "resblocks", ())
         plain = [type(getattr(block, "attn", None)) is nn.MultiheadAttention for block in blocks]
@@ -229,21 +231,21 @@ class ClipTower:
         return any(plain) and all(plain) and not any(pools) and getattr(visual, "pool_type", "tok") == "tok"
 
     def G(self, convention: str = "term") -> Tensor:
-        """[D, d]"""
+        """[D, d] the G of fact 3; for "paper" without its first factor, I - 11'/D."""
         G = upcast(self.norm.weight)[:, None] * self.P
         return G - G.mean(dim=0) if convention == "term" else G
 
     def read_out(self, x: Tensor, convention: str) -> ReadOut:
         """Fact 3, for the last residual x [b, D]."""
         G, sigma = self.G(convention), (x.var(dim=-1, correction=0, keepdim=True) + self.norm.eps).sqrt()
-        # The authors leave (I - 11'/D) out of G. Our columns sum to zero: this shift is right for both.
+        # For "paper" G lacks (I - 11'/D), so the shift subtracts x's mean. For "term" G.sum(dim=0) is zero.
         shift = upcast(self.norm.bias) @ self.P - x.mean(dim=-1, keepdim=True) / sigma * G.sum(dim=0)
         return ReadOut(G, sigma, shift)
 
     def terms(self, images: Tensor, convention: str) -> Decomposition:
-        x = self.watch(images)
+        w = self.watch(images)
         with torch.autocast(images.device.type, enabled=False):
-            return terms_of(x, self.W_O, self.read_out(x.last, convention), convention)
+            return terms_of(w, self.W_O, self.read_out(w.last, convention), convention)
 
     def head_maps(self) -> Tensor:
         with torch.autocast(self.W_O[0].device.type, enabled=False):
@@ -257,31 +259,30 @@ class ClipTower:
             scores = A[..., None] * v_times(self.W_O[layer] @ (self.G(convention) @ texts.T))  # [b, H, N, t]
             found[layer] = scores if by_head else scores.sum(dim=1, keepdim=True)
 
-        x = self.watch(images, at_attention, layers)
+        w = self.watch(images, at_attention, layers)
         with torch.autocast(images.device.type, enabled=False):
-            out = self.read_out(x.last, convention)
+            out = self.read_out(w.last, convention)
             scores = torch.stack([found[layer] for layer in layers], dim=1) / out.sigma[..., None, None, None]
             if convention == "paper":
-                shares = out.layer_shares(x)[:, layers] @ texts.T  # [b, layers, t]
+                shares = out.layer_shares(w)[:, layers] @ texts.T  # [b, layers, t]
                 scores = scores + shares[:, :, None, None] / scores.shape[2:4].numel()
             return scores
 
     def watch(self, images: Tensor, at_attention: Callable | None = None, layers: Sequence = ()) -> Written:
-        """Run the model; in these layers call at_attention(layer, A [b, H, N], a function from x to v x)."""
+        """Run the model; in these layers call at_attention(layer, A [b, H, N], M -> v @ M)."""
         stem, z, own, mlps, last = [], [], [], [], []
 
         def before_attention(layer: int, attn: nn.MultiheadAttention, args: tuple) -> None:
             y = upcast(args[0] if self.batch_first else args[0].transpose(0, 1))  # [b, N, D]
             W_Q, W_K, W_V = upcast(attn.in_proj_weight).unflatten(0, (3, attn.num_heads, -1))  # [H, e, D]
             b_Q, _, b_V = upcast(attn.in_proj_bias).unflatten(0, (3, attn.num_heads, -1))  # softmax drops b_K
-            q = einsum("bD,HeD->bHe", y[:, 0], W_Q) + b_Q
+            q = einsum("bD,HeD->bHe", y[:, 0], W_Q) + b_Q  # the one query; (q W_K) y needs no keys
             logits = einsum("bHD,bND->bHN", einsum("bHe,HeD->bHD", q, W_K), y) * q.shape[-1] ** -0.5
             A = logits.softmax(dim=-1)
             z.append(einsum("bHD,HeD->bHe", einsum("bHN,bND->bHD", A, y), W_V) + b_V)
             own.append(A[:, :, :1] * (einsum("bD,HeD->bHe", y[:, 0], W_V) + b_V))
             if layer in layers:
-                vx = lambda x: einsum("bND,HDt->bHNt", y, W_V.mT @ x) + b_V[:, None] @ x  # noqa: E731
-                at_attention(layer, A, vx)  # never v itself: t columns cost less than e
+                at_attention(layer, A, lambda M: einsum("bND,HDt->bHNt", y, W_V.mT @ M) + b_V[:, None] @ M)
 
         hooks = [(self.blocks[0].register_forward_pre_hook, lambda _, args: stem.append(self.token(args[0])))]
         hooks.append((self.blocks[-1].register_forward_hook, lambda _, args, x: last.append(self.token(x))))

@@ -1,4 +1,4 @@
-"""Where a decomposition that does not sum to the embedding goes wrong; for the message of decompose.py.
+"""Where a decomposition goes wrong that does not sum to the embedding; decompose() calls it for its message.
 
 It needs torch, and decompose.py beside it. MIT licence, (c) 2026 The TextSpan reference authors.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def culprit(terms: Decomposition, tower: ClipTower, images: Tensor, tolerance: float) -> str:
-    """Both norms, and which block does not add up, as the end of a sentence. The model runs once more."""
+    """The end of an error message: both norms, and the block that does not add up. Runs the model again."""
     total, embedding = terms.total().norm(), terms.embedding.to(terms.stem.dtype).norm()
     norms = f"; norm of the sum {total:.6g}, norm of the embedding {embedding:.6g}; "
     attention, stream = [], []  # L x [b, D], L + 1 x [b, D]
@@ -31,15 +31,13 @@ def culprit(terms: Decomposition, tower: ClipTower, images: Tensor, tolerance: f
     x = tower.watch(images)
     stream.append(x.last)
     if not x.stem.isfinite().all():
-        return (
-            norms
-            + "the embedding of patches and positions is the first to write something that is not a number"
-        )
+        first = "the embedding of patches and positions"
+        return norms + f"{first} is the first to write something that is not a number"
     gaps = []
     for i, W_O in enumerate(tower.W_O):
         with torch.autocast(images.device.type, enabled=False):
             heads = einsum("bHe,HeD->bD", x.z[:, i], W_O) + x.b_O[:, i]
-        # The heads are looked at, too: a fused kernel of attention may pass over what is not a number.
+        # The heads are checked, too: a fused kernel of attention can hide a NaN.
         if not (stream[i + 1].isfinite().all() and heads.isfinite().all()):
             return norms + f"block {i} is the first to write something that is not a number"
         floor = 1e-12 * x.stem.norm()  # an attention may write nothing

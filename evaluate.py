@@ -1,18 +1,18 @@
 """Run one of the experiments and print its table; results/<task>/ gets a page and everything as JSON.
 
-    $ python evaluate.py --task waterbirds      # the embedded demo, offline: take the background out of what
-    decides $ python evaluate.py --list-models          # which of open_clip's models can be decomposed?
-    $ python evaluate.py --task check           # do the terms sum to the embedding? (--model all: of every
-    architecture) $ python evaluate.py --task textspan        # what each head writes, in words, and its role
-    $ python evaluate.py --task segmentation    # do maps lie on the object? the decomposition and ten other
-    attributions $ python evaluate.py --task heatmap --image FILE --text "a bird"
+    $ python evaluate.py --task waterbirds      # the embedded demo, offline: decide without the background
+    $ python evaluate.py --list-models          # which of open_clip's models can be decomposed?
+    $ python evaluate.py --task check           # do the terms sum to the embedding? (--model all: of all)
+    $ python evaluate.py --task textspan        # what each head writes, in words, and its role
+    $ python evaluate.py --task segmentation    # do maps lie on the object? beside ten other attributions
+    $ python evaluate.py --task heatmap --image FILE --text "a bird"
     $ python evaluate.py --task ablation        # which terms does accuracy need?
     $ python evaluate.py --task completeness    # how much of the heads do their texts hold?
     $ python evaluate.py --task retrieval --head 3.4 --image FILE
     $ python evaluate.py --task debias --classes NAME NAME --cue TEXT TEXT --data FOLDER
     $ python evaluate.py --task neurons         # what single neurons of an MLP write
-    $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper
-    --data DIR
+    $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper \\
+        --data DIR
 
 DIR is the folder waterbird_complete95_forest2water2, with metadata.csv in it.
 """
@@ -26,11 +26,13 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,18 +42,8 @@ if TYPE_CHECKING:
     from tasks.job import Job
 
 # Each is run(job) in tasks/NAME.py.
-TASKS = (
-    "check",
-    "textspan",
-    "waterbirds",
-    "segmentation",
-    "heatmap",
-    "ablation",
-    "completeness",
-    "debias",
-    "retrieval",
-    "neurons",
-)
+TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap")
+TASKS += ("ablation", "completeness", "debias", "retrieval", "neurons")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -132,10 +124,9 @@ def add_map_options(parser: argparse.ArgumentParser) -> None:
     add("--score", choices=scores, default="published", help=f"what a method explains; {published}")
     prompt = "explain the predicted class, the true one, or the one named [%(default)s]"
     add("--prompt", default="predicted", metavar="CLASS", help=prompt)
-    contrast = (
-        "who explains the class minus the mean over classes; paper: the decomposition alone [%(default)s]"
-    )
-    add("--contrast", choices=("all", "paper", "none"), default="all", help=contrast)
+    who, paper = "who explains the class minus the mean over classes", "paper: the decomposition alone"
+    contrasts = ("all", "paper", "none")
+    add("--contrast", choices=contrasts, default="all", help=f"{who}; {paper} [%(default)s]")
     protocol = "masks cropped like images, or squashed as the authors do [%(default)s]"
     add("--protocol", choices=("aligned", "authors"), default="aligned", help=protocol)
     add("--void", type=natural, metavar="VALUE", help="value of mask pixels to leave out")
@@ -151,20 +142,16 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"evaluate.py: {' '.join(message.splitlines())}; see --help\n")
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1 that fits 31 bits, for argparse."""
-    number = int(text) if text.isdecimal() else 0
-    if not 1 <= number < 2**31:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text[:40]!r}")
+def whole(text: str, least: int, bits: int, expected: str) -> int:
+    """A whole number from `least` on that fits so many bits, for argparse."""
+    number = int(text) if text.isdecimal() and len(text) < 20 else -1
+    if not least <= number < 2**bits:
+        raise argparse.ArgumentTypeError(f"expected a whole number {expected}, got {text[:40]!r}")
     return number
 
 
-def natural(text: str) -> int:
-    """A whole number from 0 that fits 32 bits, for argparse."""
-    number = int(text) if text.isdecimal() else -1
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
-    return number
+positive = partial(whole, least=1, bits=31, expected="of at least 1")
+natural = partial(whole, least=0, bits=32, expected="from 0")
 
 
 def seconds(text: str) -> float:
@@ -196,9 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     if message and speaks:
         print("evaluate.py: " + " ".join(message.splitlines()), file=sys.stderr)
     elif message:
-        time.sleep(
-            3
-        )  # torchrun ends all processes with the first that ends: let the one that speaks be first
+        time.sleep(3)  # torchrun ends all processes with the first that ends: the one that speaks be first
     return code
 
 
@@ -248,7 +233,7 @@ def run(job: Job, first: bool) -> None:
         if first:
             elapsed = time.monotonic() - job.started
             write(folder, results | {"task": task, "seconds": round(elapsed, 1)}, sections)
-            checkpoint.delete_checkpoints(job)
+            shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
             paths = f"a page to look at: {folder / 'report.html'}; everything: {folder / 'results.json'}"
             printed.write(f"\n{time.monotonic() - job.started:.0f} s; {paths}\n")
     finally:
@@ -267,17 +252,15 @@ def printable() -> Iterator[None]:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
         if not isinstance(error, BrokenPipeError):
-            raise InputError(
-                f"cannot print: {error.strerror or error}; what was to be said is in --out, too"
-            ) from error
+            why = error.strerror or error
+            raise InputError(f"cannot print: {why}; what was to be said is in --out, too") from error
 
 
 def check_writable(folder: Path) -> None:
     """Make the folder if need be, and see that it takes a file: better now than after the work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to --out {folder}: {error.strerror or error}") from error
 
@@ -299,9 +282,8 @@ def write(folder: Path, results: dict, sections: list[str]) -> None:
                 if path.is_dir():
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}; what stood there before still does"
-        ) from error
+        why = error.strerror or error
+        raise InputError(f"cannot write {path}: {why}; what stood there before still does") from error
 
 
 def interrupt(*_: object) -> None:

@@ -1,20 +1,23 @@
 """open_clip's other vision transformers for decompose.py: SigLIP, EVA, CoCa, CLIPA, ViTamin, MobileCLIP, PE.
 
-They differ from CLIP's class-token ViT in three places. Each is linear, too, once norms and pooling attention
-are held fixed at their values from this forward pass:
+They differ from CLIP's class-token ViT in three places. Each becomes linear once norms and all attention are
+held fixed at their values from this forward pass:
 
 * The way from heads (or neurons) to the residual stream: perhaps a norm, a linear map, perhaps a norm,
   perhaps LayerScale. See blocks.py.
 * What queries and keys are made of: norms, rotary or relative positions. All these towers end in
   F.scaled_dot_product_attention, where attention.py intercepts them.
-* The read-out. A mean of tokens T reads one virtual token, x = sum over T of w_T x_T, weights that sum to 1;
-  with a LayerNorm before the mean, w_T is proportional to 1 / sigma_T, and sigma is the harmonic mean of the
-  tokens' sigmas. See `Mean`. Attention pooling is a sum of such read-outs, one for each of its heads. See
-  `Pooled`.
+* The read-out. A virtual token is a weighted mean of tokens T, x = sum over T of w_T x_T, where the weights
+  sum to one. A mean of tokens reads out one; with a LayerNorm before the mean, w_T is proportional to
+  1 / sigma_T, and sigma is the harmonic mean of the tokens' sigmas. See `TokenReadOut`. Attention pooling is
+  a sum of such read-outs, one for each of its heads. See `AttentionPooling`.
 
 So decompose.py's formulas hold for every virtual token. One forward pass serves all: what is written on the
-tokens is kept until their weights are known, which depend on the last layer. This file needs torch, and
-decompose.py, attention.py and blocks.py beside it. MIT licence, (c) 2026 The TextSpan reference authors.
+tokens is kept until their weights are known, which depend on the last layer.
+
+To add a kind of model, write a function like `timm_tower` (a Block for each block, a TokenReadOut or an
+AttentionPooling, then family_of), and call it from `open_family`. This file needs torch, and decompose.py,
+attention.py and blocks.py beside it. MIT licence, (c) 2026 The TextSpan reference authors.
 
 Axes as in decompose.py, and T tokens that are read out, r virtual tokens, q queries and p heads of a pooling.
 """
@@ -33,31 +36,11 @@ from torch import Tensor, einsum, nn
 try:
     from . import decompose as core
     from .attention import Call, attention_calls
-    from .blocks import (
-        Block,
-        WayOut,
-        child,
-        divisor,
-        gamma_beta,
-        native_block,
-        require,
-        through_norm,
-        timm_block,
-    )
+    from .blocks import Block, child, divisor, gamma_beta, native_block, require, through_norm, timm_block
 except ImportError:  # not in a package
     import decompose as core
     from attention import Call, attention_calls
-    from blocks import (
-        Block,
-        WayOut,
-        child,
-        divisor,
-        gamma_beta,
-        native_block,
-        require,
-        through_norm,
-        timm_block,
-    )
+    from blocks import Block, child, divisor, gamma_beta, native_block, require, through_norm, timm_block
 
 ClipTower, ReadOut, Written, upcast = core.ClipTower, core.ReadOut, core.Written, core.upcast
 Decomposition, DecompositionError = core.Decomposition, core.DecompositionError
@@ -70,7 +53,7 @@ QUERIES = 64  # whose attention is formed at a time: never [N, N] of all tokens
 
 
 @dataclass
-class Virtual:
+class VirtualTokens:
     """r virtual tokens and their read-out: the sum of their x G / sigma, times `up` where there is one."""
 
     weights: Tensor  # [b, r, T] the virtual tokens' parts of the tokens; they sum to one
@@ -79,28 +62,28 @@ class Virtual:
     pool: Tensor | None = None  # [b, d] the term of the pooling's own MLP
 
     def mix(self, x: Tensor) -> Tensor:
-        """[b, r, D] what is written on them, of what is on the tokens [b, T, D], or alike on all [1, 1, D]."""
+        """[b, r, D] the virtual tokens' weighted means of x [b, T, D]; an x [1, 1, D] is the same for all."""
         return x.expand(*self.weights.shape[:2], -1) if x.shape[:2] == (1, 1) else self.weights @ x
 
     def lift(self, read: Tensor) -> Tensor:
-        """[b, ..., d] of the embedding, from what was read of all virtual tokens [r b, ..., e]."""
+        """[b, ..., d] what was read out of the virtual tokens [r b, ..., e], times `up`, and summed."""
         if self.up is None:
             return read
         rows = read.unflatten(0, (len(self.up), -1)).movedim(0, -2)  # [b, ..., r, e]
         return rows.flatten(-2) @ self.up.flatten(0, 1)
 
 
-class Rows(ReadOut):
-    """The read-outs of r virtual tokens, G [r, D, e]; whatever has a batch has r times b."""
+class ReadOuts(ReadOut):
+    """The read-outs of r virtual tokens, G [r, D, e]. A batch holds all images of one, then of the next."""
 
-    def read(self, written: Tensor) -> Tensor:
-        """[r b, ..., e] from [r b, ..., D]"""
-        rows = written.reshape(len(self.G), -1, written.shape[-1]) @ self.G
-        return rows.view(*written.shape[:-1], -1) / self.sigma.view(-1, *[1] * (written.ndim - 1))
+    def read(self, s: Tensor) -> Tensor:
+        """The terms [r b, ..., e] of what was written, s [r b, ..., D]."""
+        rows = s.reshape(len(self.G), -1, s.shape[-1]) @ self.G
+        return rows.view(*s.shape[:-1], -1) / self.sigma.view(-1, *[1] * (s.ndim - 1))
 
 
 @dataclass
-class Mean:
+class TokenReadOut:
     """A class token or a mean of tokens: perhaps a norm before or after the mean, linear maps."""
 
     name: str
@@ -108,16 +91,16 @@ class Mean:
     norm: nn.LayerNorm | None
     norm_first: bool
     maps: list[tuple[Tensor, Tensor | None]]  # [in, out] and bias [out] of each
-    like: Tensor  # [D] of the stream's width, for precision and device
+    template: Tensor  # [D] only its size, precision and device are used
 
     def G(self, convention: str = "term") -> Tensor:
         """[D, d]"""
-        P = upcast(self.maps[0][0]) if self.maps else torch.diag(torch.ones_like(upcast(self.like)))
+        P = upcast(self.maps[0][0]) if self.maps else torch.diag(torch.ones_like(upcast(self.template)))
         for matrix, _ in self.maps[1:]:
             P = P @ upcast(matrix)
         return through_norm(self.norm, P, centring=convention == "term")
 
-    def freeze(self, x: Tensor, convention: str = "term") -> Virtual:
+    def virtual_token(self, x: Tensor, convention: str = "term") -> VirtualTokens:
         """From the last residual x [b, T, D]."""
         inverse, shift = torch.ones_like(x[..., 0]), torch.zeros_like(x[:, 0])
         if self.norm is not None:
@@ -131,11 +114,11 @@ class Mean:
             shift = shift @ upcast(matrix) + (0 if bias is None else upcast(bias))
         if convention == "paper":  # G leaves the mean in
             shift = shift - pooled.mean(dim=-1, keepdim=True) / sigma * G.sum(dim=0)
-        return Virtual(weights[:, None], ReadOut(G, sigma, shift))
+        return VirtualTokens(weights[:, None], ReadOut(G, sigma, shift))
 
 
 @dataclass
-class Pooled:
+class AttentionPooling:
     """Attention pooling: a norm, attention of learned queries to the tokens, perhaps an MLP, a read-out.
 
     Pooling head p writes norm(x) W_V,p W_O,p of the tokens, mixed by its attention. So it has a virtual
@@ -148,10 +131,12 @@ class Pooled:
     heads: int
     value: tuple[Tensor, Tensor | None]  # weight [p e, D] and bias
     out: nn.Linear  # [D', p e]
-    then: Mean  # of the queries
+    then: TokenReadOut  # of the queries
     mlp: nn.Module | None = None
 
-    def freeze(self, x: Tensor, call: Call, written_by_mlp: Tensor | None) -> tuple[Virtual, Tensor]:
+    def virtual_tokens(
+        self, x: Tensor, call: Call, written_by_mlp: Tensor | None
+    ) -> tuple[VirtualTokens, Tensor]:
         """The virtual tokens, and the shift [b, d].
 
         x: [b, T, D] the last residual; call: of the pooling's attention; written_by_mlp: [b, q, D'].
@@ -162,19 +147,20 @@ class Pooled:
         b_V = torch.zeros_like(W_V[..., 0]) if bias is None else upcast(bias).view(W_V.shape[:2])
         b_O = torch.zeros_like(W_O[0, 0]) if self.out.bias is None else upcast(self.out.bias)
         written = einsum("bpqe,peD->bqD", upcast(call.out[:, :, queries]), W_O) + b_O
-        more = torch.zeros_like(written) if written_by_mlp is None else upcast(written_by_mlp[:, queries])
-        then = self.then.freeze(written + more)
+        by_mlp = torch.zeros_like(written) if written_by_mlp is None else upcast(written_by_mlp[:, queries])
+        then = self.then.virtual_token(written + by_mlp)
         alpha = then.weights[:, :, None] @ call.attention(queries)  # [b, p, 1, T], mean over queries
         if self.norm is not None:
             alpha = alpha / divisor(self.norm, x)[..., 0][:, None, None]
             b_V = b_V + einsum("D,peD->pe", gamma_beta(self.norm, W_V)[1], W_V)  # attention sums to one
+        # Weights sum to one, so that what is on all tokens alike keeps its size; sigma takes the factor.
         total = alpha.sum(dim=-1)  # [b, p, 1]
         sigma = (then.out.sigma[:, None] / total).transpose(0, 1).flatten(0, 1)  # [p b, 1]
         G = torch.stack([through_norm(self.norm, W.T) for W in W_V])
-        pool = None if self.mlp is None else then.out.read((then.weights @ more)[:, 0])
+        pool = None if self.mlp is None else then.out.read((then.weights @ by_mlp)[:, 0])
         shift = then.out.shift + then.out.read(einsum("pe,peD->D", b_V, W_O)[None] + b_O)
-        out = Rows(G, sigma, torch.zeros_like(sigma))
-        return Virtual(alpha[:, :, 0] / total, out, W_O @ then.out.G, pool), shift
+        out = ReadOuts(G, sigma, torch.zeros_like(sigma))
+        return VirtualTokens(alpha[:, :, 0] / total, out, W_O @ then.out.G, pool), shift
 
 
 # Towers.
@@ -183,15 +169,17 @@ class Pooled:
 class Family(ClipTower):
     """A tower that reads out its class token as CLIP's do, from other blocks or through other norms."""
 
-    def __init__(self, model: nn.Module, blocks: list[Block], readout: Mean | Pooled, prefix: int) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: list[Block], readout: TokenReadOut | AttentionPooling, prefix: int
+    ) -> None:
         self.model, self.readout, self.prefix, self.name = model, readout, prefix, readout.name
         self.parts, self.blocks, self.hooks = blocks, [block.module for block in blocks], []
         self.attentions = [block.attention_written for block in blocks]
         batch_first = getattr(getattr(model.visual, "transformer", None), "batch_first", True)
         self.batch_first = getattr(self.blocks[0].attn, "batch_first", batch_first)
-        self.W_O = [x.attention.maps().unflatten(0, (x.module.attn.num_heads, -1)) for x in blocks]
-        then = readout if isinstance(readout, Mean) else readout.then
-        self.width = then.maps[-1][0].shape[1] if then.maps else len(then.like)
+        self.W_O = [x.heads.maps().unflatten(0, (x.module.attn.num_heads, -1)) for x in blocks]
+        then = readout if isinstance(readout, TokenReadOut) else readout.then
+        self.width = then.maps[-1][0].shape[1] if then.maps else len(then.template)
 
     def targets(self, x: Tensor) -> Tensor:
         """[b, T, D] the tokens that are read out; one is copied, since a view would hold on to all."""
@@ -212,8 +200,8 @@ class Family(ClipTower):
         return self.readout.G(convention)
 
     def read_out(self, x: Tensor, convention: str) -> ReadOut:
-        """Of the last residual x [b, D]."""
-        return self.readout.freeze(x[:, None], convention).out
+        """The read-out for the last residual x [b, D]."""
+        return self.readout.virtual_token(x[:, None], convention).out
 
     def watch(self, images: Tensor, at_attention: Callable | None = None, layers: Sequence = ()) -> Written:
         """As ClipTower's; A is divided by the norms behind the heads."""
@@ -222,7 +210,7 @@ class Family(ClipTower):
         def at_block(layer: int, call: Call, normed: Tensor | None) -> None:
             A, v = call.attention(self.readout.targets)[:, :, 0], upcast(call.v)
             mixed = einsum("bHN,bHNe->bHe", A, v)
-            scale, bias = self.parts[layer].attention.freeze(mixed.flatten(1)[:, None], normed)
+            scale, bias = self.parts[layer].heads.scale_and_bias(mixed.flatten(1)[:, None], normed)
             A = A * scale[..., None]
             z.append(mixed * scale[..., None])
             own.append(A[:, :, :1] * v[:, :, 0])
@@ -230,11 +218,11 @@ class Family(ClipTower):
             if layer in layers:
                 at_attention(layer, A, lambda x: v @ x)
 
-        embedding, stem, last, _, _ = self.see(images, at_block, mlps.append)
+        embedding, stem, last, _, _ = self.run_blocks(images, at_block, mlps.append)
         z, own, b_O = (torch.stack(parts, dim=1) for parts in (z, own, b_O))
         return Written(embedding, stem[:, 0], z, own, b_O, torch.cat(mlps, dim=1), last[:, 0])
 
-    def see(self, images: Tensor, at_block: Callable, at_mlp: Callable) -> tuple:
+    def run_blocks(self, images: Tensor, at_block: Callable, at_mlp: Callable) -> tuple:
         """Run the model. Every block calls at_block(layer, call, what a norm behind its attention was given),
         and at_mlp(what its MLP wrote [b, T, D]).
 
@@ -250,6 +238,7 @@ class Family(ClipTower):
         def before_mlp(layer: int, module: nn.Module, args: tuple) -> None:  # the block's attention is over
             times = f"{len(calls)} times, expected once" + ("" if calls else " (is TIMM_FUSED_ATTN=0 set?)")
             require(len(calls) == 1, f"block {layer} called F.scaled_dot_product_attention {times}")
+            # Each block's one call is taken off here: what is left after the last block is the pooling's.
             call, head_scale = calls.pop(), self.parts[layer].head_scale
             within = call.k.shape[2] == call.q.shape[2]
             require(within, f"block {layer} attends to tokens that are not in the image")
@@ -259,8 +248,8 @@ class Family(ClipTower):
 
         hooks = [(self.blocks[0].register_forward_pre_hook, partial(keep, "stem")), *self.hooks]
         for layer, block in enumerate(self.parts):
-            if block.attention.outer is not None:
-                hooks.append((block.attention.outer.register_forward_pre_hook, partial(keep, layer)))
+            if block.heads.outer is not None:
+                hooks.append((block.heads.outer.register_forward_pre_hook, partial(keep, layer)))
             hooks.append((block.module.mlp.register_forward_pre_hook, partial(before_mlp, layer)))
             after_mlp = block.mlp_written.register_forward_hook
             hooks.append((after_mlp, lambda _, args, x: at_mlp(self.targets(x))))
@@ -272,19 +261,41 @@ class Family(ClipTower):
             embedding = core.image_embedding(self.model, images, hooks)
         return embedding, kept["stem"], kept["last"], calls, kept.get("pool")
 
-    def mlp_way_out(self, layer: int) -> WayOut:
-        """How the neurons of a layer reach the residual stream."""
+    def neurons(self, images: Tensor, layer: int) -> tuple:
+        """Split one MLP by neuron; the fields of neurons.Neurons, in their order."""
         with refused(self.model, f"the MLP of block {layer} "):
-            return self.parts[layer].mlp()
+            way_out, kept = self.parts[layer].neurons(), {}
 
-    def freeze(self, last: Tensor, calls: list[Call], pool: Tensor | None) -> tuple[Virtual, Tensor | float]:
+        def keep(name: str, module: nn.Module, args: tuple, *output: Tensor) -> None:
+            kept[name] = self.targets(output[0] if output else args[0])
+
+        features = way_out.linear if way_out.inner is None else way_out.inner  # the module that reads them
+        self.hooks = [(features.register_forward_pre_hook, partial(keep, "h"))]
+        self.hooks.append((self.parts[layer].mlp_written.register_forward_hook, partial(keep, "written")))
+        if way_out.outer is not None:
+            self.hooks.append((way_out.outer.register_forward_pre_hook, partial(keep, "normed")))
+        embedding, _, *ends = self.run_blocks(images, lambda *_: None, lambda *_: None)
+        with torch.autocast(images.device.type, enabled=False):
+            virtual, _ = self.virtual_tokens(*ends)
+            scale, bias = way_out.scale_and_bias(kept["h"], kept.get("normed"))
+            sigma = virtual.out.sigma.view(virtual.weights.shape[1], -1, 1).transpose(0, 1)  # [b, r, 1]
+            activations = (virtual.weights * scale[:, None]) @ kept["h"] / sigma  # [b, r, n]
+            mixed = (virtual.mix(x).transpose(0, 1).flatten(0, 1) for x in (kept["written"], bias))
+            term, constant = (virtual.lift(virtual.out.read(x)) for x in mixed)
+            maps = way_out.maps() @ virtual.out.G  # [n, d] or [r, n, e]
+        activations = activations[:, 0] if virtual.up is None else activations
+        return embedding, term, activations, maps, constant, virtual.up
+
+    def virtual_tokens(
+        self, last: Tensor, calls: list[Call], pool: Tensor | None
+    ) -> tuple[VirtualTokens, Tensor | float]:
         """The virtual tokens, and what attention pooling adds to the shift."""
-        if isinstance(self.readout, Mean):
-            return self.readout.freeze(last), 0.0
+        if isinstance(self.readout, TokenReadOut):
+            return self.readout.virtual_token(last), 0.0
         with refused(self.model):
             times = f"{len(calls)} times, expected once"
             require(len(calls) == 1, f"its pooling called F.scaled_dot_product_attention {times}")
-        return self.readout.freeze(last, calls[0], pool)
+        return self.readout.virtual_tokens(last, calls[0], pool)
 
 
 class PooledFamily(Family):
@@ -300,33 +311,34 @@ class PooledFamily(Family):
         parts = min(len(images), math.ceil(len(images) * size / KEPT_BYTES))
         return [function(part) for part in images.tensor_split(parts)]
 
-    def watch_tokens(self, images: Tensor, virtual_of: Callable) -> tuple[Written, Virtual, Tensor | float]:
+    def watch_tokens(
+        self, images: Tensor, virtual_of: Callable
+    ) -> tuple[Written, VirtualTokens, Tensor | float]:
         """What was written on the virtual tokens; virtual_of(last residual, calls, pool) says which."""
         z, scales, b_O, mlps = [], [], [], []  # L x [b, T, H e], [b, T], [b, T, D] or [1, 1, D], [b, T, D]
 
         def at_block(layer: int, call: Call, normed: Tensor | None) -> None:
             z.append(upcast(call.out[:, :, self.readout.targets]).transpose(1, 2).flatten(2))
-            scale, bias = self.parts[layer].attention.freeze(z[-1], normed)
+            scale, bias = self.parts[layer].heads.scale_and_bias(z[-1], normed)
             scales.append(scale)
             b_O.append(bias)
 
-        embedding, stem, last, *pooling = self.see(images, at_block, mlps.append)
+        embedding, stem, last, *pooling = self.run_blocks(images, at_block, mlps.append)
         with torch.autocast(images.device.type, enabled=False):
             virtual, shift = virtual_of(last, *pooling)
             w = virtual.weights
             z = torch.stack([(w * s[:, None]) @ x for x, s in zip(z, scales, strict=True)], dim=2)
             b_O, mlps = (torch.stack([virtual.mix(x) for x in written], dim=2) for written in (b_O, mlps))
             z = z.unflatten(3, (len(self.W_O[0]), -1))  # [b, r, L, H, e]
-            stem, z, b_O, mlps, last = (
-                x.transpose(0, 1).flatten(0, 1) for x in (w @ stem, z, b_O, mlps, w @ last)
-            )
+            parts = (w @ stem, z, b_O, mlps, w @ last)
+            stem, z, b_O, mlps, last = (x.transpose(0, 1).flatten(0, 1) for x in parts)
         return Written(embedding, stem, z, None, b_O, mlps, last), virtual, shift
 
     def watch(self, images: Tensor, at_attention: Callable | None = None, layers: Sequence = ()) -> Written:
-        """On the mean of the tokens."""
+        """As ClipTower's, for the plain mean of the tokens; diagnose.py needs it."""
 
         def mean(last: Tensor, *_: object) -> tuple:
-            return Virtual(torch.full_like(last[:, None, :, 0], 1 / last.shape[1]), None), 0.0
+            return VirtualTokens(torch.full_like(last[:, None, :, 0], 1 / last.shape[1]), None), 0.0
 
         return self.watch_tokens(images, mean)[0]
 
@@ -334,22 +346,15 @@ class PooledFamily(Family):
         """The decomposition: the sum of those of the virtual tokens."""
 
         def of_part(images: Tensor) -> Decomposition:
-            x, virtual, shift = self.watch_tokens(images, self.freeze)
+            x, virtual, shift = self.watch_tokens(images, self.virtual_tokens)
             with torch.autocast(images.device.type, enabled=False):
                 terms = core.terms_of(x, self.W_O, virtual.out, "term")
                 if virtual.up is None:
                     return terms
                 names = ("stem", "heads", "mlps", "constant")
                 stem, heads, mlps, constant = (virtual.lift(getattr(terms, name)) for name in names)
-                return replace(
-                    terms,
-                    stem=stem,
-                    heads=heads,
-                    mlps=mlps,
-                    constant=constant + shift,
-                    values=heads,
-                    pool=virtual.pool,
-                )
+                constant = constant + shift
+                return Decomposition(x.embedding, stem, heads, mlps, constant, heads, None, virtual.pool)
 
         H, e, D = self.W_O[0].shape
         fields = zip(*(vars(x).values() for x in self.in_parts(of_part, images, H * e + D)), strict=True)
@@ -357,7 +362,7 @@ class PooledFamily(Family):
 
     def head_maps(self) -> Tensor:
         """[L, H, e, d]; under attention pooling a head's values are its term."""
-        if isinstance(self.readout, Mean):
+        if isinstance(self.readout, TokenReadOut):
             return super().head_maps()
         return torch.eye(self.width).to(self.W_O[0]).expand(len(self.W_O), len(self.W_O[0]), -1, -1)
 
@@ -370,20 +375,19 @@ class PooledFamily(Family):
             def at_block(layer: int, call: Call, normed: Tensor | None) -> None:
                 if layer in layers:
                     z = upcast(call.out[:, :, self.readout.targets]).transpose(1, 2).flatten(2)
-                    kept[layer] = call, self.parts[layer].attention.freeze(z, normed)[0]
+                    kept[layer] = call, self.parts[layer].heads.scale_and_bias(z, normed)[0]
 
-            _, _, *ends = self.see(images, at_block, lambda x: None)
+            _, _, *ends = self.run_blocks(images, at_block, lambda x: None)
             with torch.autocast(images.device.type, enabled=False):
-                virtual, _ = self.freeze(*ends)
+                virtual, _ = self.virtual_tokens(*ends)
                 r = virtual.weights.shape[1]
                 weights = virtual.weights / virtual.out.sigma.view(r, -1, 1).transpose(0, 1)
-                sought = virtual.out.G @ (
-                    texts.T if virtual.up is None else virtual.up @ texts.T
-                )  # [r, D, t]
-                sought = sought.view(r, -1, len(texts)).movedim(0, 1).flatten(1)  # [D, r t]
+                texts_up = texts.T if virtual.up is None else virtual.up @ texts.T  # [r, e, t]
+                directions = (virtual.out.G @ texts_up).view(r, -1, len(texts))  # [r, D, t]
+                directions = directions.movedim(0, 1).flatten(1)  # [D, r t]
                 for layer, (call, scale) in kept.items():
-                    A = self.attention(call, weights * scale[:, None])  # [b, H, r, N]
-                    by_row = (upcast(call.v) @ (self.W_O[layer] @ sought)).unflatten(3, (r, -1))
+                    A = self.mixed_attention(call, weights * scale[:, None])  # [b, H, r, N]
+                    by_row = (upcast(call.v) @ (self.W_O[layer] @ directions)).unflatten(3, (r, -1))
                     scores = einsum("bHrN,bHNrt->bHNt", A, by_row)
                     found[layer] = scores if by_head else scores.sum(dim=1, keepdim=True)
                 return torch.stack([found[layer] for layer in layers], dim=1)
@@ -391,7 +395,7 @@ class PooledFamily(Family):
         H, e, _ = self.W_O[0].shape
         return torch.cat(self.in_parts(of_part, images, 3 * H * e))
 
-    def attention(self, call: Call, weights: Tensor) -> Tensor:
+    def mixed_attention(self, call: Call, weights: Tensor) -> Tensor:
         """[b, H, r, N] the attention of the virtual tokens that these weights [b, r, T] make."""
         A, count = 0.0, weights.shape[2]
         start = call.q.shape[2] - count
@@ -419,10 +423,8 @@ def refused(model: nn.Module, where: str = "") -> Iterator[None]:
         yield
     except (DecompositionError, NotImplementedError) as error:
         visual = getattr(model, "visual", None)
-        tower = type(visual).__name__ + (
-            f" ({type(visual.trunk).__name__})" if hasattr(visual, "trunk") else ""
-        )
-        name = f"cannot decompose {type(model).__name__} with image tower {tower}: "
+        trunk = f" ({type(visual.trunk).__name__})" if hasattr(visual, "trunk") else ""
+        name = f"cannot decompose {type(model).__name__} with image tower {type(visual).__name__}{trunk}: "
         raise DecompositionError(f"{name}{where}" + str(error).removeprefix(name)) from None
 
 
@@ -430,10 +432,8 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
     """The model's tower; or a DecompositionError that names it and what it lacks."""
     visual = getattr(model, "visual", None)
     with refused(model):
-        require(
-            not isinstance(model, torch.jit.ScriptModule),
-            "scripted models cannot be watched; load it without jit",
-        )
+        scripted = isinstance(model, torch.jit.ScriptModule)
+        require(not scripted, "scripted models cannot be watched; load it without jit")
         if visual is None:
             require(not hasattr(model, "module"), "it is a wrapper; give the model inside, its .module")
             tower = hasattr(model, "ln_post") or hasattr(model, "trunk")
@@ -445,10 +445,8 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
             return ClipTower(model)
         family = timm_tower(model) if hasattr(visual, "trunk") else native_tower(model)
         one_norm = type(family) is Family and family.readout.norm is not None
-        meaning = (
-            'convention="paper" is defined for a class token that is read out behind one norm; use "term"'
-        )
-        require(convention != "paper" or one_norm, meaning)
+        where = "for a class token that is read out behind one norm"
+        require(convention != "paper" or one_norm, f'convention="paper" is defined {where}; use "term"')
     return family
 
 
@@ -467,36 +465,38 @@ def is_plain(visual: nn.Module) -> bool:
     return isinstance(norm, nn.LayerNorm) and len(list(norm.parameters())) == 2 and visual.proj is not None
 
 
-def family_of(model: nn.Module, blocks: list[Block], readout: Mean | Pooled, prefix: int) -> Family:
-    """One token or several?"""
-    single = isinstance(readout, Mean) and readout.targets == slice(0, 1)
+def family_of(
+    model: nn.Module, blocks: list[Block], readout: TokenReadOut | AttentionPooling, prefix: int
+) -> Family:
+    """A Family where the class token alone is read out, else a PooledFamily."""
+    single = isinstance(readout, TokenReadOut) and readout.targets == slice(0, 1)
     return (Family if single else PooledFamily)(model, blocks, readout, prefix)
 
 
 def native_tower(model: nn.Module) -> Family:
     """open_clip's VisionTransformer: class token or mean, norm before or after; CoCa's attention pooling."""
-    visual, two = model.visual, getattr(model.visual, "attn_pool_contrastive", None) is not None
+    visual, two_pools = model.visual, getattr(model.visual, "attn_pool_contrastive", None) is not None
     known = hasattr(getattr(visual, "transformer", None), "resblocks") and hasattr(visual, "ln_post")
     require(known, "it has no residual stream of attention heads (transformer.resblocks and ln_post)")
     ln_post, averages = child(visual, "ln_post"), getattr(visual, "global_average_pool", False)
     require(ln_post is not None, "has Identity as ln_post; expected LayerNorm")
     require(not averages, "it averages its tokens as older releases of open_clip did (global_average_pool)")
-    require(
-        not two, "it pools by two attentions (attn_pool_contrastive), as no configuration of open_clip does"
-    )
+    unused = "as no configuration of open_clip does"
+    require(not two_pools, f"it pools by two attentions (attn_pool_contrastive), {unused}")
     pool, pooler = getattr(visual, "pool_type", "tok"), getattr(visual, "attn_pool", None)
     require(pool in ("tok", "avg"), f"it reads out by pooling {pool!r}; expected 'tok' or 'avg'")
     name, targets = ("class token", slice(0, 1)) if pool == "tok" else ("mean of patches", slice(1, None))
     maps = [] if visual.proj is None else [(visual.proj, None)]
     like = next(visual.parameters()).new_empty(ln_post.normalized_shape)
+    # Behind a pooler, ln_post norms each of its queries, before a mean of them.
     norm_first = pooler is not None or not getattr(visual, "final_ln_after_pool", False)
-    readout = Mean(name, targets, ln_post, norm_first, maps, like)
+    readout = TokenReadOut(name, targets, ln_post, norm_first, maps, like)
     if pooler is not None:  # latents attend to the normed tokens, and are read out as tokens would be
         attn, before = pooler.attn, child(pooler, "ln_k")
         weight = attn.v_proj_weight if attn.in_proj_weight is None else attn.in_proj_weight.chunk(3)[2]
         value = weight, None if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)[2]
-        everything, heads = slice(None), attn.num_heads
-        readout = Pooled("attention pooling", everything, before, heads, value, attn.out_proj, readout)
+        name, targets, heads = "attention pooling", slice(None), attn.num_heads
+        readout = AttentionPooling(name, targets, before, heads, value, attn.out_proj, readout)
     return family_of(model, [native_block(block) for block in visual.transformer.resblocks], readout, 1)
 
 
@@ -521,17 +521,17 @@ def timm_tower(model: nn.Module) -> Family:
         kind = type(pooler).__name__
         known = kind == "AttentionPoolLatent" and pooler.pos_embed is None and pooler.pool in ("token", "avg")
         require(known, f"its pooling is {kind} of another kind; expected AttentionPoolLatent")
-        then = Mean("", slice(0, 1) if pooler.pool == "token" else slice(None), after, False, maps, like)
+        queries = slice(0, 1) if pooler.pool == "token" else slice(None)
+        then = TokenReadOut("", queries, after, False, maps, like)
         value = pooler.kv.weight.chunk(2)[1], None if pooler.kv.bias is None else pooler.kv.bias.chunk(2)[1]
         # EVA's pooling takes every token, ViT's leaves the prefix out.
         targets = patches if hasattr(trunk, "pool_include_prefix") else slice(None)
         heads, out = pooler.num_heads, pooler.proj
-        readout = Pooled("attention pooling", targets, before, heads, value, out, then, pooler.mlp)
+        readout = AttentionPooling("attention pooling", targets, before, heads, value, out, then, pooler.mlp)
     else:
-        require(
-            pool in ("token", "avg"), f"it reads out by pooling {pool!r}; expected 'token', 'avg' or 'map'"
-        )
+        expected = "'token', 'avg' or 'map'"
+        require(pool in ("token", "avg"), f"it reads out by pooling {pool!r}; expected {expected}")
         name, targets = ("class token", slice(0, 1)) if pool == "token" else ("mean of patches", patches)
         require(before is None or after is None, "it has norms both before and after its pooling")
-        readout = Mean(name, targets, before or after, before is not None, maps, like)
+        readout = TokenReadOut(name, targets, before or after, before is not None, maps, like)
     return family_of(model, [timm_block(block) for block in trunk.blocks], readout, prefix)

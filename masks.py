@@ -1,4 +1,4 @@
-"""Images with masks, to judge maps by: ImageNet-Segmentation, a folder of images and masks, the demo's birds.
+"""Images with masks, to judge maps by: ImageNet-Segmentation, and any folder of images and masks.
 
 Every data set yields ((image, mask, foreground), index): the image as the model takes it, the mask
 [height, width] int8 in the same geometry (1 foreground, 0 background, -1 not labelled), and the value that
@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import Compose, InterpolationMode
 
-from data import DemoBirds, InputError, eight_bits, file_sizes, read, subset
+from data import SUFFIXES, eight_bits, file_sizes, images_below, read, read_picture, subset
+from files import InputError
 
-PROTOCOLS = ("aligned", "authors")
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+EXPECTED = "--data must be gtsegs_ijcv.mat, or a folder with images/ and masks/"
 VOID = 255  # in masks on their way through the geometry
 
 
@@ -38,33 +38,35 @@ class Masked(Dataset):
     labels: Tensor | None = None
     names: list[str] | None = None
     description: str
+    rows: list[int]  # of the whole data set, those that --limit leaves
+    pair: Callable[[int], tuple[Image.Image, np.ndarray]]  # the image; its mask [height, width] in raw values
+    name: Callable[[int], str]  # what to call an image in a message
+    fingerprint: Callable[[], list]  # what tells this data set from another, for --resume
 
-    def __init__(self, transform: Callable, protocol: str = "aligned", void: int | None = None) -> None:
+    def __init__(
+        self,
+        transform: Callable,
+        limit: int | None = None,
+        seed: int = 0,
+        protocol: str = "aligned",
+        void: int | None = None,
+    ) -> None:
         if void == 0:
             raise InputError("--void 0: the value 0 means background in a mask")
         self.transform, self.protocol, self.void = transform, protocol, void
+        self.limit, self.seed = limit, seed
         self._mask_geometry = mask_geometry(transform)
 
-    def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """The image, and its mask [height, width] in the file's own values."""
-        raise NotImplementedError
-
-    def name(self, index: int) -> str:
-        """What to call an image in a message."""
-        raise NotImplementedError
-
-    def fingerprint(self) -> list:
-        """What tells this data set from another, for --resume."""
-        raise NotImplementedError
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[tuple[Tensor, Tensor, int] | str, int]:
         try:
             image, values = self.pair(index)
             if values.shape != (image.height, image.width):
-                raise InputError(
-                    f"the mask of {self.name(index)} is {values.shape[1]} x {values.shape[0]} pixels, "
-                    f"its image {image.width} x {image.height}; they must agree"
-                )
+                size = f"{values.shape[1]} x {values.shape[0]} pixels"
+                expected = f"its image {image.width} x {image.height}; they must agree"
+                raise InputError(f"the mask of {self.name(index)} is {size}, {expected}")
             labels, foreground = self._labels(values, index)
             pixels, mask = self.transform(image), Image.fromarray(labels)
             if self.protocol == "authors":
@@ -73,10 +75,8 @@ class Masked(Dataset):
                 mask = self._mask_geometry(mask)
             mask = torch.from_numpy(np.array(mask))
             if mask.shape != pixels.shape[1:] or bool((mask == VOID).all()):
-                raise InputError(
-                    f"nothing of the mask of {self.name(index)} is left "
-                    "after the model's resizing and cropping"
-                )
+                why = "is left after the model's resizing and cropping"
+                raise InputError(f"nothing of the mask of {self.name(index)} {why}")
         except InputError as error:
             return str(error), index
         return (pixels, torch.where(mask == VOID, -1, mask.to(torch.int8)), foreground), index
@@ -87,10 +87,9 @@ class Masked(Dataset):
         foreground = [value for value in found if value > 0 and value != self.void]
         if len(foreground) > 1:
             some = ", ".join(map(str, found[:5])) + ", ..." * (len(found) > 5)
-            raise InputError(
-                f"the mask of {self.name(index)} holds {len(found)} values ({some}); expected "
-                "0 for background and one other; --void V leaves out pixels of value V"
-            )
+            expected = "0 for background and one other; --void V leaves out pixels of value V"
+            held = f"the mask of {self.name(index)} holds {len(found)} values ({some})"
+            raise InputError(f"{held}; expected {expected}")
         mask = (values > 0).astype(np.uint8)
         mask[(values < 0) | (values == (-1 if self.void is None else self.void))] = VOID
         if (mask == VOID).all():
@@ -105,15 +104,11 @@ class ImageNetSegmentation(Masked):
         InputError: no h5py, no such file, or one that is something else.
     """
 
-    def __init__(
-        self, path: str | Path, transform: Callable, limit: int | None = None, seed: int = 0, **options
-    ) -> None:
+    def __init__(self, path: str | Path, transform: Callable, **options) -> None:
         super().__init__(transform, **options)
         self.path, self._file = Path(path), None
         if not self.path.is_file():
-            raise InputError(
-                f"no {path}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/"
-            )
+            raise InputError(f"no {path}: {EXPECTED}")
         try:
             import h5py  # noqa: F401
         except ImportError:
@@ -121,7 +116,7 @@ class ImageNetSegmentation(Masked):
         count, masks = len(self._references("img")), len(self._references("gt"))
         if count != masks or not count:
             raise InputError(f"{path} holds {count} images and {masks} masks; expected as many of both")
-        self.rows = subset(count, limit, seed)
+        self.rows = subset(count, self.limit, self.seed)
         self.description = f"ImageNet-Segmentation in {path}, {len(self.rows):,} of {count:,} images"
         self._file = None  # every process opens its own
 
@@ -133,13 +128,11 @@ class ImageNetSegmentation(Masked):
                 self._file = h5py.File(self.path, "r")
             references = np.asarray(self._file[f"value/{name}"][()])
         except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"{self.path} is not gtsegs_ijcv.mat, an HDF5 file with value/img and value/gt: {error}"
-            ) from error
+            expected = "gtsegs_ijcv.mat, an HDF5 file with value/img and value/gt"
+            raise InputError(f"{self.path} is not {expected}: {error}") from error
         if references.dtype.kind != "O":
-            raise InputError(
-                f"{self.path}: value/{name} holds {references.dtype}, expected references to arrays"
-            )
+            found = f"value/{name} holds {references.dtype}"
+            raise InputError(f"{self.path}: {found}, expected references to arrays")
         return references.ravel()
 
     def _array(self, name: str, row: int) -> np.ndarray:
@@ -152,15 +145,11 @@ class ImageNetSegmentation(Masked):
         self._references("img")  # opens the file in this process
         pixels, mask = self._array("img", self.rows[index]), self._array("gt", self.rows[index])
         if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
-            raise InputError(
-                f"{self.name(index)} is an array {pixels.shape} of {pixels.dtype}, "
-                "expected [rows, columns, 3] of uint8"
-            )
+            found = f"{self.name(index)} is an array {pixels.shape} of {pixels.dtype}"
+            raise InputError(f"{found}, expected [rows, columns, 3] of uint8")
         if mask.ndim != 2 or mask.dtype.kind not in "bui":
-            raise InputError(
-                f"the mask of {self.name(index)} is an array {mask.shape} of {mask.dtype}, "
-                "expected integers [rows, columns]"
-            )
+            found = f"the mask of {self.name(index)} is an array {mask.shape} of {mask.dtype}"
+            raise InputError(f"{found}, expected integers [rows, columns]")
         return eight_bits(Image.fromarray(np.ascontiguousarray(pixels))), mask.astype(int)
 
     def name(self, index: int) -> str:
@@ -168,9 +157,6 @@ class ImageNetSegmentation(Masked):
 
     def fingerprint(self) -> list:
         return self.rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 class MaskFolder(Masked):
@@ -183,27 +169,23 @@ class MaskFolder(Masked):
         InputError: no such folders, no images, or an image without a mask.
     """
 
-    def __init__(
-        self, root: str | Path, transform: Callable, limit: int | None = None, seed: int = 0, **options
-    ) -> None:
+    def __init__(self, root: str | Path, transform: Callable, **options) -> None:
         super().__init__(transform, **options)
         root = Path(root)
         self.root = root / "images"
         for folder in (self.root, root / "masks"):
             if not folder.is_dir():
-                raise InputError(
-                    f"no folder {folder}: --data must be gtsegs_ijcv.mat, or a folder with images/ and masks/"
-                )
+                raise InputError(f"no folder {folder}: {EXPECTED}")
         files = images_below(self.root)
         if not files:
-            raise InputError(f"no images in {self.root} ({', '.join(sorted(IMAGES))})")
+            raise InputError(f"no images in {self.root} ({', '.join(SUFFIXES)})")
         masks = {path.with_suffix(""): root / "masks" / path for path in images_below(root / "masks")}
         missing = next((file for file in files if file.with_suffix("") not in masks), None)
         if missing is not None:
-            raise InputError(
-                f"no mask for {self.root / missing}: expected {root / 'masks' / missing.with_suffix('.png')}"
-            )
-        self.files = [files[i] for i in subset(len(files), limit, seed)]
+            expected = root / "masks" / missing.with_suffix(".png")
+            raise InputError(f"no mask for {self.root / missing}: expected {expected}")
+        self.rows = subset(len(files), self.limit, self.seed)
+        self.files = [files[i] for i in self.rows]
         self.masks = [masks[file.with_suffix("")] for file in self.files]
         if all(len(file.parts) > 1 for file in files):
             # Of all files: --limit must not change what there is to tell apart.
@@ -212,18 +194,15 @@ class MaskFolder(Masked):
         self.description = f"{root}, {len(self.files):,} of {len(files):,} images"
 
     def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        image = read(self.root / self.files[index], lambda image: image)
-        if isinstance(image, str):
-            raise InputError(image)
+        image = read_picture(self.root / self.files[index])
         values = read(self.masks[index], np.array, keep_mode=True)
         if isinstance(values, str):
             raise InputError(values)
         if values.ndim == 3 and values.shape[2] == 3 and (values == values[..., :1]).all():
             values = values[..., 0]
         if values.ndim != 2 or values.dtype.kind not in "bui":
-            raise InputError(
-                f"{self.masks[index]} has colours or transparency; expected a mask of one channel"
-            )
+            found = f"{self.masks[index]} has colours or transparency"
+            raise InputError(f"{found}; expected a mask of one channel")
         return image, values.astype(int)
 
     def name(self, index: int) -> str:
@@ -233,44 +212,9 @@ class MaskFolder(Masked):
         sizes = file_sizes(self.root, [*self.files, *self.masks])
         return [[*map(str, self.files)], sizes, None if self.labels is None else self.labels.tolist()]
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-
-class DemoMasks(Masked):
-    """The demo's balanced test split; the mask is the bird, and what an image shows is its kind."""
-
-    def __init__(
-        self, transform: Callable, limit: int | None = None, seed: int = 0, split: str = "test", **options
-    ) -> None:
-        super().__init__(transform, **options)
-        self.birds = DemoBirds(split, transform, limit, seed)
-        self.names, self.labels = list(self.birds.kinds), self.birds.facts["kind"]
-        self.description = self.birds.description
-
-    def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        picture, mask = self.birds.render(index)
-        return Image.fromarray(picture), (mask > 127).astype(int)  # its edge is soft
-
-    def name(self, index: int) -> str:
-        return f"picture {index} of the demo"
-
-    def fingerprint(self) -> list:
-        return [self.labels.tolist(), self.birds.fingerprint()]
-
-    def __len__(self) -> int:
-        return len(self.birds)
-
-
-def images_below(folder: Path) -> list[Path]:
-    """Paths of the images in a folder and the folders in it, relative to it."""
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGES and path.is_file())
-    return [path.relative_to(folder) for path in found]
-
 
 def mask_geometry(transform: Callable) -> Callable[[Image.Image], Image.Image]:
-    """What an open_clip image transform does to positions, for a mask: the same resizing and cropping, no new
-    values.
+    """An open_clip image transform for a mask: the same resizing and cropping, and no new values.
 
     Raises:
         InputError: the transform is not one of open_clip's for evaluation.
@@ -286,13 +230,7 @@ def mask_geometry(transform: Callable) -> Callable[[Image.Image], Image.Image]:
             steps.append(changed)
         elif name not in ("MaybeConvertMode", "ToTensor", "MaybeToTensor", "Normalize"):
             raise InputError(f"cannot tell what the image transform's step {name} does to positions")
-
-    def apply(mask: Image.Image) -> Image.Image:
-        for step in steps:
-            mask = step(mask)
-        return mask
-
-    return apply
+    return Compose(steps)
 
 
 def seen(

@@ -10,10 +10,8 @@ Axes as in decompose.py, and n neurons of one MLP, r virtual tokens (see familie
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +32,9 @@ class Neurons:
 
     embedding: Tensor  # [b, d] what model.encode_image returned, in the model's own precision
     term: Tensor  # [b, d] the MLP's term as a whole, from what it wrote
-    activations: (
-        Tensor  # [b, n] or [b, r, n], past the nonlinearity, divided by the norms on the way to the embedding
-    )
+    activations: Tensor  # [b, n] or [b, r, n], divided by the norms on the way to the embedding
     maps: Tensor  # [n, d] or [r, n, e]: the same for all images
-    constant: (
-        Tensor  # [b, d] what belongs to no neuron: the out-projection's bias, and beta of the norms around it
-    )
+    constant: Tensor  # [b, d] what belongs to no neuron: the out-projection's bias, beta of norms around it
     up: Tensor | None = None  # [r, e, d] the maps' second factor, where there is one
 
     def terms(self) -> Tensor:
@@ -80,27 +74,32 @@ def neurons(model: nn.Module, images: Tensor, layer: int) -> Neurons:
     if not isinstance(layer, int) or not -depth <= layer < depth:
         raise ValueError(f"layer must be between {-depth} and {depth - 1}, got {layer!r}")
     if type(tower) is not core.ClipTower:
-        return of_family(tower, images, layer % depth)
-    steps = [(name, isinstance(step, nn.Linear)) for name, step in tower.blocks[layer].mlp.named_children()]
-    if steps == [("c_fc", True), ("gelu", False), ("c_proj", True)]:
+        return Neurons(*tower.neurons(images, layer % depth))
+    children = tower.blocks[layer].mlp.named_children()
+    steps = [(name, x) for name, x in children if not isinstance(x, nn.Identity)]
+    plain = [name for name, _ in steps] == ["c_fc", "gelu", "c_proj"]
+    if plain and isinstance(steps[2][1], nn.Linear):
         return of_clip(tower, images, layer % depth)
-    native_tower = core.beside("families", "native_tower")  # it takes more MLPs, and refuses the rest by name
+    native_tower = core.beside("families", "native_tower")  # knows more MLPs, and names the rest
     if native_tower is None:
         found = ", ".join(name for name, _ in steps)
-        raise core.DecompositionError(
-            f"the MLP of block {layer % depth} is {found}; expected c_fc, gelu, c_proj"
-        )
-    return of_family(native_tower(model), images, layer % depth)
+        reason = f"the MLP of block {layer % depth} is {found}; expected c_fc, gelu, c_proj"
+        raise core.DecompositionError(reason)
+    return Neurons(*native_tower(model).neurons(images, layer % depth))
 
 
 def of_clip(tower: core.ClipTower, images: Tensor, layer: int) -> Neurons:
-    """Of CLIP's class token."""
+    """The neurons of a class-token CLIP."""
     block, kept = tower.blocks[layer], {}
     mlp = getattr(block, "ls_2", block.mlp)  # LayerScale, where there is one
+
+    def keep(name: str, module: nn.Module, args: tuple, *output: Tensor) -> None:
+        kept[name] = tower.token(output[0] if output else args[0])
+
     hooks = [
-        (block.mlp.c_proj.register_forward_pre_hook, partial(keep, kept, "activations", tower.token)),
-        (mlp.register_forward_hook, partial(keep, kept, "written", tower.token)),
-        (tower.blocks[-1].register_forward_hook, partial(keep, kept, "last", tower.token)),
+        (block.mlp.c_proj.register_forward_pre_hook, partial(keep, "activations")),
+        (mlp.register_forward_hook, partial(keep, "written")),
+        (tower.blocks[-1].register_forward_hook, partial(keep, "last")),
     ]
     embedding = core.image_embedding(tower.model, images, hooks)
     with torch.autocast(images.device.type, enabled=False):
@@ -110,34 +109,3 @@ def of_clip(tower: core.ClipTower, images: Tensor, layer: int) -> Neurons:
         bias = torch.zeros_like(W[0]) if bias is None else core.upcast(bias)
         term, constant = out.read(kept["written"]), out.read((bias * gain)[None])
         return Neurons(embedding, term, kept["activations"] / out.sigma, (W * gain) @ out.G, constant)
-
-
-def of_family(tower: Any, images: Tensor, layer: int) -> Neurons:
-    """Of the tokens that a tower of families.py reads out."""
-    way_out, kept = tower.mlp_way_out(layer), {}
-    reader = way_out.linear if way_out.inner is None else way_out.inner
-    mlp = tower.parts[layer].mlp_written
-    tower.hooks = [
-        (reader.register_forward_pre_hook, partial(keep, kept, "activations", tower.targets)),
-        (mlp.register_forward_hook, partial(keep, kept, "written", tower.targets)),
-    ]
-    if way_out.outer is not None:
-        before_norm = way_out.outer.register_forward_pre_hook
-        tower.hooks.append((before_norm, partial(keep, kept, "normed", tower.targets)))
-    embedding, _, *ends = tower.see(images, lambda *_: None, lambda *_: None)
-    with torch.autocast(images.device.type, enabled=False):
-        virtual, _ = tower.freeze(*ends)
-        weights, out = virtual.weights, virtual.out  # [b, r, T]
-        scale, bias = way_out.freeze(kept["activations"], kept.get("normed"))
-        sigma = out.sigma.view(weights.shape[1], -1, 1).transpose(0, 1)  # [b, r, 1]
-        activations = (weights * scale[:, None]) @ kept["activations"] / sigma  # [b, r, n]
-        mixed = (virtual.mix(x).transpose(0, 1).flatten(0, 1) for x in (kept["written"], bias))
-        term, constant = (virtual.lift(out.read(x)) for x in mixed)
-        maps = way_out.maps() @ out.G  # [n, d] or [r, n, e]
-    activations = activations[:, 0] if virtual.up is None else activations
-    return Neurons(embedding, term, activations, maps, constant, virtual.up)
-
-
-def keep(kept: dict, name: str, pick: Callable, module: nn.Module, args: tuple, *output: Tensor) -> None:
-    """A hook: keep what is picked of a module's output, or of its input before it runs."""
-    kept[name] = pick(output[0] if output else args[0])

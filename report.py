@@ -23,15 +23,18 @@ from html import escape
 from itertools import accumulate, groupby, pairwise
 from numbers import Integral, Real
 from pathlib import Path
+from types import MappingProxyType
 from unicodedata import east_asian_width
 
 import numpy as np
 from PIL import Image
 
+from files import atomic_write
+
 # Twelve tones after Okabe and Ito, darkened or lightened until each has a contrast of 4.5 : 1 to its ground.
 LIGHT = "#0072b2 #c04a00 #00694a #b0387e #332288 #222222 #7a0f22 #7d55d8 #7a6700 #6b6b6b #007a72 #7a4a1e"
 DARK = "#56b4e9 #ff8a4d #1fd6a0 #f5a3d0 #8f8fff #f2f2f2 #c98a5e #cbbcff #f0e442 #a6a6a6 #7fdbe6 #ff6f6f"
-TONES, MISSING = 12, "\u2013"
+TONES, MISSING, NONE = 12, "\u2013", MappingProxyType({})
 DASHES = ("none", "8 3", "2 2.5", "9 3 2 3", "4 3", "14 4", "1 3", "9 3 2 3 2 3")
 MARKERS = (  # disc, square, triangle, diamond, triangle upside down, plus, hourglass, flat bar
     "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0Z",
@@ -43,10 +46,7 @@ MARKERS = (  # disc, square, triangle, diamond, triangle upside down, plus, hour
     "M-3.6-4h7.2L-3.6 4h7.2Z",
     "M-5-2h10v4h-10Z",
 )
-WIDTH, LETTER = (
-    400,
-    7.2,
-)  # of a drawing, and of a wide letter; on a phone a unit is a little less than a pixel
+WIDTH, LETTER = 400, 7.2  # of a drawing and a wide letter; on a phone a unit is a little less than a pixel
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -94,9 +94,8 @@ def page(title: str, settings: Mapping[str, object], sections: Sequence[str], le
     document = tag("html", head, tag("body", tag("header", *top, nav), tag("main", *parts)), lang="en")
     twice = [name for name, count in Counter(re.findall(' id="([^"]*)"', document)).items() if count > 1]
     if twice:
-        raise ValueError(
-            f"ids on a page must differ, got {twice[0]!r} twice; give each head_grid an anchor of its own"
-        )
+        hint = "give each head_grid an anchor of its own"
+        raise ValueError(f"ids on a page must differ, got {twice[0]!r} twice; {hint}")
     return Html(f"<!doctype html>\n{document}\n")
 
 
@@ -111,9 +110,8 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: s
     lines = []
     for row in rows:
         if len(row) != len(header):
-            raise ValueError(
-                f"a row must have {len(header)} cells like the header, got {len(row)}: {list(row)!r}"
-            )
+            expected = f"a row must have {len(header)} cells like the header"
+            raise ValueError(f"{expected}, got {len(row)}: {list(row)!r}")
         cells = (tag("td", cell) if i else tag("th", cell, scope="row") for i, cell in enumerate(row))
         lines.append(tag("tr", *cells))
     top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in header)))
@@ -153,10 +151,8 @@ def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -
     """
     there = {(head.layer, head.head): head for head in heads}
     if len(there) < len(heads) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", anchor):
-        raise ValueError(
-            f"heads must differ ({len(there)} of {len(heads)} do) "
-            f"and anchor must be a plain word, got {anchor!r}"
-        )
+        differ = f"heads must differ ({len(there)} of {len(heads)} do)"
+        raise ValueError(f"{differ} and anchor must be a plain word, got {anchor!r}")
     roles = Counter(head.role for head in heads if head.role)
     marks = letters([role for role, _ in roles.most_common()])
     looks = {role: (tone(i), mark) for i, (role, mark) in enumerate(marks.items())}
@@ -195,19 +191,16 @@ def card(head: Head, looks: dict, anchor: str, images: int, stable: bool) -> Htm
     style, mark = looks[head.role]
     name, role = f"{head.layer}.{head.head}", f"{head.role or 'no role'} {percent(head.role_share)}"
     known_facts = {"spread": head.spread, "unexplained": head.remainder}
-    if stable:
-        known_facts["stable"] = head.stable
+    known_facts |= {"stable": head.stable} if stable else {}
     facts = [tag("span", f"{key} ", tag("b", percent(share))) for key, share in known_facts.items()]
     shares = sorted(head.categories.items(), key=lambda item: -item[1] if known(item[1]) else math.inf)
-    kinds = [
-        tag("li", kind, " ", tag("b", percent(share)), bar(share), style=looks.get(kind, looks[""])[0])
-        for kind, share in shares
-    ]
+    kinds = []
+    for kind, share in shares:
+        style_of_kind, _ = looks.get(kind, looks[""])
+        kinds.append(tag("li", kind, " ", tag("b", percent(share)), bar(share), style=style_of_kind))
     texts = [tag("li", text, " ", tag("b", percent(share))) for text, share in head.texts]
-    strip = [
-        picture(image, f"head {name} writes much: image {i}", 96)
-        for i, image in enumerate(head.images[:images], 1)
-    ]
+    told = f"head {name} writes much: image"
+    strip = [picture(image, f"{told} {i}", 96) for i, image in enumerate(head.images[:images], 1)]
     parts = [
         tag("h3", tag("i", mark, class_="mark"), f" Head {name} ", tag("small", role)),
         tag("p", *facts, class_="facts"),
@@ -227,24 +220,20 @@ def folded(items: list[Html], name: str, first: int = 5) -> Html:
 
 
 Points = Sequence[tuple[float, ...]]
+Series = Mapping[str, Points]
+Lines = Mapping[str, float]  # names and values to compare with
 
 
 def curves(
-    series: Mapping[str, Points],
-    x_label: str,
-    y_label: str,
-    title: str,
-    *,
-    bands: Mapping[str, Points] | None = None,
-    lines: Mapping[str, float] | None = None,
+    series: Series, x_label: str, y_label: str, title: str, *, bands: Series = NONE, lines: Lines = NONE
 ) -> Html:
     """Lines through (x, y), broken where one of them is missing.
 
     Args:
         bands: for some of the series, by the same name: (x, low, high) around it.
-        lines: values of y to compare with.
+        lines: values of y.
     """
-    bands, lines = bands or {}, present(lines)
+    lines = present(lines)
     strange = set(bands) - set(series)
     if strange:
         raise ValueError(f"a band must have the name of a series, {', '.join(series)}; got {min(strange)!r}")
@@ -291,13 +280,7 @@ def curve(i: int, name: str, points: Points, band: Points, x: Axis, y: Axis) -> 
     return tag("g", *parts, style=tone(i))
 
 
-def intervals(
-    groups: Mapping[str, Sequence[tuple]],
-    title: str,
-    x_label: str,
-    *,
-    lines: Mapping[str, float] | None = None,
-) -> Html:
+def intervals(groups: Mapping[str, Sequence], title: str, x_label: str, *, lines: Lines = NONE) -> Html:
     """Dots with whiskers, a line of text over each.
 
     Args:
@@ -359,13 +342,8 @@ def histogram(values: Iterable[float], marks: Mapping[str, float], title: str, x
 
 def write(path: str | os.PathLike, document: str) -> None:
     """All or nothing: what stood there stays until the new file is complete, and after an OSError."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic_write(Path(path)) as partial:
         partial.write_text(document, encoding="utf-8", newline="\n", errors="backslashreplace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def tag(name: str, /, *inside: object, **attributes: object) -> Html:
@@ -406,8 +384,8 @@ def known(*values: float | None) -> bool:
     return all(isinstance(value, Real) and abs(value) < 1e30 for value in values)
 
 
-def present(lines: Mapping[str, float] | None) -> dict[str, float]:
-    return {name: value for name, value in (lines or {}).items() if known(value)}
+def present(lines: Lines) -> dict[str, float]:
+    return {name: value for name, value in lines.items() if known(value)}
 
 
 def bar(share: float | None) -> Html:
@@ -538,69 +516,56 @@ def chart(title: str, told: str, height: float, drawn: list[Html], data: str = "
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#545b66;--line:#d3d7de;--page:#fff;--card:#f5f6f8;
---ground:#e6e6e6;--link:#0b5cad;
-LIGHT}
-@media screen and (prefers-color-scheme:dark){
-:root{--ink:#e8ebef;--soft:#a9b1bc;--line:#3a414b;--page:#15181c;--card:#1f2329;--ground:#333;--link:#7cbcff;
-DARK}}
+--ground:#e6e6e6;--link:#0b5cad;LIGHT}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e8ebef;--soft:#a9b1bc;--line:#3a414b;
+--page:#15181c;--card:#1f2329;--ground:#333;--link:#7cbcff;DARK}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1140px;padding:16px;background:var(--page);color:var(--ink);
-font:16px/1.5 system-ui,sans-serif;
-overflow-wrap:anywhere}
-h1{font-size:1.7rem;line-height:1.2;margin:.4em 0}h2{font-size:1.3rem;margin:1.6em 0 .2em}h3{font-size:1rem;
-margin:0}
-a{color:var(--link)}p{max-width:75ch;margin:.4em 0}small,.note{font-size:.85rem;color:var(--soft);
-font-weight:400}
+font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h1{font-size:1.7rem;line-height:1.2;margin:.4em 0}
+h2{font-size:1.3rem;margin:1.6em 0 .2em}h3{font-size:1rem;margin:0}a{color:var(--link)}
+p{max-width:75ch;margin:.4em 0}small,.note{font-size:.85rem;color:var(--soft);font-weight:400}
 ul{list-style:none;margin:0;padding:0}nav ul,.legend{display:flex;flex-wrap:wrap;gap:.2em 1.1em}
 .settings{margin:1em 0;padding:.6em 1em;background:var(--card);border-radius:6px;font-size:.9rem}
 .settings div{display:grid;grid-template-columns:6.5em 1fr;gap:.8em}dt{color:var(--soft)}dd{margin:0}
 section{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:0 28px}
-section>*{grid-column:1/-1;min-width:0}section>.chart{grid-column:auto;max-width:560px}
-figure{margin:0}figcaption{font-size:.85rem}
-.wide{overflow-x:auto;margin:.6em 0;max-width:100%}table{border-collapse:collapse;font-size:.9rem;
-font-variant-numeric:tabular-nums}
+section>*{grid-column:1/-1;min-width:0}section>.chart{grid-column:auto;max-width:560px}figure{margin:0}
+figcaption{font-size:.85rem}.wide{overflow-x:auto;margin:.6em 0;max-width:100%}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding:.2em 0}
 th,td{padding:.3em .7em;text-align:right;overflow-wrap:normal;border-bottom:1px solid var(--line)}
-th{font-weight:600}td{white-space:nowrap}th:first-child,td:first-child{text-align:left;padding-left:0;
-overflow-wrap:anywhere}
+th{font-weight:600}td{white-space:nowrap}
+th:first-child,td:first-child{text-align:left;padding-left:0;overflow-wrap:anywhere}
 th:first-child{position:sticky;left:0;background:var(--page);min-width:7em;max-width:45vw}
-tbody th{font-weight:400}
-.chart{margin:.8em 0}.chart>figcaption{font-size:1rem;font-weight:600}.chart .legend{font-size:.85rem;
-margin:.3em 0}
-.chart>svg{display:block;width:100%;height:auto;margin:.3em 0}.legend svg{width:40px;height:12px;
-vertical-align:-1px;margin-right:.4em}
+tbody th{font-weight:400}.chart{margin:.8em 0}.chart>figcaption{font-size:1rem;font-weight:600}
+.chart .legend{font-size:.85rem;margin:.3em 0}.chart>svg{display:block;width:100%;height:auto;margin:.3em 0}
+.legend svg{width:40px;height:12px;vertical-align:-1px;margin-right:.4em}
 text{font-size:12.5px;fill:var(--ink);stroke:var(--page);stroke-width:5px;paint-order:stroke}
-.strong{font-weight:600}
-.grid{stroke:var(--line);fill:none}.flag{stroke:var(--ink);stroke-width:1.2;fill:none}
+.strong{font-weight:600}.grid{stroke:var(--line);fill:none}.flag{stroke:var(--ink);stroke-width:1.2;fill:none}
 .line{stroke:var(--c);stroke-width:2;fill:none}.whisker{stroke:var(--c);stroke-width:2;fill:none}
 .dot{fill:var(--c);stroke:var(--page);stroke-width:.8}.band{fill:var(--c);opacity:.18}
 .column{fill:var(--c0);stroke:var(--page)}summary{cursor:pointer;color:var(--link);font-size:.85rem}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--size)),1fr));gap:12px;
-margin:.6em 0}
-.pictures figcaption{max-width:calc(var(--size) + 12px)}.strip{display:flex;flex-wrap:wrap;gap:6px;
-margin:.5em 0}
+margin:.6em 0}.pictures figcaption{max-width:calc(var(--size) + 12px)}
+.strip{display:flex;flex-wrap:wrap;gap:6px;margin:.5em 0}
 img{display:block;max-width:100%;height:auto;background:var(--ground)}.pixels{image-rendering:pixelated}
 .mark{display:inline-block;min-width:1.9em;padding:0 .25em;border-radius:3px;background:var(--c);
-color:var(--page);
-font:700 .75rem/1.5 monospace;text-align:center}
+color:var(--page);font:700 .75rem/1.5 monospace;text-align:center}
 .heads{display:grid;grid-template-columns:1.6em repeat(var(--across),1fr);gap:3px;padding:3px}
 .layer{align-self:center;color:var(--soft);font-size:.85rem}
 .cell{display:block;position:relative;padding:3px 5px 9px;border-radius:4px;background:var(--card);
-background:color-mix(in srgb,var(--c) 18%,var(--page));
-font-size:.78rem;line-height:1.45;text-decoration:none;color:var(--ink)}
-.cell>span,.cell small{display:none;width:0;min-width:100%}.cell .bar{display:block;width:auto}
-.cell b{white-space:nowrap}
+background:color-mix(in srgb,var(--c) 18%,var(--page));font-size:.78rem;line-height:1.45;text-decoration:none;
+color:var(--ink)}.cell>span,.cell small{display:none;width:0;min-width:100%}
+.cell .bar{display:block;width:auto}.cell b{white-space:nowrap}
 @media (min-width:700px){text{font-size:11px}
 .cell>span,.cell small{display:block;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}}
-.bar{display:block;height:5px;background:var(--line)}.bar::before{content:"";display:block;height:100%;
-width:var(--w);background:var(--c)}
+.bar{display:block;height:5px;background:var(--line)}
+.bar::before{content:"";display:block;height:100%;width:var(--w);background:var(--c)}
 .cell .bar{position:absolute;left:0;right:0;bottom:0}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px;margin:1em 0}
 .card{background:var(--card);border-top:4px solid var(--c);border-radius:6px;padding:10px 14px}
-.card:target{outline:3px solid var(--link)}
-.facts{display:flex;flex-wrap:wrap;gap:0 1em}.facts,.card li,.card>a{font-size:.85rem}
-.card ul{margin:.5em 0}.card li{display:grid;grid-template-columns:1fr auto;gap:0 1em}
-.card .bar{grid-column:1/-1}
+.card:target{outline:3px solid var(--link)}.facts{display:flex;flex-wrap:wrap;gap:0 1em}
+.facts,.card li,.card>a{font-size:.85rem}.card ul{margin:.5em 0}
+.card li{display:grid;grid-template-columns:1fr auto;gap:0 1em}.card .bar{grid-column:1/-1}
 @media print{body{max-width:none}nav,.chart summary,.card>a{display:none}.wide{overflow:visible}
 figure,.card,tr{break-inside:avoid}.card details::details-content{content-visibility:visible;display:block}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}a{color:inherit;text-decoration:none}}

@@ -38,9 +38,7 @@ class TextSpan:
 
     indices: list[int]  # rows of `texts`
     directions: Tensor  # [size, d] float64, orthogonal: what each text adds to the ones before it
-    explained: (
-        Tensor  # [size] float64, share of the head's variance that each step removes; sums to at most 1
-    )
+    explained: Tensor  # [size] float64, share of the variance that each step removes; sums to at most 1
 
 
 class Moments:
@@ -62,16 +60,13 @@ class Moments:
     def update(self, x: Tensor) -> Moments:
         """Add the rows of x [n, *heads, dim]."""
         if x.shape[1:] != self.mean.shape:
-            raise ValueError(
-                f"expected rows {list(self.mean.shape)} in a tensor [n, ...], got {list(x.shape)}"
-            )
+            expected = f"expected rows {list(self.mean.shape)} in a tensor [n, ...]"
+            raise ValueError(f"{expected}, got {list(x.shape)}")
         x = x.detach().to("cpu", torch.float64)
-        if not x.isfinite().all():
-            broken = (~x.isfinite()).flatten(1).any(dim=1)
-            raise ValueError(
-                f"{int(broken.sum())} of {len(x)} rows hold a NaN or an infinity, "
-                f"the first is row {int(broken.nonzero()[0])}"
-            )
+        broken = (~x.isfinite()).flatten(1).any(dim=1).nonzero()
+        if len(broken):
+            rows = f"{len(broken)} of {len(x)} rows"
+            raise ValueError(f"{rows} hold a NaN or an infinity, the first is row {int(broken[0])}")
         if len(x):
             mean = x.mean(dim=0)
             self._add(len(x), mean, torch.einsum("n...d,n...c->...dc", x - mean, x - mean))
@@ -160,9 +155,8 @@ def textspan(
     squared_norm = torch.linalg.vector_norm(R, dim=1).square()  # [m]
     variance, S = moments.covariance.trace(), moments.factor()
     if not len(S):
-        raise ValueError(
-            f"the contributions have no variance over {moments.count} images: there is nothing to name"
-        )
+        found = f"the contributions have no variance over {moments.count} images"
+        raise ValueError(f"{found}: there is nothing to name")
     if rank is None:
         basis = torch.eye(R.shape[1], dtype=R.dtype)
         R_left, D = R.clone(), R @ S.T
@@ -178,10 +172,8 @@ def textspan(
         score[score <= NEGLIGIBLE * variance * squared_norm] = 0
         j = int(score.argmax())
         if not score[j]:
-            raise ValueError(
-                f"the contributions hold {len(indices)} independent directions that a text can name; "
-                f"size={size} is too many"
-            )
+            found = f"{len(indices)} independent directions that a text can name"
+            raise ValueError(f"the contributions hold {found}; size={size} is too many")
         norm = R_left[j].norm()
         r, S_r = R_left[j] / norm, D[j] / norm  # a unit vector, and S r
         indices.append(j)
@@ -196,14 +188,11 @@ def textspan(
 def _check(moments: Moments, R: Tensor, size: int, rank: int | None) -> None:
     """Refuse what `textspan` cannot answer, with a ValueError."""
     if moments.mean.ndim != 1:
-        raise ValueError(
-            f"expected the contributions of one head, got moments of {list(moments.mean.shape)}; "
-            "index them: moments[l, h]"
-        )
+        found = f"moments of {list(moments.mean.shape)}; index them: moments[l, h]"
+        raise ValueError(f"expected the contributions of one head, got {found}")
     if R.ndim != 2 or R.shape[1] != len(moments.mean):
-        raise ValueError(
-            f"texts must be [m, {len(moments.mean)}] like the contributions, got {list(R.shape)}"
-        )
+        expected = f"texts must be [m, {len(moments.mean)}] like the contributions"
+        raise ValueError(f"{expected}, got {list(R.shape)}")
     if not R.square().sum(dim=1).isfinite().all():
         raise ValueError("the texts' embeddings hold a NaN or an infinity")
     if rank is not None and rank < 1:

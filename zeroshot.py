@@ -71,19 +71,16 @@ def load_clip(
     place = find_device(device)
     size = {} if image_size is None else {"force_image_size": image_size}
     if model is None and pretrained is not None:
-        raise InputError(
-            "--pretrained needs --model: the architecture that these weights are for "
-            f"({demo.NAME}: the demo's)"
-        )
+        expected = f"the architecture that these weights are for ({demo.NAME}: the demo's)"
+        raise InputError(f"--pretrained needs --model: {expected}")
     if model in (None, demo.NAME):
         clip = _from_demo(pretrained, place, precision, size)
     else:
         clip = _from_open_clip(model, pretrained, place, precision, size)
     for name, parameter in clip.model.named_parameters():
         if not parameter.isfinite().all():
-            raise InputError(
-                f"the weights of {clip.name} ({clip.weights}) hold a NaN or an infinity in {name}"
-            )
+            weights = f"the weights of {clip.name} ({clip.weights})"
+            raise InputError(f"{weights} hold a NaN or an infinity in {name}")
     return replace(clip, cache=None if out is None or clip.is_demo else Path(out) / "texts")
 
 
@@ -96,9 +93,8 @@ def find_device(name: str) -> torch.device:
             torch.ones(1, device=device).item()
     except Exception as error:  # of a backend that is not in this build, of a driver, of a name
         why = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise InputError(
-            f"--device {name or '(empty)'} cannot be used here: {why}; try auto or cpu"
-        ) from error
+        asked = f"--device {name or '(empty)'}"
+        raise InputError(f"{asked} cannot be used here: {why}; try auto or cpu") from error
     return device
 
 
@@ -122,15 +118,11 @@ def _from_open_clip(
     if ":" not in model:
         tags = open_clip.list_pretrained_tags_by_model(model)
         if pretrained is None:
-            choices = ", ".join(tags) or "(no tags)"
-            raise InputError(
-                f"--model {model} needs --pretrained: a file, none (random weights), or one of {choices}"
-            )
+            choices = f"a file, none (random weights), or one of {', '.join(tags) or '(no tags)'}"
+            raise InputError(f"--model {model} needs --pretrained: {choices}")
         if pretrained not in (*tags, "none") and not Path(pretrained).is_file():
-            raise InputError(
-                f"--pretrained {pretrained!r} is neither a file nor one of open_clip's tags for {model}: "
-                f"{', '.join(tags)}"
-            )
+            expected = f"open_clip's tags for {model}: {', '.join(tags)}"
+            raise InputError(f"--pretrained {pretrained!r} is neither a file nor one of {expected}")
     weights = None if pretrained == "none" else pretrained
     options = {"device": device, "precision": precision, "require_pretrained": pretrained != "none", **size}
     with _loading(model, pretrained, size):
@@ -165,23 +157,18 @@ def quiet() -> Iterator[None]:
 def reason(error: Exception) -> str:
     """In one line what open_clip and torch say in many."""
     text = " ".join(str(error).split())
-    expected = (
-        "expected a checkpoint: tensors by name, "
-        "as safetensors or torch.save(model.state_dict(), ...) write them"
-    )
+    writers = "safetensors or torch.save(model.state_dict(), ...)"
+    expected = f"expected a checkpoint: tensors by name, as {writers} write them"
     if isinstance(error, (EOFError, StopIteration, AttributeError, LookupError, TypeError, struct.error)):
         return f"{expected}; found something else"
     if "invalid load key" in text:
         return f"{expected}; this file is no archive of torch's"
     if "Weights only load failed" in text or "weights_only" in text:
-        return (
-            "the file holds more than tensors, and unpickling it could run any code in it; "
-            "where you trust it, save its tensors anew"
-        )
+        danger = "the file holds more than tensors, and unpickling it could run any code in it"
+        return f"{danger}; where you trust it, save its tensors anew"
     if "transformers" in text:
-        return (
-            "its text tower or tokenizer comes from a package that is not installed: pip install transformers"
-        )
+        lacking = "its text tower or tokenizer comes from a package that is not installed"
+        return f"{lacking}: pip install transformers"
     if "Error(s) in loading state_dict" not in text:
         return text[:300] or type(error).__name__
     found = _mismatches(str(error))
@@ -251,13 +238,11 @@ def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batc
             rows.append(F.normalize(clip.model.encode_text(tokens).float(), dim=-1))
     found = torch.cat(rows)
     if not found.isfinite().all():
-        raise InputError(
-            f"the text embeddings of {clip.name} ({clip.weights}) are not numbers: its weights overflow"
-        )
+        embeddings = f"the text embeddings of {clip.name} ({clip.weights})"
+        raise InputError(f"{embeddings} are not numbers: its weights overflow")
     if path is not None:
-        with suppress(
-            OSError, SafetensorError
-        ):  # a full disk costs the next run some time, and this one nothing
+        # A full disk costs the next run some time, and this one nothing.
+        with suppress(OSError, SafetensorError):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as partial:
                 save_file({"texts": found.cpu().contiguous()}, partial)
@@ -293,19 +278,15 @@ def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(
-                f"this text is no Unicode: {text[:80]!r}; "
-                "give it in the terminal's encoding, or UTF-8 in a file"
-            ) from error
+            hint = "give it in the terminal's encoding, or UTF-8 in a file"
+            raise InputError(f"this text is no Unicode: {text[:80]!r}; {hint}") from error
     encode, length = getattr(clip.tokenizer, "encode", None), getattr(clip.tokenizer, "context_length", None)
     if encode is not None and length is not None:  # open_clip's own tokenizer, which cuts without a message
         most = length - 2  # beside the start and end tokens
         for text in texts:
             if len(text.encode()) > most < len(encode(text)):  # a token is a byte at least
-                raise InputError(
-                    f"the model reads {most} tokens at most, "
-                    f"and this text has {len(encode(text))}: {text[:80]!r}..."
-                )
+                found = f"this text has {len(encode(text))}: {text[:80]!r}..."
+                raise InputError(f"the model reads {most} tokens at most, and {found}")
     try:
         return clip.tokenizer(list(texts)).to(clip.device)
     except ValueError as error:  # the demo's tokenizer refuses words it was not trained on
@@ -323,19 +304,13 @@ def classifier(
 
 def fill_templates(names: Sequence[str], templates: Sequence[str | Callable]) -> list[str]:
     """All prompts of the first name, then of the second, and so on."""
-    return [
-        template(name) if callable(template) else template.format(name)
-        for name in names
-        for template in templates
-    ]
+    fill = [template if callable(template) else template.format for template in templates]
+    return [template(name) for name in names for template in fill]
 
 
 def templates(clip: Clip) -> tuple:
     """CLIP's 80 prompt templates for ImageNet; for the demo, the six ways its captions begin."""
-    if clip.is_demo:
-        kinds = ("picture", "photo", "sketch", "painting", "cartoon")
-        return ("a {}", *(f"a {kind} of a {{}}" for kind in kinds))
-    return open_clip.OPENAI_IMAGENET_TEMPLATES
+    return demo.TEMPLATES if clip.is_demo else open_clip.OPENAI_IMAGENET_TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -374,7 +349,6 @@ def load_bank(path: str | Path) -> Bank:
                 raise InputError(f"{path}, line {number}: {line!r} stands in the bank twice; remove one")
             texts[line] = category
     if not texts:
-        raise InputError(
-            f"text bank {path} holds no descriptions: expected one per line, under `# category` lines"
-        )
+        expected = "expected one per line, under `# category` lines"
+        raise InputError(f"text bank {path} holds no descriptions: {expected}")
     return Bank(list(texts), list(texts.values()), path)

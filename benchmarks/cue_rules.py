@@ -22,8 +22,8 @@ from torch import Tensor
 import demo
 from benchmarks.cue_study import collect, measure, pick
 from cue import THRESHOLD, CueVotes, subspace
-from data import DemoBirds
 from decompose import Decomposition, head_maps
+from demo.images import DemoBirds
 from evaluate import parse_args
 from tasks.heads import Head
 from tasks.job import Job

@@ -35,7 +35,7 @@ from torch import Tensor
 
 import demo
 from cue import subspace
-from data import DemoBirds
+from demo.images import DemoBirds
 from evaluate import parse_args
 from tasks.heads import Head
 from tasks.job import Job

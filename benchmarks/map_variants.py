@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data import batches
 from decompose import token_scores
-from masks import DemoMasks
+from demo.images import DemoMasks
 from metrics import Segmentation
 from tasks.segmentation import predict
 from tasks.tables import table

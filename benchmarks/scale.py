@@ -27,7 +27,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 import evaluate
-from data import DemoBirds, batches
+from data import batches
+from demo.images import DemoBirds
 from tasks import passes
 from zeroshot import load_clip
 

@@ -24,7 +24,7 @@ from tasks.completeness import SIZES, along_texts
 from tasks.debias import Outcomes
 from tasks.neurons import Activity, whole_maps
 from tasks.reference import Kept, Reference
-from tasks.removal import Plan, Scorer, Scores, random_heads
+from tasks.removal import Plan, Scores, random_heads, scorer
 from tasks.waterbirds import Groups
 from textspan import Moments
 
@@ -56,7 +56,7 @@ def main() -> None:
         ("heads", "directions", "embedding"), (depth, heads), chosen, random_heads(chosen, heads, DRAWS, 0)
     )
     every, votes = torch.cat([plan.rows, plan.draws]), CueVotes(cue, maps, torch.zeros(dim))
-    few, many = (Scorer(reference, subspace(cue), votes, some) for some in (classes[:2], classes))
+    few, many = (scorer(reference, subspace(cue), votes, some) for some in (classes[:2], classes))
     birds = SimpleNamespace(classes=("a", "b"), y=rows % 2, place=rows // 2 % 2)
     groups, outcomes = Groups(birds), Outcomes(len(cue), rows % CLASSES, None)
     still, most = torch.zeros(CLASSES), max(SIZES)
@@ -82,7 +82,7 @@ def main() -> None:
         "neurons, reference pass": lambda: activity.update(neurons(model, images, -1), rows),
         "ablation": lambda: [
             scores.argmax(dim=1)
-            for _, scores in ablations(decompose(model, images), reference, classes, read)
+            for scores in ablations(decompose(model, images), reference, classes, read).values()
         ],
     }
     with torch.no_grad():

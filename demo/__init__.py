@@ -14,6 +14,8 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 NAME = "demo-vit"  # the name of the open_clip configuration and of the checkpoint in this folder
+STYLES = ("picture", "photo", "sketch", "painting", "cartoon")
+TEMPLATES = ("a {}", *(f"a {style} of a {{}}" for style in STYLES))  # as its captions begin
 # The share of the birds with web captions that are shown where such birds live; see captions.py and train.py.
 ALIGNMENT = 0.985
 

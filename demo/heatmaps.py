@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from baselines import METHODS
-from data import DemoBirds
+from demo.images import DemoBirds
 from tasks.attribution import OURS, OURS_ABS, attribute, clipped
 from tasks.heatmap import overlay
 from tasks.segmentation import predict

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import DemoBirds
 from decompose import decompose, head_maps
+from demo.images import DemoBirds
 from textspan import Moments, textspan
 from zeroshot import default_bank, embed_texts, load_bank, load_clip
 

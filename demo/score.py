@@ -56,7 +56,7 @@ def score(model: torch.nn.Module, tokenizer: Tokenizer, count: int, seed: int = 
 
 
 def main() -> None:
-    from data import DemoBirds
+    from demo.images import DemoBirds
 
     model, _, tokenizer = load()
     scores = score(model, tokenizer, DemoBirds.sizes["test"], DemoBirds.seeds["test"])

@@ -17,12 +17,9 @@ from .heads import LAST_LAYERS, head_name
 from .job import Job, open_zero_shot
 from .passes import one_pass
 from .reference import Reference, summarise
-from .tables import in_percent, percent, print_settings, settings, table, zero_shot_settings
+from .tables import in_percent, in_tenths, percent, print_settings, table, zero_shot_settings
 
-PAPER = (
-    "The paper, ImageNet, all MLPs ablated: "
-    "ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3."
-)
+PAPER = "ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3"
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -33,41 +30,38 @@ def run(job: Job) -> tuple[dict, list]:
     right = Sums()
     for images, indices in one_pass(job, test, "test", right):
         truth = labels[indices].to(classes.device)
-        for label, scores in ablations(decompose(job.clip.model, images), reference, classes, read):
+        found = ablations(decompose(job.clip.model, images), reference, classes, read)
+        for label, scores in found.items():
             right.add(label, int((scores.argmax(dim=1) == truth).sum()))
     accuracy = {label: count / len(test) for label, count in right.sums.items()}
-    common = zero_shot_settings(job, test, reference.description, names)
-    where = settings(job, **common, sum=reference.sum_error())
+    common = zero_shot_settings(job, test, reference.description, len(names))
+    where = print_settings(job, **common, sum=reference.sum_error())
     depth, heads = reference.maps.shape[:2]
-    print_settings(where)
     print_tables(accuracy, len(test), depth, heads)
     results = {"settings": where, "images": len(test), "accuracy": accuracy}
     return results, page(accuracy, len(test), depth, heads)
 
 
-def ablations(
-    terms: Decomposition, reference: Reference, classes: Tensor, read: Tensor
-) -> list[tuple[str, Tensor]]:
-    """(name, class scores [b, c]) of the embedding as it is, and after each ablation."""
+def ablations(terms: Decomposition, reference: Reference, classes: Tensor, read: Tensor) -> dict[str, Tensor]:
+    """{name: class scores [b, c]} of the embedding as it is, and after each ablation; read [L, H, e, c]."""
     depth, heads = read.shape[:2]
     base = terms.embedding.to(read) @ classes.T
     away = reference.values.mean.to(read) - terms.values  # [b, L, H, e]
-    by_layer = [away[:, i].flatten(1) @ read[i].flatten(0, 1) for i in range(depth)]  # L x [b, c]
-    by_layer = torch.stack(by_layer, dim=1)  # [b, L, c]
+    by_layer = torch.stack([away[:, i].flatten(1) @ read[i].flatten(0, 1) for i in range(depth)], dim=1)
     all_mlps = base + ((reference.mlps - terms.mlps) @ classes.T).sum(dim=1)
     stem = (reference.stem - terms.stem) @ classes.T
-    found = [("base", base), ("all MLPs", all_mlps), ("all MLPs and stem", all_mlps + stem)]
+    found = {"base": base, "all MLPs": all_mlps, "all MLPs and stem": all_mlps + stem}
     if terms.own is not None:
         own = (reference.own - terms.own).flatten(1) @ read.flatten(0, 2)
-        found.append(("class token's attention to itself", base + own))
+        found["class token's attention to itself"] = base + own
     if terms.pool is not None:
-        found.append(("the pooling's own MLP", base + (reference.pool - terms.pool) @ classes.T))
+        found["the pooling's own MLP"] = base + (reference.pool - terms.pool) @ classes.T
     up_to = by_layer.cumsum(dim=1)
-    found += [(f"attention of layers 0 to {i}", base + up_to[:, i]) for i in range(depth)]
-    found += [(f"attention of layer {i}", base + by_layer[:, i]) for i in range(depth)]
+    found |= {f"attention of layers 0 to {i}": base + up_to[:, i] for i in range(depth)}
+    found |= {f"attention of layer {i}": base + by_layer[:, i] for i in range(depth)}
     for layer in last_layers(depth):
         each = torch.einsum("bHe,Hec->bHc", away[:, layer], read[layer])
-        found += [(f"head {head_name((layer, head))}", base + each[:, head]) for head in range(heads)]
+        found |= {f"head {head_name((layer, head))}": base + each[:, head] for head in range(heads)}
     return found
 
 
@@ -77,42 +71,32 @@ def last_layers(depth: int) -> range:
 
 def head_rows(accuracy: dict[str, float], depth: int, heads: int) -> list[list[str]]:
     """The accuracy without each head of the last layers, a row for each layer."""
-    return [
-        [f"layer {i}", *(f"{100 * accuracy[f'head {head_name((i, h))}']:.1f}" for h in range(heads))]
-        for i in last_layers(depth)
-    ]
+    names = {i: [f"head {head_name((i, head))}" for head in range(heads)] for i in last_layers(depth)}
+    return [[f"layer {i}", *in_tenths(accuracy[name] for name in row)] for i, row in names.items()]
 
 
 def print_tables(accuracy: dict[str, float], count: int, depth: int, heads: int) -> None:
-    rows = [
-        [label, percent(accuracy[label], count)]
-        for label in accuracy
-        if not label.startswith(("attention of layer", "head "))
-    ]
+    groups = [label for label in accuracy if not label.startswith(("attention of layer", "head "))]
+    rows = [[label, percent(accuracy[label], count)] for label in groups]
     print("\n" + table(["mean-ablated", "accuracy, %"], rows))
     layers = []
     for i in range(depth):
-        labels = (f"attention of layers 0 to {i}", f"attention of layer {i}")
-        layers.append([str(i), *(f"{100 * accuracy[label]:.1f}" for label in labels)])
+        both = accuracy[f"attention of layers 0 to {i}"], accuracy[f"attention of layer {i}"]
+        layers.append([str(i), *in_tenths(both)])
     print("\n" + table(["attention of layer", "all up to it", "it alone"], layers))
     header = ["each head alone", *map(str, range(heads))]
     print("\n" + table(header, head_rows(accuracy, depth, heads)))
-    print(f"\n[..]: 95 % interval (Wilson). {PAPER}")
+    print(f"\n[..]: 95 % interval (Wilson). The paper, ImageNet, all MLPs ablated: {PAPER}.")
 
 
 def page(accuracy: dict[str, float], count: int, depth: int, heads: int) -> list[report.Html]:
     """The same for report.html, drawn."""
     groups = {"": [(label, *in_percent(accuracy[label], count)) for label in list(accuracy)[:4]]}
     by_group = report.intervals(groups, "Accuracy when mean-ablated, 95 % intervals (Wilson)", "accuracy, %")
-    layers = {
-        "all up to this layer": [(i, 100 * accuracy[f"attention of layers 0 to {i}"]) for i in range(depth)],
-        "this layer alone": [(i, 100 * accuracy[f"attention of layer {i}"]) for i in range(depth)],
-    }
+    starts = {"all up to this layer": "attention of layers 0 to", "this layer alone": "attention of layer"}
+    layers = {k: [(i, 100 * accuracy[f"{start} {i}"]) for i in range(depth)] for k, start in starts.items()}
     title, base = "Accuracy without the attention of", {"unchanged": 100 * accuracy["base"]}
     by_layer = report.curves(layers, "layer", "accuracy, %", title, lines=base)
-    header = ["accuracy, %", *map(str, range(heads))]
-    return [
-        report.section("Whole groups of terms", by_group),
-        report.section("Attention, by layer", by_layer),
-        report.section("Each head alone", report.table(header, head_rows(accuracy, depth, heads))),
-    ]
+    by_head = report.table(["accuracy, %", *map(str, range(heads))], head_rows(accuracy, depth, heads))
+    parts = {"Whole groups of terms": by_group, "Attention, by layer": by_layer, "Each head alone": by_head}
+    return [report.section(title, part) for title, part in parts.items()]

@@ -24,6 +24,8 @@ class Accumulator(Protocol):
 class Sums:
     """Numbers or tensors by name, added up in float64."""
 
+    state_names = ("sums",)
+
     def __init__(self) -> None:
         self.sums: dict[str, Any] = {}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -17,7 +19,7 @@ from . import models
 from .accumulators import Largest
 from .job import Job, open_split
 from .passes import one_pass
-from .tables import print_settings, settings, table
+from .tables import print_lines, print_settings, table
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 IMAGES = 64
@@ -38,17 +40,14 @@ def run(job: Job) -> tuple[dict, list]:
             worst.add(f"terms, convention {name}", other.error())
         worst.add("source tokens against heads", token_error(model, images, terms))
     errors = worst.largest
-    where = settings(job, images=data.description, tolerance=f"{tolerance:.0e}")
-    print_settings(where)
+    where = print_settings(job, images=data.description, tolerance=f"{tolerance:.0e}")
     header = ("largest error, relative", "", "")
-    rows = [
-        (name, f"{error:.1e}", "ok" if error <= tolerance else "TOO LARGE") for name, error in errors.items()
-    ]
+    words = {name: "ok" if error <= tolerance else "TOO LARGE" for name, error in errors.items()}
+    rows = [(name, f"{error:.1e}", words[name]) for name, error in errors.items()]
     print("\n" + table(header, rows))
-    if not all(error <= tolerance for error in errors.values()):
-        raise DecompositionError(
-            "an error above is larger than the tolerance; --precision fp32 tells rounding from a wrong sum"
-        )
+    if "TOO LARGE" in words.values():
+        hint = "--precision fp32 tells rounding from a wrong sum"
+        raise DecompositionError(f"an error above is larger than the tolerance; {hint}")
     section = report.section("Do the terms sum to the embedding?", report.table(header, rows))
     return {"settings": where, "tolerance": tolerance, "errors": errors}, [section]
 
@@ -64,7 +63,7 @@ def conventions_of(model: nn.Module) -> tuple[str, ...]:
 
 def token_error(model: nn.Module, images: Tensor, terms: Decomposition) -> float:
     """How far the scores of source tokens, summed, are from those of their heads; relative to the largest."""
-    texts = torch.nn.functional.normalize(terms.embedding[:1].to(terms.heads.dtype), dim=-1)
+    texts = F.normalize(terms.embedding[:1].to(terms.heads.dtype), dim=-1)
     heads, tokens = terms.heads @ texts.T, token_scores(model, images, texts).sum(dim=3)
     return float((heads - tokens).abs().max() / heads.abs().max())
 
@@ -72,20 +71,18 @@ def token_error(model: nn.Module, images: Tensor, terms: Decomposition) -> float
 def run_all() -> tuple[dict, list]:
     """Every configuration of open_clip, as a small copy with random weights in float64: no downloads."""
     rows = [check_small(name) for name in tqdm(open_clip.list_models(), desc="configurations", leave=False)]
+    what = f"the {len(rows)} configurations of open_clip {open_clip.__version__}; random weights, float64"
+    width = f"width {models.WIDTH} (behind a convolutional stem: its own)"
+    sums = "terms to embedding; source tokens to heads; neurons of the last layer to its MLP"
     where = {
-        "models": f"the {len(rows)} configurations of open_clip {open_clip.__version__}; random weights, "
-        f"float64, {models.LAYERS} layers, width {models.WIDTH} (behind a convolutional stem: its own), "
-        f"{models.GRID} x {models.GRID} patches",
+        "models": f"{what}, {models.LAYERS} layers, {width}, {models.GRID} x {models.GRID} patches",
         "tolerance": f"{TOLERANCE[torch.float64]:.0e}",
-        "errors": "relative, largest over 2 images: terms to embedding; source tokens to heads; "
-        "neurons of the last layer to its MLP",
+        "errors": f"relative, largest over 2 images: {sums}",
     }
-    print_settings(where)
+    print_lines(where)
     good = [row for row in rows if row["errors"]]
-    cells = [
-        [row["model"], row["family"], row["readout"], *(f"{error:.0e}" for error in row["errors"])]
-        for row in good
-    ]
+    keys = ("model", "family", "readout")
+    cells = [[*map(row.get, keys), *(f"{error:.0e}" for error in row["errors"])] for row in good]
     header = ["model", "family", "read-out", "terms", "source tokens", "neurons"]
     summary, refused = families(good), refusals(rows)
     print("\n" + table(header, cells))
@@ -107,13 +104,8 @@ def run_all() -> tuple[dict, list]:
 def check_small(name: str) -> dict:
     """What one configuration is, and the errors of its small copy; or why it is refused."""
     found = models.listed(name)
-    return {
-        "model": name,
-        "family": found.family,
-        "readout": "" if found.tower is None else found.tower.name,
-        "refusal": found.refusal,
-        "errors": None if found.tower is None else small_errors(found.name),
-    }
+    row = {"model": name, "family": found.family, "readout": "", "refusal": found.refusal, "errors": None}
+    return row if found.tower is None else row | {"readout": found.tower.name, "errors": small_errors(name)}
 
 
 SUMMARY = ("family", "read-out", "models", "largest error")
@@ -129,16 +121,13 @@ def small_errors(name: str) -> list[float]:
 
 def families(rows: list[dict]) -> list[list[str]]:
     """Rows of the summary, from the models that can be decomposed."""
-    groups: dict[tuple, list[float]] = {}
+    groups = defaultdict(list)
     for row in rows:
-        groups.setdefault((row["family"], row["readout"]), []).append(max(row["errors"]))
+        groups[row["family"], row["readout"]].append(max(row["errors"]))
     return [[*group, str(len(errors)), f"{max(errors):.0e}"] for group, errors in sorted(groups.items())]
 
 
 def refusals(rows: list[dict]) -> list[tuple[str, str]]:
     """Reasons, and the models of each."""
-    groups: dict[str, list[str]] = {}
-    for row in rows:
-        if row["refusal"]:
-            groups.setdefault(row["refusal"], []).append(row["model"])
-    return [(reason, ", ".join(names)) for reason, names in groups.items()]
+    reasons = dict.fromkeys(row["refusal"] for row in rows if row["refusal"])
+    return [(why, ", ".join(row["model"] for row in rows if row["refusal"] == why)) for why in reasons]

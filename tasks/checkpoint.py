@@ -8,12 +8,11 @@ copies, so the results are the same, bit for bit.
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,13 @@ FILE_OPTIONS = ("text_bank", "words", "classes", "image", "data")  # they may na
 class Checkpoint:
     """The files of one pass: `path` while it runs, for each process, and `final_path` when it is finished.
 
-    Args:
-        title: names the pass; titles differ within a task.
+    The title names the pass; titles differ within a task.
     """
 
     def __init__(self, job: Job, data: Dataset, title: str) -> None:
-        self.job, self.data, self.title = job, data, title
+        self.job = job
         self.saved = time.monotonic()
+        self.fingerprint = cache(partial(fingerprint, job, data, title))  # short runs need none
         self.folder = job.checkpoint_folder
         slug = re.sub(r"\W+", "-", title).strip("-")
         self.path = self.folder / f"{slug}.{processes.process_rank()}.pt"
@@ -95,12 +94,11 @@ class Checkpoint:
             self._delete_old()
             states = [state_dict(accumulator) for accumulator in accumulators]
             with atomic_write(path) as partial:
-                torch.save({"run": self.fingerprint, "done": done, "accumulators": states}, partial)
+                torch.save({"run": self.fingerprint(), "done": done, "accumulators": states}, partial)
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
             reason = getattr(error, "strerror", None) or "its disk may be full"
-            raise InputError(
-                f"cannot save the state in {self.folder}: {reason}; make room and go on with --resume"
-            ) from error
+            failed = f"cannot save the state in {self.folder}: {reason}"
+            raise InputError(f"{failed}; make room and go on with --resume") from error
 
     def _delete_old(self) -> None:
         """Delete what an earlier run left, when a run that does not resume it saves something itself."""
@@ -111,11 +109,6 @@ class Checkpoint:
                     path.unlink(missing_ok=True)
         self.job.old_checkpoints_deleted = True
 
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """Made when it is first needed: short runs need none."""
-        return fingerprint(self.job, self.data, self.title)
-
     def _read(self, path: Path) -> dict | None:
         if not path.exists():
             return None
@@ -123,17 +116,14 @@ class Checkpoint:
             found = torch.load(path, weights_only=True)
             theirs = found["run"]
         except Exception as error:  # torch raises many kinds
-            raise InputError(
-                f"cannot read the state {path}; remove it, or start anew without --resume"
-            ) from error
-        for key, ours in self.fingerprint.items():
+            hint = "remove it, or start anew without --resume"
+            raise InputError(f"cannot read the state {path}; {hint}") from error
+        for key, ours in self.fingerprint().items():
             if theirs.get(key) != ours:
                 shown = key.startswith("--") or key == "processes"
                 values = f": {theirs.get(key)!r} then, {ours!r} now" if shown else ""
-                raise InputError(
-                    f"{path} is of another run ({key} differs{values}); repeat that one, "
-                    "or start anew without --resume"
-                )
+                hint = "repeat that one, or start anew without --resume"
+                raise InputError(f"{path} is of another run ({key} differs{values}); {hint}")
         return found
 
 
@@ -147,15 +137,12 @@ def print_resume_hint(job: Job) -> None:
         print(f"note: nothing to resume in {folder}; this run starts from the beginning", file=sys.stderr)
 
 
-def delete_checkpoints(job: Job) -> None:
-    """For a run whose results are written."""
-    shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
-
-
 def fingerprint(job: Job, data: Dataset, title: str) -> dict[str, Any]:
     """What must be equal for one run to continue another: options, files, weights, images, program."""
     args = vars(job.args) | {"device": job.device}
     options = {name: str(value) for name, value in args.items() if name not in IGNORED_OPTIONS}
+    some = isinstance(data, Subset)
+    images = [list(data.indices), data.dataset.fingerprint()] if some else data.fingerprint()
     return {
         "pass": title,
         "processes": processes.process_count(),
@@ -163,16 +150,10 @@ def fingerprint(job: Job, data: Dataset, title: str) -> dict[str, Any]:
         **{f"file of --{name}": _file_hash(args.get(name)) for name in FILE_OPTIONS},
         "default bank": _file_hash(default_bank(job.clip)),
         "weights": weights_hash(job.clip.model),
-        "images": digest(repr(_data_fingerprint(data)).encode()),
+        "images": digest(repr(images).encode()),
         "program": _program_hash(),
         "torch": str(torch.__version__),
     }
-
-
-def _data_fingerprint(data: Dataset) -> list:
-    if isinstance(data, Subset):
-        return [list(data.indices), _data_fingerprint(data.dataset)]
-    return data.fingerprint()
 
 
 def _file_hash(value: Any) -> str | None:

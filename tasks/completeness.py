@@ -21,7 +21,7 @@ from .heads import LAST_LAYERS
 from .job import Job, open_zero_shot
 from .passes import one_pass
 from .reference import Reference, summarise
-from .tables import percent, print_settings, settings, table, zero_shot_settings
+from .tables import in_tenths, percent, print_settings, table, zero_shot_settings
 from .textspan import name_head
 
 SIZES = (0, 1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40, 50, 60)
@@ -53,14 +53,15 @@ def run(job: Job) -> tuple[dict, list]:
             right.add(key, int((value.argmax(dim=1) == truth).sum()))
 
     accuracy = {key: count / len(test) for key, count in right.sums.items()}
+    where = print_settings(
+        job,
+        **zero_shot_settings(job, test, reference.description, len(names)),
+        heads=f"layers {first} to {depth - 1}; every other term is its mean",
+        sum=reference.sum_error(),
+        pools="; ".join(f"{pool}: {len(texts):,} texts" for pool, texts in pools.items()),
+    )
     results = {
-        "settings": settings(
-            job,
-            **zero_shot_settings(job, test, reference.description, names),
-            heads=f"layers {first} to {depth - 1}; every other term is its mean",
-            sum=reference.sum_error(),
-            pools="; ".join(f"{pool}: {len(texts):,} texts" for pool, texts in pools.items()),
-        ),
+        "settings": where,
         "images": len(test),
         "curves": {pool: [(m, accuracy[pool, m]) for m in sizes] for pool in pools},
         "whole": {key: accuracy[key, None] for key in ("unchanged", WHOLE)},
@@ -118,8 +119,8 @@ def read_along(
     """The texts of every head from layer `first` on, as two maps, which are 0 past the head's texts.
 
     Returns:
-        [l, H, e, m] from a head's values to coordinates along its texts; [l, H, m, c] from those to class
-        scores.
+        From a head's values to coordinates along its texts [l, H, e, m]; from those to class scores
+        [l, H, m, c].
     """
     maps, most = reference.maps[first:], max(sizes)
     coordinates = maps.new_zeros(*maps.shape[:3], most)
@@ -137,12 +138,11 @@ def read_along(
 
 
 def print_results(results: dict) -> None:
-    """Settings, a table of pools of texts by number of texts, and what these compare with."""
-    print_settings(results["settings"])
+    """A table of pools of texts by number of texts, and what these compare with."""
     curves = results["curves"]
     header = ["texts per head", *curves]
     columns = zip(*curves.values(), strict=True)
-    rows = [[str(points[0][0]), *(f"{100 * accuracy:.1f}" for _, accuracy in points)] for points in columns]
+    rows = [[str(points[0][0]), *in_tenths(accuracy for _, accuracy in points)] for points in columns]
     print("\n" + table(header, rows) + "\n")
     for key, accuracy in results["whole"].items():
         print(f"{key + ':':<28}{percent(accuracy, results['images'])}")
@@ -151,9 +151,8 @@ def print_results(results: dict) -> None:
 
 def page(results: dict) -> list[report.Html]:
     """The same for report.html, drawn."""
-    series = {
-        pool: [(m, 100 * accuracy) for m, accuracy in points] for pool, points in results["curves"].items()
-    }
+    curves = results["curves"].items()
+    series = {pool: [(m, 100 * accuracy) for m, accuracy in points] for pool, points in curves}
     lines = {key: 100 * value for key, value in results["whole"].items()}
     title = "Accuracy when heads are replaced by their texts"
     drawn = report.curves(series, "texts per head", "accuracy, %", title, lines=lines)

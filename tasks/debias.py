@@ -17,9 +17,9 @@ from files import InputError
 from zeroshot import classifier, templates
 
 from .accumulators import Sums
-from .job import Images, Job, open_split
+from .job import Images, Job, check_class_names, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score
-from .tables import logits, mean_and_std, percent, print_settings, settings, table
+from .tables import in_tenths, logits, mean_and_std, percent, print_settings, table
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -40,7 +40,7 @@ def run(job: Job) -> tuple[dict, list]:
     rows = dict(zip(plan.labels, found, strict=True))
     some_names = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     used = "from the folders or metadata; used for the accuracies alone"
-    where = settings(
+    where = print_settings(
         job,
         images=test.description,
         classes=f"{some_names}; {len(templates(clip))} templates; {logits(clip)}",
@@ -48,7 +48,6 @@ def run(job: Job) -> tuple[dict, list]:
         means=cue.reference.description,
         **cue.settings(),
     )
-    print_settings(where)
     print_rows(rows, control, len(test), len(cue.heads))
     results = {"settings": where, "rows": rows, "random": control, **cue.results()}
     return results, page(rows, control)
@@ -59,16 +58,11 @@ def class_problem(asked: list[str] | None, test: Images) -> tuple[list[str], Ten
     own, y = list(test.classes), test.y
     if asked is None:
         if len(own) < 2:
-            raise InputError(
-                "--task debias needs --classes: at least two names to tell the images by "
-                "(their folders name none)"
-            )
+            expected = "at least two names to tell the images by (their folders name none)"
+            raise InputError(f"--task debias needs --classes: {expected}")
         return own, y
     names = list(asked)
-    if not all(name.strip() for name in names):
-        raise InputError("--classes holds a class without a name")
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise InputError(f"--classes needs at least two names, each once; found {', '.join(names)}")
+    check_class_names(names)
     if y is None or not set(own) <= set(names):  # the folders mean something else
         return names, None
     return names, torch.tensor([names.index(name) for name in own])[y]
@@ -84,8 +78,6 @@ class Outcomes(Sums):
         labels: [images] the class of each image, or None.
         group: [images] the group of each image, or None.
     """
-
-    state_names = ("sums",)
 
     def __init__(self, texts: int, labels: Tensor | None, group: Tensor | None) -> None:
         super().__init__()
@@ -137,29 +129,28 @@ class Outcomes(Sums):
 
 def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: int) -> None:
     accuracies = [key for key in ("average", "worst class", "worst group") if key in rows["base"]]
+    keys = ("changed", "cue", *accuracies)
     header = ["%", "predictions changed", "follows the cue", *accuracies]
     lines = []
     for label, row in rows.items():
-        cells = [f"{100 * row[key]:.1f}" for key in ("changed", "cue", *accuracies)]
+        cells = in_tenths(row[key] for key in keys)
         if accuracies:
             cells[2] = percent(row["average"], count)
         lines.append([label, *cells])
     if control:
-        draws = [[row[key] for row in control] for key in ("changed", "cue", *accuracies)]
+        draws = [[row[key] for row in control] for key in keys]
         lines.append([f"{heads} random heads, mean ± std", *map(mean_and_std, draws)])
     print("\n" + table(header, lines))
-    print(
-        "\nFollows the cue: share of the variance of class scores between images "
-        "that different texts of the cue fit best, corrected\n"
-        "for their number. It falls where the classifier stops using the cue, "
-        "but not to 0 where the cue truly goes with a class."
-    )
+    share = "share of the variance of class scores between images that different texts of the cue fit best"
+    print(f"\nFollows the cue: {share}, corrected")
+    falls = "It falls where the classifier stops using the cue"
+    print(f"for their number. {falls}, but not to 0 where the cue truly goes with a class.")
 
 
 def page(rows: dict[str, dict], control: list[dict]) -> list[report.Html]:
     """The same for report.html, with a histogram of the random control."""
     keys = list(rows["base"])
-    cells = [[label.strip(), *(f"{100 * row[key]:.1f}" for key in keys)] for label, row in rows.items()]
+    cells = [[label.strip(), *in_tenths(row[key] for key in keys)] for label, row in rows.items()]
     header = ["%", *("follows the cue" if key == "cue" else key for key in keys)]
     parts = [report.table(header, cells)]
     if control:

@@ -25,12 +25,10 @@ def parse_heads(text: str, depth: int, heads: int, option: str = "--heads") -> l
             layer, head = (int(number) for number in part.split("."))
         except ValueError:
             choices = "paper, auto, or a list" if option == "--heads" else "one or a list"
-            raise InputError(
-                f"{option} takes {choices} like 3.7,2.1 (layer.head, both from 0); found {part!r}"
-            ) from None
+            expected = f"{choices} like 3.7,2.1 (layer.head, both from 0)"
+            raise InputError(f"{option} takes {expected}; found {part!r}") from None
         if not (0 <= layer < depth and 0 <= head < heads):
-            raise InputError(
-                f"no head {part}: the model has layers 0 to {depth - 1} with heads 0 to {heads - 1}"
-            )
+            there = f"layers 0 to {depth - 1} with heads 0 to {heads - 1}"
+            raise InputError(f"no head {part}: the model has {there}")
         chosen.add((layer, head))
     return sorted(chosen)

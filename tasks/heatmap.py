@@ -23,17 +23,14 @@ from zeroshot import embed_texts
 from .attribution import attribute, choose_methods, clipped, score_of
 from .job import Job
 from .processes import process_rank
-from .tables import print_settings, settings, table
+from .tables import print_settings, table
 
 LONG_SIDE = 512  # of the pictures
 TILE, ACROSS, GAP = 200, 6, 8  # of the sheet
+SCALE_NOTE = "Each map from its least (dark) to its most (bright); the decomposition from zero."
 # matplotlib's inferno at eight even steps: brighter is more, also without colour.
-INFERNO = np.float32(
-    [
-        *([0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99]),
-        *([212, 72, 66], [245, 125, 21], [250, 193, 39], [252, 255, 164]),
-    ]
-)
+INFERNO = bytes.fromhex("000004 280b54 65156e 9f2a63 d44842 f57d15 fac127 fcffa4")
+INFERNO = np.float32([*INFERNO]).reshape(-1, 3)
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -60,21 +57,19 @@ def run(job: Job) -> tuple[dict, list]:
         rows.append([text, f"{cosine[i]:.3f}", str(folder / f"{prefix}-all.png")])
     for name, picture in files.items():
         save_picture(picture, folder / name)
-    where = settings(job, image=f"{args.image}, {image.width} x {image.height}", methods=", ".join(methods))
-    all_seen = covers(box, image.size)
-    where["seen"] = "all of it" if all_seen else "what the model's cropping leaves; the rest is dimmed"
-    print_settings(where)
+    part = "all of it" if covers(box, image.size) else "what the model's cropping leaves; the rest is dimmed"
+    size = f"{args.image}, {image.width} x {image.height}"
+    where = print_settings(job, image=size, methods=", ".join(methods), seed=str(args.seed), seen=part)
     print("\n" + table(["text", "cosine", "all methods in one picture"], rows))
-    scale_note = "Each map from its least (dark) to its most (bright); the decomposition from zero."
-    print(f"\n{len(files)} pictures in {folder}. {scale_note}")
+    print(f"\n{len(files)} pictures in {folder}. {SCALE_NOTE}")
     print_refused(refused)
     scores = {method: score_of(method, args.score) for method in methods}
     cosines = dict(zip(args.text, cosine, strict=True))
     results = {"settings": where, "cosine": cosines, "scores": scores, "files": list(files)}
-    sections = [
-        report.section(title, report.pictures([(tile, name) for name, tile in tiles.items()], size=200))
-        for title, tiles in dict(zip(titles, drawn, strict=True)).items()
-    ]
+    sections = []
+    for title, tiles in dict(zip(titles, drawn, strict=True)).items():
+        shown = report.pictures([(tile, name) for name, tile in tiles.items()], size=200)
+        sections.append(report.section(title, shown))
     return results, sections
 
 

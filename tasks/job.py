@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from argparse import Namespace
 from functools import cached_property
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data import DemoBirds, ImageFolder, Waterbirds
+from data import ImageFolder, Waterbirds
+from demo.images import DemoBirds
 from files import InputError
 from zeroshot import Bank, Clip, classifier, default_bank, load_bank, load_clip, templates
 
@@ -46,10 +48,8 @@ class Job:
     def check_finite(self, x: Tensor) -> None:
         """Refuse a model whose numbers overflow."""
         if not x.isfinite().all():
-            raise InputError(
-                f"{self.clip.name} in {self.args.precision} gives embeddings that are not numbers; "
-                "try --precision fp32"
-            )
+            model = f"{self.clip.name} in {self.args.precision}"
+            raise InputError(f"{model} gives embeddings that are not numbers; try --precision fp32")
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -71,10 +71,19 @@ def zero_shot_problem(data: Images) -> tuple[list[str], Tensor]:
     if isinstance(data, DemoBirds):
         return list(data.kinds), data.facts["kind"]
     if data.y is None or len(data.classes) < 2:
-        raise InputError(
-            f"{data.root} has no labels: expected folders of images named by their class, two at least"
-        )
+        expected = "folders of images named by their class, two at least"
+        raise InputError(f"{data.root} has no labels: expected {expected}")
     return list(data.classes), data.y
+
+
+def check_class_names(names: list[str]) -> None:
+    """Refuse what --classes cannot mean."""
+    if not all(name.strip() for name in names):
+        raise InputError("--classes holds a class without a name")
+    twice = next((f"{name!r} twice in " for i, name in enumerate(names) if name in names[:i]), "")
+    if twice or len(names) < 2:
+        found = twice + textwrap.shorten(", ".join(names), 80)
+        raise InputError(f"--classes needs at least two names, each once; found {found}")
 
 
 def open_zero_shot(job: Job) -> tuple[Images, list[str], Tensor, Tensor]:

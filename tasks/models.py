@@ -34,23 +34,19 @@ class Images(nn.Module):
 class Listed:
     """One of open_clip's configurations."""
 
-    name: str
     family: str
     tower: ClipTower | None  # of the full size, without memory behind it
     refusal: str  # why there is none
-    tags: list[str]  # of its pretrained weights
 
 
 def listed(name: str) -> Listed:
     """The configuration at its full size, on torch's meta device: no memory, no weights, no network."""
     with quiet(), torch.device("meta"):
         model = Images(_tower(open_clip.get_model_config(name)))
-    tower, refusal = None, ""
     try:
-        tower = open_tower(model)
+        return Listed(family(model.visual), open_tower(model), "")
     except DecompositionError as error:
-        refusal = str(error).split(": ", 1)[1]
-    return Listed(name, family(model.visual), tower, refusal, open_clip.list_pretrained_tags_by_model(name))
+        return Listed(family(model.visual), None, str(error).split(": ", 1)[1])
 
 
 def print_list() -> None:
@@ -66,7 +62,8 @@ def print_list() -> None:
             print(f"{name:<38}  {'-':<30}  {'':>14}  {found.refusal}")
         else:
             size = f"{len(found.tower.W_O)} x {len(found.tower.W_O[0])}"
-            print(f"{name:<38}  {found.tower.name:<30}  {size:>14}  {', '.join(found.tags) or '-'}")
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "-"
+            print(f"{name:<38}  {found.tower.name:<30}  {size:>14}  {tags}")
     count = f"{len(names) - refused} of {len(names)} configurations"
     print(f"\n{count} of open_clip {open_clip.__version__} can be decomposed.")
 
@@ -88,14 +85,8 @@ def small(name: str, seed: int = 0) -> Images:
     if "timm_model_name" in vision:
         more, vision["image_size"] = _smaller(config)
     else:
-        side = GRID * vision.get("patch_size", 16)
-        vision |= {
-            "layers": LAYERS,
-            "width": WIDTH,
-            "head_width": WIDTH // HEADS,
-            "attn_pooler_heads": HEADS,
-            "image_size": side,
-        }
+        vision |= {"layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS, "attn_pooler_heads": HEADS}
+        vision["image_size"] = GRID * vision.get("patch_size", 16)
     with quiet(), torch.random.fork_rng(devices=[]), _timm_with(more):
         torch.manual_seed(seed)
         model = Images(_tower(config))

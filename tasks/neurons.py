@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import report
-from data import DemoBirds
 from decompose import head_maps
+from demo.images import DemoBirds
+from demo.truth import add_factors
 from files import InputError
 from neurons import Neurons, neurons
-from roles import explained
 from textspan import Moments
 from zeroshot import Bank, embed_texts
 
@@ -36,7 +36,7 @@ from .job import Job, open_split, open_zero_shot
 from .passes import one_pass
 from .reference import check_varies
 from .removal import random_heads
-from .tables import mean_and_std, percent, print_settings, settings, table, zero_shot_settings
+from .tables import mean_and_std, percent, print_settings, table, zero_shot_settings
 
 KEPT = 6  # images of each neuron, for the page
 SHOWN = 3  # texts and images of each neuron on screen
@@ -64,21 +64,21 @@ def run(job: Job) -> tuple[dict, list]:
     accuracy, fired = ablate(job, test, labels, classes, activity, sets, kept)
     base, *single = accuracy[: len(chosen) + 1]
     together, *random = accuracy[len(chosen) + 1 :]
-    found = [
-        describe(j, activity, texts, bank, data) | {"accuracy without it": share}
-        for j, share in zip(chosen, single, strict=True)
-    ]
+    found = [describe(j, activity, texts, bank, data) for j in chosen]
+    for row, share in zip(found, single, strict=True):
+        row["accuracy without it"] = share
     if fired is not None:
         add_factors(found, fired, test.facts)
     texts_used = f"{bank.path.name}, {len(bank.texts):,} texts, less their mean"
+    where = print_settings(
+        job,
+        **zero_shot_settings(job, test, data.description, len(names)),
+        bank=f"{texts_used}: else texts that are near everything would win",
+        layer=f"{layer} of 0 to {depth - 1}, {len(activity.maps):,} neurons",
+        sum=f"neurons and biases sum to the MLP's term within {activity.error:.0e} of its largest entry",
+    )
     results = {
-        "settings": settings(
-            job,
-            **zero_shot_settings(job, test, data.description, names),
-            bank=f"{texts_used}: else texts that are near everything would win",
-            layer=f"{layer} of 0 to {depth - 1}, {len(activity.maps):,} neurons",
-            sum=f"neurons and biases sum to the MLP's term within {activity.error:.0e} of its largest entry",
-        ),
+        "settings": where,
         "layer": layer,
         "images": len(test),
         "accuracy": {"base": base, "without the neurons shown": together},
@@ -93,9 +93,8 @@ def run(job: Job) -> tuple[dict, list]:
 def choose_layer(asked: int | None, depth: int) -> int:
     """--layer, counted from 0, or from the end where negative; without it the last."""
     if asked is not None and not -depth <= asked < depth:
-        raise InputError(
-            f"--layer {asked}: the model has layers 0 to {depth - 1}, or -{depth} to -1 from the end"
-        )
+        there = f"layers 0 to {depth - 1}, or -{depth} to -1 from the end"
+        raise InputError(f"--layer {asked}: the model has {there}")
     return (depth - 1 if asked is None else asked) % depth
 
 
@@ -149,23 +148,14 @@ class Activity:
         order = top.argsort(dim=1, descending=True, stable=True)[:, : self.kept]
         self.top, self.images = top.gather(1, order), images.gather(1, order)
 
-    def mean(self) -> Tensor:
-        """[n] mean activation."""
-        return self.activations.mean[:, 0]
-
-    def variance(self) -> Tensor:
-        """[n] of the activation."""
-        return self.activations.covariance[:, 0, 0]
-
     def spread(self) -> Tensor:
         """[n] variance of each neuron's term over the embedding's; these need not sum to 1."""
         return (self.rows.covariance * self.gram.cpu()).sum(dim=(1, 2)) / self.embedding.covariance.sum()
 
     def direction(self, j: int) -> Tensor:
-        """[d] the map of neuron j.
+        """[d] the map of neuron j; under attention pooling, the direction in which its term varies most.
 
-        Under attention pooling, the direction in which the neuron's term varies most, with the sign of the
-        term's mean.
+        That direction has the sign of the term's mean.
         """
         maps = self.maps[j].cpu()
         if len(maps) == 1:
@@ -241,8 +231,8 @@ def describe(j: int, activity: Activity, texts: Tensor, bank: Bank, data: Datase
     return {
         "neuron": head_name((activity.layer, j)),
         "spread": float(activity.spread()[j]),
-        "mean": float(activity.mean()[j]),
-        "variance": float(activity.variance()[j]),
+        "mean": float(activity.activations.mean[j, 0]),
+        "variance": float(activity.activations.covariance[j, 0, 0]),
         "towards": [(bank.texts[i], float(fit[i])) for i in order[:SHOWN]],
         "away from": [(bank.texts[i], float(fit[i])) for i in order[: -SHOWN - 1 : -1]],
         "images": [(i, data.caption(i), activation) for i, activation in images],
@@ -254,16 +244,8 @@ def likeness(direction: Tensor, texts: Tensor) -> Tensor:
     return F.cosine_similarity(texts - texts.mean(dim=0), direction[None], dim=1)
 
 
-def add_factors(found: list[dict], fired: Tensor, facts: dict[str, Tensor]) -> None:
-    """Add to each neuron the share of its activation's variance that each factor of the demo explains."""
-    shares = {factor: explained(fired[:, None, :, None], values)[0] for factor, values in facts.items()}
-    for i, row in enumerate(found):
-        row["factors"] = {factor: float(share[i]) for factor, share in shares.items()}
-
-
 def print_results(results: dict) -> None:
-    """Settings, a paragraph for each neuron, accuracies."""
-    print_settings(results["settings"])
+    """A paragraph for each neuron, accuracies."""
     for row in results["neurons"]:
         print(f"\nneuron {in_words(row, results['accuracy']['base'])}")
         for sign in ("towards", "away from"):
@@ -271,18 +253,14 @@ def print_results(results: dict) -> None:
         shown = "; ".join(f"{i}: {caption}" for i, caption, _ in row["images"][:SHOWN])
         print(f"  {'fired by':<10} {shown}")
     print("\n" + table(["mean-ablated", "accuracy, %"], accuracies(results)))
-    print(
-        "\nSpread: variance of what the neuron itself adds, over the embedding's; "
-        "neurons can cancel: shares need not sum to 100 %.\n"
-        "Towards, away from: texts by their cosine with what it adds when it fires more. "
-        "Activations are divided by the LayerNorms'\n"
-        "standard deviations, as they reach the embedding. [..]: 95 % interval (Wilson)."
-    )
+    spread = "variance of what the neuron itself adds, over the embedding's; neurons can cancel"
+    print(f"\nSpread: {spread}: shares need not sum to 100 %.")
+    towards = "texts by their cosine with what it adds when it fires more"
+    print(f"Towards, away from: {towards}. Activations are divided by the LayerNorms'")
+    print("standard deviations, as they reach the embedding. [..]: 95 % interval (Wilson).")
     if "factors" in results["neurons"][0]:
-        print(
-            "Factor: the demo's that explains most of the variance of its activation on the test images, "
-            "where all are independent."
-        )
+        most = "explains most of the variance of its activation on the test images"
+        print(f"Factor: the demo's that {most}, where all are independent.")
 
 
 def in_words(row: dict, base: float) -> str:
@@ -300,11 +278,10 @@ def in_words(row: dict, base: float) -> str:
 
 def accuracies(results: dict) -> list[list[str]]:
     """Rows of the table."""
-    count, shown = results["images"], len(results["neurons"])
-    rows = [
-        ["base", percent(results["accuracy"]["base"], count)],
-        [f"the {shown} neurons above", percent(results["accuracy"]["without the neurons shown"], count)],
-    ]
+    shown = len(results["neurons"])
+    labels = ("base", f"the {shown} neurons above")
+    both = zip(labels, results["accuracy"].values(), strict=True)
+    rows = [[label, percent(accuracy, results["images"])] for label, accuracy in both]
     if results["random"]:  # none where all neurons of the layer are shown
         label, draws = f"{shown} random neurons of the layer", results["random"]
         rows.append([f"{label}, mean ± std of {len(draws)} draws", mean_and_std(draws)])
@@ -324,7 +301,6 @@ def page(results: dict, images: dict[str, list[Image.Image]]) -> list[report.Htm
         parts.append(report.pictures(list(zip(images[row["neuron"]], captions, strict=True))))
     texts = "Texts: by their cosine with what the neuron adds when it fires more."
     accuracy = report.table(["mean-ablated", "accuracy, %"], accuracies(results))
-    return [
-        report.section("Accuracy without them", accuracy),
-        report.section("What single neurons write", *parts, note=f"{texts} Images: those that fire it most."),
-    ]
+    note = f"{texts} Images: those that fire it most."
+    written = report.section("What single neurons write", *parts, note=note)
+    return [report.section("Accuracy without them", accuracy), written]

@@ -17,7 +17,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -38,7 +37,7 @@ def one_pass(job: Job, data: Dataset, title: str, *accumulators: Accumulator) ->
     Raises:
         InputError: an image that cannot be read; a checkpoint of another run, or one that cannot be saved.
     """
-    args, device = job.args, job.clip.device
+    args, device, dtype = job.args, job.clip.device, job.clip.dtype
     checkpoint = Checkpoint(job, data, title)
     if checkpoint.load_finished(accumulators):
         return
@@ -48,7 +47,8 @@ def one_pass(job: Job, data: Dataset, title: str, *accumulators: Accumulator) ->
     workers = min(4, processors) if args.workers is None else args.workers
     job.in_pass = True
     for images, indices in batches(mine, args.batch_size, workers, title, device, done):
-        yield _cast(images, job.clip.dtype), indices
+        several = isinstance(images, list)  # images, masks, ...
+        yield [images[0].to(dtype), *images[1:]] if several else images.to(dtype), indices
         done += len(indices)
         checkpoint.save_if_due(accumulators, done)
     job.in_pass = False
@@ -59,8 +59,3 @@ def one_pass(job: Job, data: Dataset, title: str, *accumulators: Accumulator) ->
 def share(count: int, rank: int, size: int) -> range:
     """The indices of process `rank` of `size`: all shares together are 0 to count - 1, in order."""
     return range(count * rank // size, count * (rank + 1) // size)
-
-
-def _cast(images: Any, dtype: torch.dtype) -> Any:
-    """The images, or the first of a list (of images, masks, ...), in the model's precision."""
-    return [images[0].to(dtype), *images[1:]] if isinstance(images, list) else images.to(dtype)

@@ -24,11 +24,7 @@ class OtherProcessError(InputError):
 
 
 def init_processes(device: str) -> str:
-    """Under torchrun, connect to the other processes.
-
-    Returns:
-        The device for this process: a GPU of its own where there are some, else `device`.
-    """
+    """The device for this process, which connects to the others: under torchrun a GPU of its own, if any."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if not dist.is_initialized():
@@ -80,9 +76,7 @@ def merge_over_processes(accumulators: Sequence[Accumulator]) -> None:
     for source in range(count):
         states = broadcast(mine if source == rank else None, source)
         for accumulator, state in zip(accumulators, states, strict=True):
-            if source == 0:
-                load_state_dict(accumulator, state)
-            else:
-                other = fresh_copy(accumulator)
-                load_state_dict(other, state)
+            other = accumulator if source == 0 else fresh_copy(accumulator)
+            load_state_dict(other, state)
+            if source > 0:
                 accumulator.merge(other)

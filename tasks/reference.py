@@ -72,24 +72,21 @@ class Kept:
 
 
 def summarise(
-    job: Job,
-    accumulator: Accumulator | None = None,
-    data: Dataset | None = None,
-    update: Callable[[Decomposition, Tensor], None] | None = None,
+    job: Job, extra: Accumulator | None = None, data: Dataset | None = None, update: Callable | None = None
 ) -> Reference:
     """One pass over the reference images.
 
     Args:
-        accumulator: a further accumulator of the pass.
+        extra: a further accumulator of the pass.
         data: these images in place of the --reference split.
         update: called with every batch's terms and indices; by default the accumulator's own `update`.
     """
     data = open_split(job, job.args.reference) if data is None else data
-    update = update or getattr(accumulator, "update", None)
+    update = update or getattr(extra, "update", None)
     maps = head_maps(job.clip.model)
     depth, heads, width, dim = maps.shape
     values, embedding, sums, errors = Moments(width, (depth, heads)), Moments(dim), Sums(), Largest()
-    accumulators = [values, embedding, sums, errors, *([] if accumulator is None else [accumulator])]
+    accumulators = [values, embedding, sums, errors, *([] if extra is None else [extra])]
     for images, indices in one_pass(job, data, f"reference ({job.args.reference})", *accumulators):
         terms = decompose(job.clip.model, images)
         job.check_finite(terms.embedding)
@@ -102,10 +99,8 @@ def summarise(
         if update is not None:
             update(terms, indices)
     means = {"own": None} | {name: (total / len(data)).to(maps) for name, total in sums.sums.items()}
-    error, description = errors.largest["sum of terms"], data.description
-    return Reference(
-        values=values, embedding=embedding, maps=maps, error=error, description=description, **means
-    )
+    found = {"values": values, "embedding": embedding, "maps": maps, "error": errors.largest["sum of terms"]}
+    return Reference(**found, description=data.description, **means)
 
 
 def check_varies(variance: float, description: str) -> None:

@@ -11,7 +11,7 @@ Axes: k interventions, n images, c classes, L layers, H heads, t terms.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -36,6 +36,7 @@ PAPER_HEADS = {
     "ViT-L-14": "21.1,21.3,21.6,21.8,21.11,21.13,21.14,22.2,22.12,22.13,22.15,23.1,23.3,23.5,23.6",
     "ViT-H-14": "29.4,29.8,29.14,30.6,30.11,30.12,30.15,31.8,31.12",
 }
+Heads = Collection[Head]
 
 
 @dataclass
@@ -53,12 +54,10 @@ class Cue:
 
     def settings(self) -> dict[str, str]:
         """Lines for the settings above a table."""
-        heads = f"{', '.join(map(head_name, self.heads))} ({self.how})"
-        return {
-            "heads": heads if self.heads else "none: the embedding as a whole",
-            "cue": f"{self.name}, {len(self.texts)} texts, {len(self.directions)} directions",
-            "sum": self.reference.sum_error(),
-        }
+        listed = f"{', '.join(map(head_name, self.heads))} ({self.how})"
+        heads = listed if self.heads else "none: the embedding as a whole"
+        cue = f"{self.name}, {len(self.texts)} texts, {len(self.directions)} directions"
+        return {"heads": heads, "cue": cue, "sum": self.reference.sum_error()}
 
     def results(self) -> dict[str, list]:
         """For results.json."""
@@ -88,10 +87,9 @@ def find_cue(job: Job) -> tuple[list[str], str]:
     if len(cue) == 1 and cue[0] in bank.categories:
         return bank.of(cue[0]), f"category {cue[0]!r} of {bank.path.name}"
     if len(cue) == 1:
-        raise InputError(
-            f"--cue {cue[0]!r} is no category of {bank.path} ({', '.join(sorted(set(bank.categories)))}), "
-            "and one text has nothing to be told from: give a category or at least two texts"
-        )
+        known = ", ".join(sorted(set(bank.categories)))
+        hint = "and one text has nothing to be told from: give a category or at least two texts"
+        raise InputError(f"--cue {cue[0]!r} is no category of {bank.path} ({known}), {hint}")
     return list(cue), f"{cue[0]!r} and {len(cue) - 1} more"
 
 
@@ -104,10 +102,8 @@ def given_heads(job: Job, depth: int, heads: int) -> tuple[list[Head], str]:
     if asked != "paper":
         return parse_heads(asked, depth, heads), "given by hand"
     if model not in PAPER_HEADS:
-        raise InputError(
-            f"--heads paper: the paper lists heads of {', '.join(PAPER_HEADS)}, not of {model}; "
-            "use auto or a list"
-        )
+        there = f"the paper lists heads of {', '.join(PAPER_HEADS)}, not of {model}"
+        raise InputError(f"--heads paper: {there}; use auto or a list")
     return parse_heads(PAPER_HEADS[model], depth, heads), "the paper's list"
 
 
@@ -116,10 +112,9 @@ def auto_heads(explained: Tensor, cue_name: str) -> list[Head]:
     chosen = [(layer, head) for layer, head in (explained > THRESHOLD).nonzero().tolist()]
     if not chosen:
         layer, head = divmod(int(explained.argmax()), explained.shape[1])
-        raise InputError(
-            f"no head looks at the cue ({cue_name}): it explains at most {explained.max():.0%} of a head's "
-            f"variance (head {layer}.{head}), below {THRESHOLD:.0%}; name heads with --heads or another --cue"
-        )
+        most = f"it explains at most {explained.max():.0%} of a head's variance (head {layer}.{head})"
+        hint = f"below {THRESHOLD:.0%}; name heads with --heads or another --cue"
+        raise InputError(f"no head looks at the cue ({cue_name}): {most}, {hint}")
     return chosen
 
 
@@ -146,41 +141,37 @@ class Scores:
         return self.embedding + torch.einsum("kt,ntc->knc", rows.to(self.embedding), terms)
 
 
-class Scorer:
-    """From the terms of a batch to its Scores.
+def scorer(
+    reference: Reference, directions: Tensor, votes: CueVotes, classes: Tensor
+) -> Callable[[Decomposition], Scores]:
+    """From the terms of a batch to its Scores: directions [k, d] of the cue, orthonormal; classes [c, d]."""
+    maps = reference.maps
+    classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
+    read, read_cue = maps @ classes.T, maps @ classes_cue  # [L, H, e, c]
+    mean, mean_embedding = reference.values.mean.to(maps), reference.embedding.mean.to(maps)
 
-    Args:
-        directions: [k, d] of the cue, orthonormal.
-        classes: [c, d].
-    """
-
-    def __init__(self, reference: Reference, directions: Tensor, votes: CueVotes, classes: Tensor) -> None:
-        maps = reference.maps
-        self.reference, self.votes, self.classes = reference, votes, classes
-        self.classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
-        self.read, self.read_cue = maps @ classes.T, maps @ self.classes_cue  # [L, H, e, c]
-        self.mean, self.mean_embedding = reference.values.mean.to(maps), reference.embedding.mean.to(maps)
-
-    def __call__(self, terms: Decomposition) -> Scores:
-        embedding, away = terms.embedding.to(self.mean), self.mean - terms.values
+    def scores(terms: Decomposition) -> Scores:
+        embedding, away = terms.embedding.to(mean), mean - terms.values
         return Scores(
-            embedding @ self.classes.T,
-            torch.einsum("bLHe,LHec->bLHc", away, self.read),
-            (self.reference.mlps - terms.mlps) @ self.classes.T,
-            (self.reference.stem - terms.stem) @ self.classes.T,
-            torch.einsum("bLHe,LHec->bLHc", away, self.read_cue),
-            (self.mean_embedding - embedding) @ self.classes_cue,
-            self.votes.labels(embedding),
+            embedding @ classes.T,
+            torch.einsum("bLHe,LHec->bLHc", away, read),
+            (reference.mlps - terms.mlps) @ classes.T,
+            (reference.stem - terms.stem) @ classes.T,
+            torch.einsum("bLHe,LHec->bLHc", away, read_cue),
+            (mean_embedding - embedding) @ classes_cue,
+            votes.labels(embedding),
         )
+
+    return scores
 
 
 def score(
     job: Job, test: Dataset, cue: Cue, classes: Tensor, *accumulators: Accumulator
 ) -> Iterator[tuple[Scores, Tensor]]:
     """One pass over the test images, in batches: (scores, indices)."""
-    scorer = Scorer(cue.reference, cue.directions, cue.votes, classes)
+    scores = scorer(cue.reference, cue.directions, cue.votes, classes)
     for images, indices in one_pass(job, test, "test", *accumulators):
-        yield scorer(decompose(job.clip.model, images)), indices
+        yield scores(decompose(job.clip.model, images)), indices
 
 
 class Plan:
@@ -191,15 +182,10 @@ class Plan:
         shape: (L, H).
         chosen: heads.
         draws: other sets of heads, for the random control; they are mean-ablated.
-
     """
 
     def __init__(
-        self,
-        ways: Sequence[str],
-        shape: tuple[int, int],
-        chosen: list[Head],
-        draws: Sequence[list[Head]] = (),
+        self, ways: Sequence[str], shape: tuple[int, int], chosen: Heads, draws: Sequence[Heads] = ()
     ) -> None:
         depth, heads = shape
         self.shape = shape
@@ -222,27 +208,17 @@ class Plan:
         self.draws = torch.stack([self.row(heads=drawn) for drawn in draws]) if draws else self.rows[:0]
 
     def row(
-        self,
-        heads: Iterable[Head] = (),
-        others: bool = False,
-        directions: Iterable[Head] = (),
-        everywhere: bool = False,
+        self, heads: Heads = (), others: bool = False, directions: Heads = (), everywhere: bool = False
     ) -> Tensor:
         """[t]: heads to mean-ablate, MLPs and stem, the cue's directions in heads or in the embedding."""
-        masks = {
-            "heads": self._mask(heads),
-            "mlps": torch.full((self.shape[0],), float(others)),
-            "stem": torch.tensor([float(others)]),
-            "heads_cue": self._mask(directions),
-            "embedding_cue": torch.tensor([float(everywhere)]),
-        }
+        depth, width = self.shape
+        masks = {term: torch.zeros(depth, width) for term in ("heads", "heads_cue")}
+        for term, members in (("heads", heads), ("heads_cue", directions)):
+            for head in members:
+                masks[term][head] = 1
+        masks |= {"mlps": torch.full((depth,), float(others)), "stem": torch.tensor([float(others)])}
+        masks["embedding_cue"] = torch.tensor([float(everywhere)])
         return torch.cat([masks[term].flatten() for term in TERMS])
-
-    def _mask(self, heads: Iterable[Head]) -> Tensor:
-        mask = torch.zeros(self.shape)
-        for head in heads:
-            mask[head] = 1
-        return mask
 
 
 def in_blocks(results: list, blocks: Sequence[Tensor]) -> list[list]:
@@ -259,11 +235,9 @@ def random_heads(chosen: list[Head], width: int, draws: int, seed: int) -> list[
         return []
     found = []
     while len(found) < draws:
-        drawn = [
-            (layer, h)
-            for layer, count in per_layer.items()
-            for h in torch.randperm(width, generator=generator)[:count].tolist()
-        ]
+        drawn = []
+        for layer, count in per_layer.items():
+            drawn += [(layer, head) for head in torch.randperm(width, generator=generator)[:count].tolist()]
         if set(drawn) != set(chosen):
             found.append(drawn)
     return found

@@ -17,8 +17,10 @@ from torch import Tensor
 
 import report
 from cue import THRESHOLD
-from data import DemoBirds, read_picture
+from data import read_picture
 from decompose import decompose, head_maps
+from demo.images import DemoBirds
+from demo.truth import same_factors, same_factors_in_words
 from files import InputError
 from roles import find_roles, in_own_space
 from zeroshot import embed_texts
@@ -29,7 +31,7 @@ from .heatmap import save_picture
 from .job import Images, Job, open_split
 from .passes import one_pass
 from .reference import Kept, summarise
-from .tables import print_settings, settings, table
+from .tables import print_settings, table
 from .textspan import ROLE_IMAGES
 
 TILE, ACROSS, GAP = 150, 6, 8  # of the contact sheet
@@ -45,33 +47,26 @@ def run(job: Job) -> tuple[dict, list]:
     data = open_split(job, "test")
     score, measure = score_images(job, data, maps, heads, query)
     order = score.argsort(descending=True, stable=True)[: args.top].tolist()
-    items = [(data.picture(i), data.caption(i)) for i in order]
+    pictures = [data.picture(i) for i in order]
     path = args.out / "retrieval" / "sheet.png"
-    save_picture(sheet(query, items), path)
-    where = settings(
+    save_picture(sheet(query, list(zip(pictures, map(data.caption, order), strict=True))), path)
+    where = print_settings(
         job,
         images=data.description,
         heads=", ".join(map(head_name, heads)) + ("" if args.role is None else f" (role {args.role!r})"),
         query=repr(args.text[0]) if query is None else args.image,
         measure=f"{measure}, of what these heads write less their mean over the images",
     )
-    found = [
-        {"rank": rank, "score": float(score[i]), "image": data.caption(i)}
-        for rank, i in enumerate(order, start=1)
-    ]
-    print_settings(where)
+    ranked = enumerate(order, start=1)
+    found = [{"rank": rank, "score": float(score[i]), "image": data.caption(i)} for rank, i in ranked]
     rows = [[str(row["rank"]), f"{row['score']:.3f}", row["image"]] for row in found]
     print("\n" + table(["nearest", "score", "image"], rows))
     results = {"settings": where, "heads": [list(head) for head in heads], "found": found}
     if isinstance(data, DemoBirds):
-        results["agree"] = agree(data, order)
-        shares = results["agree"].items()
-        words = ", ".join(
-            f"{factor} {share:.0%} (all images {chance:.0%})" for factor, (share, chance) in shares
-        )
-        print(f"\nPairs of these images that are the same in: {words}")
+        results["agree"] = same_factors(data, order)
+        print("\n" + same_factors_in_words(results["agree"]))
     print(f"\nContact sheet: {path}")
-    return results, page(query, items, found)
+    return results, page(query, pictures, found)
 
 
 def check_options(args: Namespace) -> None:
@@ -115,23 +110,15 @@ def heads_of(job: Job) -> list[Head]:
     data = open_split(job, args.reference)
     kept = Kept(len(data), ROLE_IMAGES, args.seed, slice(None))
     maps = summarise(job, kept, data).maps
-    roles = find_roles(
-        kept.values.tensor(),
-        maps,
-        kept.embedding.tensor(),
-        embed_texts(job.clip, bank.texts, "text bank"),
-        bank.categories,
-        bootstraps=0,
-        seed=args.seed,
-    )
+    texts = embed_texts(job.clip, bank.texts, "text bank")
+    values, embedding = kept.values.tensor(), kept.embedding.tensor()
+    roles = find_roles(values, maps, embedding, texts, bank.categories, bootstraps=0, seed=args.seed)
     depth, heads = maps.shape[:2]
     every = [(layer, head) for layer in range(depth) for head in range(heads)]
     found = [head for head in every if roles.name(*head) == args.role]
     if not found:
-        raise InputError(
-            f"no head has the role {args.role!r}: the category explains over {THRESHOLD:.0%} of none, "
-            "or no more than random texts"
-        )
+        why = f"the category explains over {THRESHOLD:.0%} of none, or no more than random texts"
+        raise InputError(f"no head has the role {args.role!r}: {why}")
     return found
 
 
@@ -139,15 +126,6 @@ def cosine(kept: Tensor, asked: Tensor, A: Tensor) -> Tensor:
     """[n] of the terms that values kept [n, k] and asked [1, k] stand for under A [k, d]."""
     own = in_own_space(torch.cat([kept, asked])[:, None, None], A[None, None])[:, 0, 0]
     return F.cosine_similarity(own[:-1], own[-1:], dim=1)
-
-
-def agree(data: DemoBirds, order: list[int]) -> dict[str, tuple[float, float]]:
-    """{factor: share of pairs of these images that have the same value, and of all pairs}."""
-    found = {}
-    for factor, values in data.facts.items():
-        counts = [torch.bincount(rows).double() for rows in (values[order], values)]
-        found[factor] = tuple(float((n * (n - 1)).sum() / max(n.sum() * (n.sum() - 1), 1)) for n in counts)
-    return found
 
 
 def sheet(query: Image.Image | None, items: list[tuple[Image.Image, str]]) -> Image.Image:
@@ -167,14 +145,10 @@ def sheet(query: Image.Image | None, items: list[tuple[Image.Image, str]]) -> Im
     return picture
 
 
-def page(
-    query: Image.Image | None, items: list[tuple[Image.Image, str]], found: list[dict]
-) -> list[report.Html]:
+def page(query: Image.Image | None, pictures: list[Image.Image], found: list[dict]) -> list[report.Html]:
     """The query and what was found, for report.html."""
-    nearest = [
-        (image, f"{row['rank']}. {text} ({row['score']:.2f})")
-        for (image, text), row in zip(items, found, strict=True)
-    ]
+    captions = [f"{row['rank']}. {row['image']} ({row['score']:.2f})" for row in found]
+    nearest = list(zip(pictures, captions, strict=True))
     sections = [report.section("Nearest", report.pictures(nearest, size=144))]
     if query is not None:
         sections.insert(0, report.section("Query", report.pictures([(query, "the query")], size=160)))

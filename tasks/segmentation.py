@@ -19,16 +19,17 @@ import report
 from baselines import BaselineError
 from data import subset
 from decompose import DecompositionError, image_embedding
+from demo.images import DemoMasks
 from files import InputError, read_lines
-from masks import DemoMasks, ImageNetSegmentation, Masked, MaskFolder, seen
+from masks import ImageNetSegmentation, Masked, MaskFolder, seen
 from metrics import Segmentation
 from zeroshot import Clip, classifier, templates
 
 from .attribution import ATTRIBUTIONS, DECOMPOSITIONS, attribute, choose_methods, clipped, score_of
-from .heatmap import overlay, print_refused
-from .job import Job
+from .heatmap import SCALE_NOTE, overlay, print_refused
+from .job import Job, check_class_names
 from .passes import one_pass
-from .tables import print_settings, prompts_of, settings, table
+from .tables import in_tenths, print_settings, prompts_of, table
 
 BLOB, RANDOM = "centred blob", "random"  # what a method must beat
 EXAMPLES, SIDE = 3, 256  # images on the page, pixels of their long side
@@ -58,19 +59,13 @@ def run(job: Job) -> tuple[dict, list]:
             try:
                 found.totals[method].update(maps, masks)
             except ValueError as error:
-                raise InputError(
-                    f"{method} on images {int(indices[0])} to {int(indices[-1])}: {error}"
-                ) from error
-    where = settings(
-        job,
-        images=data.description,
-        explained=prompt,
-        prompts=prompts_of(clip, len(names)),
-        protocol=PROTOCOLS[args.protocol],
-    )
+                batch = f"images {int(indices[0])} to {int(indices[-1])}"
+                raise InputError(f"{method} on {batch}: {error}") from error
+    prompts, protocol = prompts_of(clip, len(names)), PROTOCOLS[args.protocol]
+    explained = {"explained": prompt, "prompts": prompts, "protocol": protocol}
+    where = print_settings(job, images=data.description, **explained)
     totals = {method: total for method, total in found.totals.items() if method not in found.refused}
     rows = {method: measures(method, total, args) for method, total in totals.items()}
-    print_settings(where)
     print_rows(rows)
     print_refused(found.refused)
     results = {"settings": where, "rows": rows, "refused": found.refused}
@@ -79,9 +74,8 @@ def run(job: Job) -> tuple[dict, list]:
 
 def maps_of(method: str, job: Job, images: Tensor, indices: Tensor, classes: Tensor, shown: Tensor) -> Tensor:
     """[b, rows, cols] what a method says of the classes shown [b]."""
-    maps = sanity(method, images, job.clip, indices, job.args.seed)
-    if maps is not None:
-        return maps
+    if method in (BLOB, RANDOM):
+        return sanity(method, images, job.clip, indices, job.args.seed)
     texts = classes[shown]
     if contrasted(method, job.args.contrast):
         texts = texts - classes.mean(dim=0)
@@ -124,11 +118,10 @@ class Found:
                 self.foregrounds.setdefault(value, index)
         if len(self.foregrounds) > 1:
             (one, first), (other, second) = list(self.foregrounds.items())[:2]
-            raise InputError(
-                f"the mask of {self.data.name(first)} marks foreground with {one}, "
-                f"that of {self.data.name(second)} with {other}; "
-                "if one of them marks pixels to leave out, give it as --void"
-            )
+            marks = f"the mask of {self.data.name(first)} marks foreground with {one}"
+            others = f"that of {self.data.name(second)} with {other}"
+            hint = "if one of them marks pixels to leave out, give it as --void"
+            raise InputError(f"{marks}, {others}; {hint}")
 
     def merge(self, other: Found) -> None:
         for method, total in other.totals.items():
@@ -153,23 +146,15 @@ def class_names(asked: list[str] | None, data: Masked) -> list[str]:
         from open_clip import IMAGENET_CLASSNAMES
 
         if data.names is not None and len(data.names) < 2:
-            raise InputError(
-                f"the images' folders name one class, {data.names[0]!r}, and at least two are needed: "
-                "give --classes"
-            )
+            found = f"the images' folders name one class, {data.names[0]!r}"
+            raise InputError(f"{found}, and at least two are needed: give --classes")
         return data.names or list(IMAGENET_CLASSNAMES)
     names = asked
     if len(asked) == 1:
         expected = "--classes takes at least two names, or a file with one on each line"
         lines = read_lines(Path(asked[0]), f"{expected}; cannot read {asked[0]}")
         names = [line.strip() for line in lines if line.strip()]
-    if not all(name.strip() for name in names):
-        raise InputError("--classes holds a class without a name")
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise InputError(f"--classes holds {twice!r} twice")
-    if len(names) < 2:
-        raise InputError("--classes needs at least two names")
+    check_class_names(names)
     return list(names)
 
 
@@ -179,22 +164,18 @@ def choose_prompt(prompt: str, data: Masked, names: list[str]) -> tuple[str, Ten
         return "the predicted class", None
     if prompt == "true":
         if data.labels is None:
-            raise InputError(
-                "--prompt true: these images have no labels; "
-                "put each class's into a folder of its own, images/CLASS/"
-            )
+            hint = "put each class's into a folder of its own, images/CLASS/"
+            raise InputError(f"--prompt true: these images have no labels; {hint}")
         unknown = next((name for name in data.names if name not in names), None)
         if unknown is not None:
-            raise InputError(
-                f"--prompt true: the images show {unknown!r}, which is none of the {len(names):,} --classes"
-            )
+            known = f"the {len(names):,} --classes"
+            raise InputError(f"--prompt true: the images show {unknown!r}, which is none of {known}")
         return "the true class", torch.tensor([names.index(name) for name in data.names])[data.labels]
     if prompt not in names:
         near = difflib.get_close_matches(prompt, names, n=3)
         hint = f"; near it: {', '.join(near)}" if near else f" ({', '.join(names[:5])}, ...)"
-        raise InputError(
-            f"--prompt takes predicted, true, or one of the {len(names):,} classes; {prompt!r} is none{hint}"
-        )
+        expected = f"predicted, true, or one of the {len(names):,} classes"
+        raise InputError(f"--prompt takes {expected}; {prompt!r} is none{hint}")
     return f"{prompt!r}, whatever the image shows", torch.full((len(data),), names.index(prompt))
 
 
@@ -210,10 +191,8 @@ def contrasted(method: str, contrast: str) -> bool:
     return chosen and ATTRIBUTIONS[method].reads_text
 
 
-def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) -> Tensor | None:
-    """[b, rows, cols] of the two rows that look at nothing; None for a method."""
-    if method not in (BLOB, RANDOM):
-        return None
+def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) -> Tensor:
+    """[b, rows, cols] of one of the two rows that look at nothing."""
     patch_size = getattr(clip.model.visual, "patch_size", None)
     if patch_size is None:
         raise BaselineError(f"no map for {type(clip.model.visual).__name__}: it has no patches")
@@ -235,29 +214,21 @@ def measures(method: str, total: Segmentation, args: Namespace) -> dict:
         score = score_of(method, args.score)
         if ATTRIBUTIONS[method].reads_text:
             text = "class - mean" if contrasted(method, args.contrast) else "class"
-    return {
-        "score": score,
-        "text": text,
-        "pixel accuracy": total.pixel_accuracy,
-        "mIoU": total.mean_iou,
-        "mAP": total.mean_ap,
-        "mAP standard error": total.mean_ap_error,
-    }
+    row = {"score": score, "text": text, "pixel accuracy": total.pixel_accuracy, "mIoU": total.mean_iou}
+    return row | {"mAP": total.mean_ap, "mAP standard error": total.mean_ap_error}
 
 
 def print_rows(rows: dict[str, dict]) -> None:
     lines = []
     for method, row in rows.items():
-        cells = [f"{100 * row[key]:.1f}" for key in ("pixel accuracy", "mIoU")]
+        cells = in_tenths([row["pixel accuracy"], row["mIoU"]])
         mean_ap = f"{100 * row['mAP']:.1f} ± {100 * row['mAP standard error']:.1f}"
         lines.append([method, row["score"], row["text"], *cells, mean_ap])
     print("\n" + table(["%", "score", "text", "pixel accuracy", "mIoU", "mAP"], lines))
-    print(
-        "\nA map is resized to its mask; above its mean is foreground. "
-        "mIoU: background and foreground, summed over all images.\n"
-        "mAP: ± standard error over images; random is about 50. "
-        "The decomposition is clipped at zero, as in the paper."
-    )
+    over = "mIoU: background and foreground, summed over all images."
+    print(f"\nA map is resized to its mask; above its mean is foreground. {over}")
+    clipping = "The decomposition is clipped at zero, as in the paper."
+    print(f"mAP: ± standard error over images; random is about 50. {clipping}")
 
 
 def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]]]) -> list[report.Html]:
@@ -265,23 +236,13 @@ def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]
     keys = ("pixel accuracy", "mIoU", "mAP")
     cells, precision = [], []
     for method, row in rows.items():
-        cells.append([method, row["score"], row["text"], *(f"{100 * row[key]:.1f}" for key in keys)])
+        cells.append([method, row["score"], row["text"], *in_tenths(row[key] for key in keys)])
         half = 1.96 * row["mAP standard error"]
         precision.append((method, *(100 * (row["mAP"] + away) for away in (0, -half, half))))
-    groups = {
-        "mAP, ± 1.96 standard errors": precision,
-        "mIoU": [(method, 100 * row["mIoU"], None, None) for method, row in rows.items()],
-    }
+    overlap = [(method, 100 * row["mIoU"], None, None) for method, row in rows.items()]
+    groups = {"mAP, ± 1.96 standard errors": precision, "mIoU": overlap}
+    measured = report.table(["%", "score", "text", *keys], cells)
+    drawn = report.intervals(groups, "Every method", "%")
     shown = [part for title, tiles in pictures.items() for part in (title, report.pictures(tiles))]
-    note = (
-        "Images drawn with the seed. Each map from its least (dark) to its most (bright); "
-        "the decomposition from zero."
-    )
-    return [
-        report.section(
-            "Do the maps lie on the object?",
-            report.table(["%", "score", "text", *keys], cells),
-            report.intervals(groups, "Every method", "%"),
-        ),
-        report.section("Some of the maps", *shown, note=note),
-    ]
+    maps = report.section("Some of the maps", *shown, note=f"Images drawn with the seed. {SCALE_NOTE}")
+    return [report.section("Do the maps lie on the object?", measured, drawn), maps]

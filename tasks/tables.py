@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.utils.data import Dataset
@@ -11,6 +11,8 @@ from torch.utils.data import Dataset
 from zeroshot import Clip, templates
 
 from .job import Job
+
+SCORED = "on the images that are scored"
 
 
 def wilson(right: float, count: int) -> tuple[float, float]:
@@ -33,6 +35,11 @@ def percent(accuracy: float, count: int) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def in_tenths(shares: Iterable[float]) -> list[str]:
+    """["54.8", ...]: shares in percent, for the cells of a table."""
+    return [f"{100 * share:.1f}" for share in shares]
+
+
 def mean_and_std(shares: Sequence[float]) -> str:
     """ "54.8 ± 2.1", in percent."""
     values = torch.tensor(shares, dtype=torch.float64)
@@ -41,41 +48,35 @@ def mean_and_std(shares: Sequence[float]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as what they hold; the first is aligned to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        first, *others = zip(row, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
-
-    title = line(header)
-    return "\n".join([title, "-" * len(title), *map(line, rows)])
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (header, *rows)]
+    title, *lines = ["  ".join(cells).rstrip() for cells in aligned]
+    return "\n".join([title, "-" * len(title), *lines])
 
 
-def settings(job: Job, **more: str) -> dict[str, str]:
-    """What every table says of where its numbers come from."""
+def print_settings(job: Job, **more: str) -> dict[str, str]:
+    """Print what every table says of where its numbers come from; returned for the task's results."""
     clip, args = job.clip, job.args
     size = f", images of {args.image_size} pixels" if args.image_size else ""
     dtype = str(clip.dtype).removeprefix("torch.")
     model = f"{clip.name}, weights {clip.weights}, {dtype} on {clip.device}{size}"
-    return {"model": model, **more, "seed": str(args.seed)}
+    return print_lines({"model": model, **more, "seed": str(args.seed)})
 
 
-def print_settings(lines: dict[str, str]) -> None:
-    """Print the lines, their values below each other."""
+def print_lines(lines: dict[str, str]) -> dict[str, str]:
+    """Print the lines, their values below each other, and return them."""
     width = max(map(len, lines)) + 2
     for key, value in lines.items():
         print(f"{key + ':':<{width}}{value}")
+    return lines
 
 
-def zero_shot_settings(job: Job, test: Dataset, means: str, names: Sequence[str]) -> dict[str, str]:
-    """The settings of a zero-shot task: test images, images that means come from, prompts."""
-    prompts = prompts_of(job.clip, len(names))
-    return {"test": test.description, "means": means_of(job, means), "prompts": prompts}
-
-
-def means_of(job: Job, description: str, note: str = "on the images that are scored") -> str:
-    """The images that means come from, with a note where these are the test images."""
-    return description + (f"; {note}" if job.args.reference == "test" else "")
+def zero_shot_settings(
+    job: Job, test: Dataset, means: str, classes: int | Sequence[str], note: str = SCORED
+) -> dict[str, str]:
+    """Test images; images that means come from, with a note where these are the test images; prompts."""
+    means += f"; {note}" if job.args.reference == "test" else ""
+    return {"test": test.description, "means": means, "prompts": prompts_of(job.clip, classes)}
 
 
 def prompts_of(clip: Clip, classes: int | Sequence[str]) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import report
 from cue import THRESHOLD
-from data import DemoBirds
 from decompose import decompose, head_maps
+from demo import truth
+from demo.images import DemoBirds
 from files import InputError
 from roles import Roles, explained, find_roles, in_own_space
 from textspan import Moments, TextSpan, textspan
@@ -24,14 +24,17 @@ from .heads import LAST_LAYERS, Head, head_name
 from .job import Job, open_split
 from .passes import one_pass
 from .reference import Kept, check_varies, summarise
-from .tables import print_settings, settings
+from .tables import print_settings
 
 PICTURES = 6  # per head on the page
 SHOWN = 4  # texts per head on screen; all are in results.json
 ROLE_IMAGES = 4000  # that roles are found on; they are kept, in the heads' own space
-# The demo's factor of each category of its bank.
-FACTORS = {"animals": "kind", "colours": "colour", "places": "place", "light": "light", "styles": "style"}
-AGREEMENTS = ("roles from categories", "roles from greedy texts", "roles dealt at random")
+NOTE = (
+    "Bars of categories: share of the head's variance between images that different texts of the category "
+    "fit best. Beside each text, the share of variance along what it adds to those above it. Stable: share "
+    "of bootstrap samples with the same role. Images: of those that roles were found on, where the head "
+    "writes most along its first text."
+)
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -59,18 +62,18 @@ def run(job: Job) -> tuple[dict, list]:
             if span.indices:
                 most = strongest(values[:, layer - first, head], maps, span)
                 images[head_name((layer, head))] = [data.picture(kept.rows[i]) for i in most]
-    where = settings(
+    rule = f"a category that explains over {THRESHOLD:.0%} of a head, and more than random texts do"
+    where = print_settings(
         job,
         images=reference.description,
         bank=f"{bank.path.name}, {len(bank.texts):,} texts in {len(set(bank.categories))} categories",
         texts=f"{size} per head",
         sum=reference.sum_error(),
-        roles=f"from {len(kept.rows):,} images; a category that explains over {THRESHOLD:.0%} of a head, "
-        "and more than random texts do",
+        roles=f"from {len(kept.rows):,} images; {rule}",
     )
     results = {"settings": where, "heads": found}
-    if job.clip.is_demo and set(FACTORS) <= set(bank.categories):
-        results["agreement"] = agreement(true_factors(job, first), found)
+    if job.clip.is_demo and set(truth.FACTOR_OF) <= set(bank.categories):
+        results["agreement"] = truth.agreement(true_factors(job, first), found)
     print_results(results)
     return results, page(results, images)
 
@@ -82,10 +85,9 @@ def strongest(values: Tensor, A: Tensor, span: TextSpan) -> list[int]:
 
 
 def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Head) -> TextSpan:
-    """The head's texts.
+    """The head's texts: none if it writes the same to every image.
 
-    Where no number was asked for, at most as many as the head has directions: none if it writes the same to
-    every image.
+    Where no number was asked for, there are at most as many as the head has directions.
     """
     held = len(moments.factor())
     if not held:
@@ -93,9 +95,8 @@ def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Hea
     try:
         return textspan(moments, texts, size if asked else min(size, held))
     except ValueError as error:
-        raise InputError(
-            f"head {head_name(head)}: {error}; ask for fewer --texts, or give a bank whose texts differ more"
-        ) from error
+        hint = "ask for fewer --texts, or give a bank whose texts differ more"
+        raise InputError(f"head {head_name(head)}: {error}; {hint}") from error
 
 
 def choose_size(asked: int | None, width: int, bank: int) -> int:
@@ -103,19 +104,15 @@ def choose_size(asked: int | None, width: int, bank: int) -> int:
     if asked is None:
         return min(20, width // 2, bank)
     if not 1 <= asked <= min(width, bank):
-        raise InputError(
-            f"--texts {asked}: a head of this model holds {width} independent texts, the bank {bank}; "
-            f"ask for 1 to {min(width, bank)}"
-        )
+        held = f"a head of this model holds {width} independent texts, the bank {bank}"
+        raise InputError(f"--texts {asked}: {held}; ask for 1 to {min(width, bank)}")
     return asked
 
 
 def describe(head: Head, span: TextSpan, bank: Bank, spread: float, roles: Roles, row: int) -> dict:
-    """What is printed of a head.
+    """What is printed of a head, whose layer is `row` in `roles`.
 
-    Args:
-        spread: the head's variance over the embedding's; heads can cancel, so these need not sum to 1.
-        row: the head's layer in `roles`.
+    The spread is the head's variance over the embedding's. Heads can cancel, so these need not sum to 1.
     """
     shares, by_category = span.explained.tolist(), Counter()
     for index, share in zip(span.indices, shares, strict=True):
@@ -150,32 +147,11 @@ def true_factors(job: Job, first: int) -> dict[str, Tensor]:
     for images, _ in one_pass(job, data, "truth (val)", values):
         values.add(decompose(job.clip.model, images).values[:, first:])
     written = in_own_space(values.tensor(), head_maps(job.clip.model)[first:])
-    return {factor: explained(written, data.facts[factor]) for factor in FACTORS.values()}
-
-
-def agreement(truth: dict[str, Tensor], found: list[dict]) -> dict:
-    """How often a head's role is its true factor, among heads that one factor explains over THRESHOLD of."""
-    shares = torch.stack(list(truth.values())).flatten(1)  # [factors, heads]
-    clear = [i for i in range(shares.shape[1]) if shares[:, i].max() > THRESHOLD]
-    true = [list(truth)[int(shares[:, i].argmax())] for i in clear]
-    by_role = [FACTORS.get(found[i]["role"]) for i in clear]
-    most = [found[i]["texts by category"] for i in clear]
-    by_texts = [FACTORS.get(max(counts, key=counts.get, default=None)) for counts in most]
-    # Expected when the roles are shuffled over the heads.
-    dealt = sum(by_role.count(factor) * true.count(factor) for factor in truth) / max(len(clear), 1)
-    others = [head for i, head in enumerate(found) if i not in clear]
-    right = [sum(a == b for a, b in zip(named, true, strict=True)) for named in (by_role, by_texts)]
-    return {
-        "heads": shares.shape[1],
-        "clear heads": len(clear),
-        **dict(zip(AGREEMENTS, [*right, dealt], strict=True)),
-        "other heads without a role": sum(head["role"] is None for head in others),
-    }
+    return {factor: explained(written, data.facts[factor]) for factor in truth.FACTOR_OF.values()}
 
 
 def print_results(results: dict) -> None:
-    """Settings, a paragraph for each head, and in the demo how its roles agree with the truth."""
-    print_settings(results["settings"])
+    """A paragraph for each head, and in the demo how its roles agree with the truth."""
     for head in results["heads"]:
         print(f"\n{head['head']:<6} {in_words(head):<70} spread {head['spread']:6.1%} of the embedding's")
         for text, share in head["texts"][:SHOWN]:
@@ -183,25 +159,11 @@ def print_results(results: dict) -> None:
         rest = [share for _, share in head["texts"][SHOWN:]]
         print(f"       {sum(rest):6.1%}  {len(rest)} more texts;  {head['remainder']:.1%} is left")
     if "agreement" in results:
-        counts = results["agreement"]
-        clear, total = counts["clear heads"], counts["heads"]
-        print(
-            f"\nA true factor explains over {THRESHOLD:.0%} of {clear} of {total} heads "
-            "(validation split). It is the role in"
-        )
-        for key in AGREEMENTS:
-            print(f"  {key:<24} {counts[key]:4.1f} of {clear}  ({counts[key] / max(clear, 1):.0%})")
-        print(
-            f"Of the other {total - clear} heads, {counts['other heads without a role']} are given no role."
-        )
+        print("\n" + truth.agreement_in_words(results["agreement"]))
 
 
 def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report.Html]:
-    """The same for report.html.
-
-    Args:
-        images: of each head, where it writes most along its first text.
-    """
+    """The same for report.html; images of each head are those where it writes most along its first text."""
     heads = []
     for head in results["heads"]:
         layer, number = (int(part) for part in head["head"].split("."))
@@ -211,24 +173,7 @@ def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report
         more = {"images": images.get(head["head"], ()), "stable": head["stable"]}
         texts = (head["texts"], head["spread"], head["remainder"])
         heads.append(report.Head(layer, number, head["role"] or "", largest, shown, *texts, **more))
-    note = (
-        "Bars of categories: share of the head's variance between images that different texts "
-        "of the category fit best. "
-        "Beside each text, the share of variance along what it adds to those above it. "
-        "Stable: share of bootstrap samples with the same role. "
-        "Images: of those that roles were found on, where the head writes most along its first text."
-    )
-    sections = [report.section("What each head writes", report.head_grid(heads), note=note)]
+    sections = [report.section("What each head writes", report.head_grid(heads), note=NOTE)]
     if "agreement" in results:
-        counts = results["agreement"]
-        clear = counts["clear heads"]
-        rows = [
-            (key, f"{counts[key]:.1f} of {clear}", f"{counts[key] / max(clear, 1):.0%}") for key in AGREEMENTS
-        ]
-        words = (
-            "In the demo the truth is known: "
-            f"one factor explains over 30% of {clear} of {counts['heads']} heads. It is the role in"
-        )
-        section = report.section("Roles and the true factors", words, report.table(["", "heads", ""], rows))
-        sections.append(section)
+        sections.append(truth.page_of_agreement(results["agreement"]))
     return sections

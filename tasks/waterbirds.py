@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 import report
-from data import DemoBirds, Waterbirds
+from data import Waterbirds
+from demo.images import DemoBirds
 from files import InputError
 from zeroshot import classifier, templates
 
 from .accumulators import Sums
 from .job import Job, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score
-from .tables import in_percent, means_of, percent, print_settings, prompts_of, settings, table
+from .tables import SCORED, in_percent, in_tenths, percent, print_settings, table, zero_shot_settings
 
 GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 
@@ -23,7 +24,9 @@ GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 def run(job: Job) -> tuple[dict, list]:
     """Accuracy by group: as it is, without the cue's heads or directions, and without random heads."""
     clip, args = job.clip, job.args
-    test = open_test(job)
+    if args.data is not None:
+        Waterbirds(args.data, "test", clip.preprocess)  # refuses other folders, which have no groups
+    test = open_split(job, "test")
     counts = count_groups(test)
     cue = look_for_cue(job)
     kinds = test.kinds if clip.is_demo and args.data is None else ()
@@ -37,25 +40,12 @@ def run(job: Job) -> tuple[dict, list]:
     found, (ours,), drawn = in_blocks(groups.rows(), interventions)
     rows = dict(zip(plan.labels, found, strict=True))
     control = random_control(ours, drawn) if drawn else None
-    note = "the authors' way, on the images that are scored"
-    where = settings(
-        job,
-        test=test.description,
-        means=means_of(job, cue.reference.description, note),
-        prompts=prompts_of(clip, test.classes),
-        **cue.settings(),
-    )
-    print_settings(where)
+    note = f"the authors' way, {SCORED}"
+    common = zero_shot_settings(job, test, cue.reference.description, test.classes, note)
+    where = print_settings(job, **common, **cue.settings())
     print_rows(rows, control, counts, len(cue.heads))
     results = {"settings": where, "rows": rows, "random": control, **cue.results()}
     return results, page(results, counts)
-
-
-def open_test(job: Job) -> DemoBirds | Waterbirds:
-    """The test split; other folders than Waterbirds have no groups and are refused."""
-    if job.args.data is not None:
-        Waterbirds(job.args.data, "test", job.clip.preprocess)
-    return open_split(job, "test")
 
 
 def count_groups(test: DemoBirds | Waterbirds) -> dict[str, int]:
@@ -64,29 +54,20 @@ def count_groups(test: DemoBirds | Waterbirds) -> dict[str, int]:
     counts = {group: found[i] for i, group in enumerate(GROUPS)}
     missing = next((group for group, count in counts.items() if not count), None)
     if missing is not None:
-        raise InputError(
-            f"the test images hold none of group {missing} (bird/place), "
-            "and worst-group accuracy needs all four groups"
-        )
+        why = "and worst-group accuracy needs all four groups"
+        raise InputError(f"the test images hold none of group {missing} (bird/place), {why}")
     return counts
 
 
 class Groups(Sums):
     """Right answers by group, counted over images, for several interventions at once."""
 
-    state_names = ("sums",)
-
     def __init__(self, test: DemoBirds | Waterbirds) -> None:
         super().__init__()
         self.test, self.group = test, 2 * test.y + test.place
 
     def update(self, scores: Tensor, indices: Tensor) -> None:
-        """Add images.
-
-        Args:
-            scores: [k, b, c] of the two classes, and after them of the demo's kinds of birds.
-            indices: [b] in the data set.
-        """
+        """Add images: scores [k, b, c] of the two classes, then of the demo's kinds of birds; indices [b]."""
         scores, group = scores.cpu(), self.group[indices]
         of_classes, of_kinds = scores.tensor_split([len(self.test.classes)], dim=2)
         right = of_classes.argmax(dim=2) == self.test.y[indices]  # [k, b]
@@ -111,11 +92,9 @@ class Groups(Sums):
 
 def random_control(ours: dict, drawn: list[dict]) -> dict:
     """What mean-ablating random heads does, beside `ours`, the chosen ones."""
-    control = {
-        "draws": len(drawn),
-        "worst values": [row["worst"] for row in drawn],
-        "below the chosen heads": sum(row["worst"] < ours["worst"] for row in drawn) / len(drawn),
-    }
+    worst = [row["worst"] for row in drawn]
+    below = sum(value < ours["worst"] for value in worst) / len(drawn)
+    control = {"draws": len(drawn), "worst values": worst, "below the chosen heads": below}
     for key in ("worst", "average"):
         values = torch.tensor([row[key] for row in drawn], dtype=torch.float64)
         spread = values.std(correction=0).item()
@@ -130,22 +109,18 @@ def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, in
     lines = [["n", *(f"{count:,}" for count in counts.values()), "", f"{total:,}", f"{total:,}"]]
     for label, row in rows.items():
         worst = min(GROUPS, key=row["groups"].get)
-        by_group = [f"{100 * share:.1f}" for share in row["groups"].values()]
-        lines.append([label, *by_group, percent(row["worst"], counts[worst]), percent(row["average"], total)])
-        lines[-1].append(f"{100 * row.get('kinds', 0):.1f}")
+        summary = [percent(row["worst"], counts[worst]), percent(row["average"], total)]
+        lines.append([label, *in_tenths(row["groups"].values()), *summary, *in_tenths([row.get("kinds", 0)])])
     words = "none: no other set of as many heads from the same layers is left"
     if control is not None:
         both = [control["worst"], control["average"]]
         means = [f"{100 * drawn['mean']:.1f} ± {100 * drawn['std']:.1f}" for drawn in both]
-        most = [f"{100 * drawn['max']:.1f}" for drawn in both]
+        most = in_tenths(drawn["max"] for drawn in both)
         lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *means, ""])
         lines.append([f"{chosen} random heads, best", *[""] * 4, *most, ""])
         below = round(control["below the chosen heads"] * control["draws"])
-        words = (
-            f"{control['draws']} draws of as many heads from each of the same layers "
-            "(never the chosen set),\n"
-            f"mean-ablated; the chosen heads' worst group is above {below} of them."
-        )
+        words = f"{control['draws']} draws of as many heads from each of the same layers (never the chosen"
+        words += f" set),\nmean-ablated; the chosen heads' worst group is above {below} of them."
     columns = 8 if kinds else 7
     print("\n" + table(header[:columns], [line[:columns] for line in lines]))
     print(f"\nGroups are bird/place. [..]: 95 % interval (Wilson). Random: {words}")
@@ -156,11 +131,9 @@ def page(results: dict, counts: dict[str, int]) -> list[report.Html]:
     sections = [page_of_accuracies(results["rows"], counts)]
     if results["random"] is not None:
         sections.append(page_of_control(results["rows"], results["random"]))
-    heads = [
-        report.Head(i, j, "chosen" if [i, j] in results["heads"] else "", share)
-        for i, row in enumerate(results["explained"])
-        for j, share in enumerate(row)
-    ]
+    shares = {(i, j): share for i, row in enumerate(results["explained"]) for j, share in enumerate(row)}
+    roles = {head: "chosen" if [*head] in results["heads"] else "" for head in shares}
+    heads = [report.Head(*head, roles[head], share) for head, share in shares.items()]
     words = "Share of each head's variance between images that different texts of the cue fit best."
     return [*sections, report.section("Which heads look at the cue", words, report.head_grid(heads))]
 
@@ -171,16 +144,14 @@ def page_of_accuracies(rows: dict[str, dict], counts: dict[str, int]) -> report.
     cells = []
     for label, row in rows.items():
         shares = [*row["groups"].values(), row["worst"], row["average"], *([row["kinds"]] if kinds else [])]
-        cells.append([label.strip(), *(f"{100 * share:.1f}" for share in shares)])
-    groups = {
-        group: [(label.strip(), *in_percent(row["groups"][group], count)) for label, row in rows.items()]
-        for group, count in counts.items()
-    }
-    return report.section(
-        "Accuracy with and without the cue",
-        report.table(header, cells, "Groups are bird/place"),
-        report.intervals(groups, "Each group, with 95 % intervals (Wilson)", "accuracy, %"),
-    )
+        cells.append([label.strip(), *in_tenths(shares)])
+    groups = {group: [] for group in counts}
+    for group, count in counts.items():
+        for label, row in rows.items():
+            groups[group].append((label.strip(), *in_percent(row["groups"][group], count)))
+    numbers = report.table(header, cells, "Groups are bird/place")
+    drawn = report.intervals(groups, "Each group, with 95 % intervals (Wilson)", "accuracy, %")
+    return report.section("Accuracy with and without the cue", numbers, drawn)
 
 
 def page_of_control(rows: dict[str, dict], control: dict) -> report.Html:
@@ -189,9 +160,5 @@ def page_of_control(rows: dict[str, dict], control: dict) -> report.Html:
         marks["chosen heads"] = 100 * rows["heads mean-ablated"]["worst"]
     values = [100 * share for share in control["worst values"]]
     drawn = report.histogram(values, marks, "Worst group without random heads", "accuracy, %")
-    return report.section(
-        "Would any heads do?",
-        f"{control['draws']} draws of as many heads from each of the same layers, "
-        "mean-ablated like the chosen ones.",
-        drawn,
-    )
+    words = f"{control['draws']} draws of as many heads from each of the same layers"
+    return report.section("Would any heads do?", f"{words}, mean-ablated like the chosen ones.", drawn)

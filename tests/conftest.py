@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data import DemoBirds
+from demo.images import DemoBirds
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 

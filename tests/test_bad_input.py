@@ -46,7 +46,7 @@ import tasks.check
 import tasks.heatmap
 import tasks.job
 import tasks.models
-from data import DemoBirds
+from demo.images import DemoBirds
 
 ROOT = Path(__file__).parent.parent
 # open_clip's list of configurations is one for all tests: a name that no other file uses.

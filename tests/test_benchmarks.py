@@ -8,7 +8,7 @@ import pytest
 
 import demo
 from benchmarks import cue_study, decompose, scale
-from data import DemoBirds
+from demo.images import DemoBirds
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,7 @@ def test_factors_are_independent_of_each_other_on_a_balanced_split():
 
 
 def test_no_two_splits_share_a_seed():
-    from data import DemoBirds
+    from demo.images import DemoBirds
     from demo.score import WATCHED
 
     seeds = [*DemoBirds.seeds.values(), WATCHED, 1000, 2000]

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import demo
-from data import DemoBirds
 from decompose import decompose
+from demo.images import DemoBirds
 from evaluate import main
 from tasks.heads import parse_heads
 from tasks.tables import wilson

@@ -25,9 +25,11 @@ from torch import Tensor
 
 import tasks.textspan
 from benchmarks.cue_study import pick
-from data import DemoBirds, ImageFolder, subset
+from data import ImageFolder, subset
 from decompose import Decomposition, decompose, head_maps, token_scores
 from demo import scenes
+from demo.images import DemoBirds
+from demo.truth import agreement, same_factors
 from evaluate import main, parse_args
 from roles import find_roles
 from tasks.ablation import ablations
@@ -35,8 +37,7 @@ from tasks.completeness import random_texts
 from tasks.job import Job
 from tasks.reference import Kept, Reference
 from tasks.removal import Plan, Scores, auto_heads, random_heads
-from tasks.retrieval import agree, cosine, heads_of, sheet
-from tasks.textspan import agreement
+from tasks.retrieval import cosine, heads_of, sheet
 from textspan import Moments, reconstruct, textspan
 from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
@@ -360,8 +361,8 @@ def test_every_ablation_changes_class_scores_by_what_the_terms_lose(which, reque
     world = request.getfixturevalue(which)
     found = ablations(world.test, reference(world), world.classes, world.maps @ world.classes.T)
     by_hand = ablated(world.test, world.train, world.maps)
-    assert [label for label, _ in found] == list(by_hand)
-    for label, scores in found:
+    assert list(found) == list(by_hand)
+    for label, scores in found.items():
         torch.testing.assert_close(scores, by_hand[label] @ world.classes.T, **SCORES)
 
 
@@ -375,7 +376,7 @@ def test_no_two_ablations_are_the_same(which, request):
         else {("attention of layers 0 to 0", "attention of layer 0")}
     )
     nothing.add(("attention of layers 0 to 0", "attention of layer 0"))
-    same = {(a, b) for (a, x), (b, y) in combinations(found, 2) if (x - y).abs().max() < 1e-3}
+    same = {(a, b) for (a, x), (b, y) in combinations(found.items(), 2) if (x - y).abs().max() < 1e-3}
     assert same == nothing
 
 
@@ -933,7 +934,7 @@ def test_a_sheet_keeps_the_shape_of_an_image():
 
 def test_pairs_that_agree_are_counted_by_hand(demo):
     order = [3, 17, 40, 41, 77]
-    found = agree(demo.data, order)
+    found = same_factors(demo.data, order)
     assert list(found) == ["kind", "colour", "place", "light", "style"]
     for factor, values in demo.data.facts.items():
         for share, images in zip(found[factor], (order, range(LIMIT)), strict=True):
@@ -942,7 +943,7 @@ def test_pairs_that_agree_are_counted_by_hand(demo):
 
 
 def test_one_image_makes_no_pair(demo):
-    assert all(share == 0 for share, _ in agree(demo.data, [3]).values())
+    assert all(share == 0 for share, _ in same_factors(demo.data, [3]).values())
 
 
 def test_the_cosine_is_of_the_terms_that_the_values_stand_for():

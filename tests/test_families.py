@@ -1134,13 +1134,13 @@ def test_a_large_batch_is_split_and_gives_the_same(family, monkeypatch):
 
 def test_parts_of_a_batch_keep_no_more_than_what_is_allowed(monkeypatch):
     model, kept = model_of("SigLIP"), []
-    mix = families.Virtual.mix
+    mix = families.VirtualTokens.mix
 
     def recorded(self, x):  # what is kept of a part is weighed at the end
         kept.append(len(self.weights))
         return mix(self, x)
 
-    monkeypatch.setattr(families.Virtual, "mix", recorded)
+    monkeypatch.setattr(families.VirtualTokens, "mix", recorded)
     decompose(model, pictures(model, batch=4))
     assert set(kept) == {4}
     tower = families.open_family(model)

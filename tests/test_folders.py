@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import DemoBirds, ImageFolder, InputError
+from data import ImageFolder, InputError
+from demo.images import DemoBirds
 from evaluate import main
 from tasks.job import zero_shot_problem
 

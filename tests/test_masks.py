@@ -11,8 +11,9 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision import transforms
 
-from data import DemoBirds, InputError, batches
-from masks import DemoMasks, ImageNetSegmentation, MaskFolder, mask_geometry, seen
+from data import InputError, batches
+from demo.images import DemoBirds, DemoMasks
+from masks import ImageNetSegmentation, MaskFolder, mask_geometry, seen
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from data import DemoBirds
+from demo.images import DemoBirds
 from evaluate import main
 
 QUICK = ["--limit", "40", "--workers", "0"]

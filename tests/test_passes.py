@@ -18,10 +18,11 @@ from torch.utils.data import Subset
 
 import demo
 from cue import CueVotes
-from data import DemoBirds, ImageFolder, Waterbirds
+from data import ImageFolder, Waterbirds
+from demo.images import DemoBirds, DemoMasks
 from evaluate import main, parse_args
 from files import InputError
-from masks import DemoMasks, MaskFolder
+from masks import MaskFolder
 from metrics import Segmentation
 from tasks import checkpoint, passes, processes
 from tasks.accumulators import Largest, Rows, Sums, fresh_copy, load_state_dict, state_dict

@@ -1,6 +1,7 @@
 """The README keeps its promises: its code prints what it says, its links lead somewhere, and it is short."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_python_blocks_import_what_exists(page):
             continue
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.ImportFrom):
-                module = __import__(node.module)
+                module = importlib.import_module(node.module)
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 

@@ -21,10 +21,10 @@ import tasks.job
 import tasks.segmentation
 import zeroshot
 from baselines import METHODS, Attribution, BaselineError
-from data import DemoBirds
 from decompose import heatmap
+from demo.images import DemoBirds, DemoMasks
 from evaluate import main
-from masks import DemoMasks, MaskFolder, seen
+from masks import MaskFolder, seen
 from metrics import Segmentation
 from tasks.attribution import ATTRIBUTIONS, attribute, score_of
 from tasks.heatmap import INFERNO, LONG_SIDE, colours, covers, overlay, resized, sheet, slug

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DemoBirds, InputError, eight_bits, subset
+from data import InputError, eight_bits, subset
+from demo.images import DemoBirds
 from zeroshot import (
     CACHED,
     classifier,

@@ -1,0 +1,79 @@
+"""What a task found beside the truth: every factor of the demo's pictures is known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import report
+from cue import THRESHOLD
+from roles import explained
+
+from .images import DemoBirds
+
+# The factor that each category of the demo's text bank names.
+FACTOR_OF = {"animals": "kind", "colours": "colour", "places": "place", "light": "light", "styles": "style"}
+AGREEMENTS = ("roles from categories", "roles from greedy texts", "roles dealt at random")
+
+
+def agreement(truth: dict[str, Tensor], found: list[dict]) -> dict:
+    """How often a head's role is its true factor, among heads that one factor explains over THRESHOLD of."""
+    shares = torch.stack(list(truth.values())).flatten(1)  # [factors, heads]
+    clear = [i for i in range(shares.shape[1]) if shares[:, i].max() > THRESHOLD]
+    true = [list(truth)[int(shares[:, i].argmax())] for i in clear]
+    by_role = [FACTOR_OF.get(found[i]["role"]) for i in clear]
+    most = [found[i]["texts by category"] for i in clear]
+    by_texts = [FACTOR_OF.get(max(counts, key=counts.get, default=None)) for counts in most]
+    # Expected when the roles are shuffled over the heads.
+    dealt = sum(by_role.count(factor) * true.count(factor) for factor in truth) / max(len(clear), 1)
+    others = [head for i, head in enumerate(found) if i not in clear]
+    right = [sum(a == b for a, b in zip(named, true, strict=True)) for named in (by_role, by_texts)]
+    return {
+        "heads": shares.shape[1],
+        "clear heads": len(clear),
+        **dict(zip(AGREEMENTS, [*right, dealt], strict=True)),
+        "other heads without a role": sum(head["role"] is None for head in others),
+    }
+
+
+def agreement_in_words(counts: dict) -> str:
+    """What `agreement` found, in lines to print."""
+    clear, total = counts["clear heads"], counts["heads"]
+    clear_heads = f"{THRESHOLD:.0%} of {clear} of {total} heads"
+    lines = [f"A true factor explains over {clear_heads} (validation split). It is the role in"]
+    for key in AGREEMENTS:
+        lines.append(f"  {key:<24} {counts[key]:4.1f} of {clear}  ({counts[key] / max(clear, 1):.0%})")
+    none = counts["other heads without a role"]
+    return "\n".join([*lines, f"Of the other {total - clear} heads, {none} are given no role."])
+
+
+def page_of_agreement(counts: dict) -> report.Html:
+    """The same for report.html."""
+    clear = counts["clear heads"]
+    shares = {key: (counts[key], counts[key] / max(clear, 1)) for key in AGREEMENTS}
+    rows = [(key, f"{count:.1f} of {clear}", f"{share:.0%}") for key, (count, share) in shares.items()]
+    known = f"one factor explains over {THRESHOLD:.0%} of {clear} of {counts['heads']} heads"
+    words = f"In the demo the truth is known: {known}. It is the role in"
+    return report.section("Roles and the true factors", words, report.table(["", "heads", ""], rows))
+
+
+def same_factors(data: DemoBirds, order: list[int]) -> dict[str, tuple[float, float]]:
+    """{factor: share of pairs of these images that have the same value, and of all pairs}."""
+    found = {}
+    for factor, values in data.facts.items():
+        counts = [torch.bincount(rows).double() for rows in (values[order], values)]
+        found[factor] = tuple(float((n * (n - 1)).sum() / max(n.sum() * (n.sum() - 1), 1)) for n in counts)
+    return found
+
+
+def same_factors_in_words(shares: dict[str, tuple[float, float]]) -> str:
+    """What `same_factors` found, in a line to print."""
+    words = [f"{factor} {share:.0%} (all images {chance:.0%})" for factor, (share, chance) in shares.items()]
+    return f"Pairs of these images that are the same in: {', '.join(words)}"
+
+
+def add_factors(found: list[dict], fired: Tensor, facts: dict[str, Tensor]) -> None:
+    """Add to each neuron the share of its activation's variance that each factor of the demo explains."""
+    shares = {factor: explained(fired[:, None, :, None], values)[0] for factor, values in facts.items()}
+    for i, row in enumerate(found):
+        row["factors"] = {factor: float(share[i]) for factor, share in shares.items()}
