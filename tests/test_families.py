@@ -1538,6 +1538,14 @@ def test_causal_attention_and_dropout_of_another_thread_pass_by_as_they_are():
     assert not calls
 
 
+def test_queries_that_share_keys_and_values_are_attended_to_as_they_are():
+    q, k, v = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
+    with attention_calls():
+        shared = F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
+    assert torch.equal(shared, expected)
+
+
 def test_causal_attention_is_refused():
     x = torch.randn(1, 1, 3, 4)
     with attention_calls(), pytest.raises(NotImplementedError, match="causal"):
