@@ -68,8 +68,7 @@ class Decomposition:
 
     def error(self) -> float:
         """max |total - embedding| / max |embedding|, over all images; NaN if either holds a NaN."""
-        embedding = self.embedding.to(self.stem.dtype)
-        return float((self.total() - embedding).abs().max() / embedding.abs().max())
+        return float((self.total() - self.embedding).abs().max() / self.embedding.abs().max())
 
     def __repr__(self) -> str:
         shapes = [f"{name} {list(x.shape)}" for name, x in vars(self).items() if x is not None]
@@ -351,8 +350,7 @@ def image_embedding(model: nn.Module, images: Tensor, hooks: Sequence[tuple] = (
             module.training = False
         normalises = "normalize" in inspect.signature(model.encode_image).parameters
         output = model.encode_image(images, **({"normalize": False} if normalises else {}))
-    output = output[0] if isinstance(output, tuple) else output  # towers with output_tokens=True
-    return output[:, 0] if output.ndim == 3 else output  # CoCa's poolings of one query
+    return output[0] if isinstance(output, tuple) else output  # towers with output_tokens=True
 
 
 def upcast(x: Tensor) -> Tensor:

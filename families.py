@@ -513,7 +513,7 @@ def timm_tower(model: nn.Module) -> Family:
     others = [type(layer).__name__ for layer in layers if not isinstance(layer, nn.Linear)]
     require(not others, f"its projection has a {', '.join(others)}; expected linear maps alone")
     maps = [(layer.weight.T, layer.bias) for layer in layers]
-    like = next(trunk.parameters()).new_empty(getattr(trunk, "embed_dim", trunk.num_features))
+    like = next(trunk.parameters()).new_empty(trunk.embed_dim)
     before, after, prefix = child(trunk, "norm"), child(trunk, "fc_norm"), trunk.num_prefix_tokens
     patches = slice(0 if getattr(trunk, "pool_include_prefix", False) else prefix, None)
     pool, pooler = trunk.global_pool, getattr(trunk, "attn_pool", None)

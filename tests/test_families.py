@@ -260,7 +260,7 @@ def stock(model, images):
     """The embedding, not normalised, whatever the model's default."""
     output = model.visual(images)
     output = output[0] if isinstance(output, tuple) else output
-    return output.flatten(1)  # parallel and cascade leave an axis of one query
+    return output
 
 
 def sentences(model, count=5, seed=2):
@@ -516,13 +516,9 @@ def read_out(model, split):
 
 
 def natively_attended(visual, split):
-    if visual.attn_pool_contrastive is None:
-        split = by_queries(visual.attn_pool, split).through(visual.ln_post)
-        queries = [0] if visual.pool_type == "tok" else list(range(1, split.whole.shape[1]))
-        return split.pooled(queries, 1 / len(queries)).through(visual.proj)
-    split = split.through(visual.ln_post)
-    split = by_queries(visual.attn_pool, split) if visual.attn_pool_type == "cascade" else split
-    return by_queries(visual.attn_pool_contrastive, split).through(visual.proj)
+    split = by_queries(visual.attn_pool, split).through(visual.ln_post)
+    queries = [0] if visual.pool_type == "tok" else list(range(1, split.whole.shape[1]))
+    return split.pooled(queries, 1 / len(queries)).through(visual.proj)
 
 
 @torch.no_grad()
