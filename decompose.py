@@ -17,8 +17,8 @@ Four facts, in the names that the code uses:
        embedding = x G / sigma + shift       G = (I - 11'/D) diag(gamma) P       shift = beta P
 4. So whatever writes s onto the class token adds s G / sigma to the embedding. That is its term.
 
-The forward pass is the model's own. Hooks read y, and work out A and z for the class token alone, which costs
-a few percent of the pass.
+The forward pass is the model's own. Hooks read y, and work out A and z for the class token alone, which adds
+up to a tenth to the time of the pass.
 
 Axes: b images   L layers   H heads   N tokens, class token first   t texts
       e width of a head   D width of the residual stream   d width of the embedding

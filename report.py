@@ -376,6 +376,7 @@ def shown(value: object) -> str:
 
 
 def percent(share: float | None) -> str:
+    """A whole percentage, with one decimal where it is small."""
     return f"{share:.{int(0 < abs(share) < 0.095)}%}" if known(share) else MISSING
 
 
@@ -385,10 +386,12 @@ def known(*values: float | None) -> bool:
 
 
 def present(lines: Lines) -> dict[str, float]:
+    """The lines that can be drawn."""
     return {name: value for name, value in lines.items() if known(value)}
 
 
 def bar(share: float | None) -> Html:
+    """A bar as long as the share."""
     return tag("span", class_="bar", style=f"--w:{100 * min(1, max(0, share)) if known(share) else 0:.1f}%")
 
 
@@ -491,15 +494,18 @@ def trace(points: Points, x: Axis, y: Axis) -> str:
 
 
 def marker(i: int, x: float, y: float, told: str = "") -> Html:
+    """The mark of series i at a point; `told` is its tooltip."""
     title = tag("title", told) if told else ""
     return tag("path", title, d=MARKERS[i % 8], transform=f"translate({x} {y})", class_="dot")
 
 
 def dashes(i: int) -> str:
+    """The dash pattern of series i: with the markers, 32 series look different."""
     return DASHES[(i + 2 * (i // 8)) % 8]
 
 
 def tone(i: int) -> str:
+    """The colour of series i, as a style."""
     return f"--c:var(--c{i % TONES})"
 
 

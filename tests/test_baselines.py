@@ -19,19 +19,16 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, convert_weights_to_lp
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
+from small import EXACT, FAR, TEXT_TOWER, VISION
 from torch import nn
 
 import baselines
 from baselines import METHODS, BaselineError
 
-# float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this.
-EXACT = 1e-10
 # Relevance divides by sums near zero: over 60 models like these the worst map lost seven digits of sixteen.
 RELEVANCE = 1e-8
 # What the 1e-9 in every denominator takes from a sum that would else be kept exactly; measured 1e-7 at most.
 STABILISED = 1e-6
-FAR = 1e-3  # what a negative control must differ by at least: far from any rounding error
-TEXT_TOWER = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
 KEYS = [
     "raw-attention",
@@ -89,15 +86,7 @@ def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, frozen=False, 
     """A CLIP of three blocks, four heads, 2 x 3 patches, with no parameter at its trivial value, in eval
     mode.
     """
-    vision = {
-        "layers": 3,
-        "width": 32,
-        "head_width": 8,
-        "patch_size": 4,
-        "image_size": (8, 12),
-        "mlp_ratio": 2.0,
-        **options,
-    }
+    vision = VISION | options
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIP(24, vision, TEXT_TOWER, quick_gelu=quick_gelu, cast_dtype=cast_dtype)

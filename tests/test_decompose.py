@@ -15,27 +15,11 @@ from hypothesis import strategies as st
 from open_clip.model import CLIP, convert_weights_to_lp
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import ResidualAttentionBlock, Transformer
+from small import EXACT, FAR, HALF, INNER, SINGLE, TEXT_TOWER, VISION
 from torch import nn
 
 from decompose import Decomposition, DecompositionError, check, decompose, head_maps, heatmap, token_scores
 
-# float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this.
-EXACT = 1e-10
-SINGLE = 1e-5  # float32 rounds at 6e-8; the longest sums here lose one digit more
-# bfloat16 rounds at 4e-3 in every step of a forward pass of three blocks; the docstring of `check`
-# allows this much.
-HALF = 3e-2
-FAR = 1e-3  # what a negative control must differ by at least: far from any rounding error
-TEXT_TOWER = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
-
-INNER = {
-    "qk_norm": True,
-    "scale_heads": True,
-    "scale_attn_inner": True,
-    "scale_attn": True,
-    "scale_fc": True,
-    "ls_init_value": 0.3,
-}
 OPTIONS = {
     "plain": {},
     "quick gelu": {"quick_gelu": True},
@@ -78,15 +62,7 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @torch.no_grad()
 def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, **options):
     """A CLIP of three blocks, four heads, 2 x 3 patches, no parameter at its trivial value, in eval mode."""
-    vision = {
-        "layers": 3,
-        "width": 32,
-        "head_width": 8,
-        "patch_size": 4,
-        "image_size": (8, 12),
-        "mlp_ratio": 2.0,
-        **options,
-    }
+    vision = VISION | options
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = CLIP(24, vision, TEXT_TOWER, quick_gelu=quick_gelu, cast_dtype=cast_dtype)

@@ -58,6 +58,11 @@ def run(folder: Path, *argv: str) -> SimpleNamespace:
     )
 
 
+def retrieve(tmp_path: Path, folder: Path, *more: str) -> SimpleNamespace:
+    """The same, of a retrieval among the images of a folder."""
+    return run(tmp_path, "--task", "retrieval", "--data", str(folder), "--workers", "0", *more)
+
+
 # The same by hand.
 
 
@@ -791,21 +796,8 @@ def test_as_many_are_printed_as_top_says(tmp_path, demo, photo):
 
 
 def test_there_are_no_more_images_than_there_are(tmp_path, folder):
-    argv = [
-        "--task",
-        "retrieval",
-        "--data",
-        str(folder),
-        "--workers",
-        "0",
-        "--head",
-        "3.4",
-        "--text",
-        "a duck",
-        "--top",
-        "99",
-    ]
-    assert len(run(tmp_path, *argv).results["found"]) == 40
+    found = retrieve(tmp_path, folder, "--head", "3.4", "--text", "a duck", "--top", "99").results["found"]
+    assert len(found) == 40
 
 
 def test_batch_size_and_workers_change_no_ranking(tmp_path, demo, photo):
@@ -817,19 +809,7 @@ def test_batch_size_and_workers_change_no_ranking(tmp_path, demo, photo):
 @pytest.mark.parametrize("number", ["3", "17"])
 def test_the_query_itself_is_the_nearest_image(tmp_path, folder, head, number):
     path = next((folder / "val").rglob(f"{number}.png"))
-    argv = [
-        "--task",
-        "retrieval",
-        "--data",
-        str(folder),
-        "--workers",
-        "0",
-        "--head",
-        head,
-        "--image",
-        str(path),
-    ]
-    found = run(tmp_path, *argv).results["found"]
+    found = retrieve(tmp_path, folder, "--head", head, "--image", str(path)).results["found"]
     assert found[0]["image"] == f"{path.parent.name}/{path.name}"
     assert found[0]["score"] == pytest.approx(1, abs=1e-4)  # float32
     assert found[1]["score"] < 0.999
@@ -843,38 +823,13 @@ def test_a_photo_that_lies_on_its_side_is_still_the_nearest_to_itself(tmp_path, 
         image, exif = Image.open(path), Image.Exif()
         exif[0x0112] = 6 if i == 7 else 1  # turned by a quarter, or upright
         image.save(data / f"{i}.png", exif=exif)
-    found = run(
-        tmp_path,
-        "--task",
-        "retrieval",
-        "--data",
-        str(data),
-        "--workers",
-        "0",
-        "--head",
-        "3.4",
-        "--image",
-        str(data / "7.png"),
-    )
+    found = retrieve(tmp_path, data, "--head", "3.4", "--image", str(data / "7.png"))
     assert found.results["found"][0] == {"rank": 1, "score": pytest.approx(1, abs=1e-4), "image": "7.png"}
 
 
 def test_a_deep_model_and_its_heads(tmp_path, folder, deep, deep_places):
     path = folder / "val" / deep_places.data.files[4]
-    argv = [
-        "--task",
-        "retrieval",
-        "--data",
-        str(folder),
-        "--workers",
-        "0",
-        *deep.argv,
-        "--head",
-        "5.0,1.3",
-        "--image",
-        str(path),
-    ]
-    found = run(tmp_path, *argv).results
+    found = retrieve(tmp_path, folder, *deep.argv, "--head", "5.0,1.3", "--image", str(path)).results
     check_ranking(
         found, deep_places, scored(deep_places, [(1, 3), (5, 0)], deep_places.test.heads[4:5], "image")
     )
@@ -883,21 +838,7 @@ def test_a_deep_model_and_its_heads(tmp_path, folder, deep, deep_places):
 
 def test_the_sheet_is_written_and_shows_what_was_found(tmp_path, folder):
     path = next((folder / "val").rglob("3.png"))
-    argv = [
-        "--task",
-        "retrieval",
-        "--data",
-        str(folder),
-        "--workers",
-        "0",
-        "--head",
-        "3.4",
-        "--image",
-        str(path),
-        "--top",
-        "8",
-    ]
-    found = run(tmp_path, *argv)
+    found = retrieve(tmp_path, folder, "--head", "3.4", "--image", str(path), "--top", "8")
     picture = Image.open(tmp_path / "results" / "retrieval" / "sheet.png").convert("RGB")
     assert picture.size == (6 * 158 + 8, 2 * 190 + 8)  # nine tiles in two rows of six
     assert str(tmp_path / "results" / "retrieval" / "sheet.png") in found.out

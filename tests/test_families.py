@@ -23,6 +23,7 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import Transformer
+from small import EXACT, FAR, HALF, INNER, SINGLE, TEXT_TOWER, VISION
 from timm.layers import Attention, AttentionPoolLatent, GluMlp, Mlp, RmsNorm, SwiGLU
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
@@ -34,22 +35,6 @@ import families
 from attention import attention_calls
 from decompose import DecompositionError, check, decompose, head_maps, heatmap, token_scores
 from neurons import neurons
-
-# float64 rounds at 1e-16; sums of some thousand terms that partly cancel stay six digits below this.
-EXACT = 1e-10
-SINGLE = 1e-5  # float32 rounds at 6e-8; the longest sums here lose one digit more
-# bfloat16 rounds at 4e-3 in every step of a forward pass; the docstring of `check` allows this much.
-HALF = 3e-2
-FAR = 1e-3  # what a negative control must differ by at least: far from any rounding error
-TEXT_TOWER = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
-INNER = {
-    "qk_norm": True,
-    "scale_heads": True,
-    "scale_attn_inner": True,
-    "scale_attn": True,
-    "scale_fc": True,
-    "ls_init_value": 0.3,
-}
 
 
 @torch.no_grad()
@@ -74,15 +59,7 @@ def perturbed(model):
 
 def native(embed=24, **vision):
     """open_clip's own ViT: three blocks, four heads, 2 x 3 patches."""
-    vision = {
-        "layers": 3,
-        "width": 32,
-        "head_width": 8,
-        "patch_size": 4,
-        "image_size": (8, 12),
-        "mlp_ratio": 2.0,
-        **vision,
-    }
+    vision = VISION | vision
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return perturbed(CLIP(embed, vision, TEXT_TOWER))

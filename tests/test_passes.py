@@ -449,6 +449,13 @@ class Stop(Exception):
     pass
 
 
+def save_always(folder, *more):
+    """The exit code of a run of waterbirds that saves its state after every batch."""
+    return main(
+        ["--task", "waterbirds", *JOBS["waterbirds"], "--save-every", "0", "--out", str(folder), *more]
+    )
+
+
 def stopped(tmp_path, monkeypatch, after=5, *more):
     """A run that ends in mid-pass, and leaves its state."""
     save, count = Checkpoint.save, []
@@ -462,18 +469,7 @@ def stopped(tmp_path, monkeypatch, after=5, *more):
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", counted)
         with pytest.raises(Stop):
-            main(
-                [
-                    "--task",
-                    "waterbirds",
-                    *JOBS["waterbirds"],
-                    "--save-every",
-                    "0",
-                    "--out",
-                    str(tmp_path),
-                    *more,
-                ]
-            )
+            save_always(tmp_path, *more)
     return tmp_path / "waterbirds" / ".state"
 
 
@@ -488,21 +484,7 @@ def test_what_is_saved_is_not_done_again(tmp_path, monkeypatch, alone, capsys):
     monkeypatch.setattr(
         passes, "batches", lambda data, *more: seen.append((len(data), more[-1])) or batches(data, *more)
     )
-    assert (
-        main(
-            [
-                "--task",
-                "waterbirds",
-                *JOBS["waterbirds"],
-                "--save-every",
-                "0",
-                "--resume",
-                "--out",
-                str(tmp_path),
-            ]
-        )
-        == 0
-    )
+    assert save_always(tmp_path, "--resume") == 0
     assert seen == [(131 - 2 * 32, 2 * 32), (131, 0)]  # to do, done
     assert results(tmp_path, "waterbirds") == results(alone, "waterbirds")
 
@@ -730,21 +712,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypat
         raise error
 
     monkeypatch.setattr(torch, "save", full)
-    assert (
-        main(
-            [
-                "--task",
-                "waterbirds",
-                *JOBS["waterbirds"],
-                "--save-every",
-                "0",
-                "--resume",
-                "--out",
-                str(tmp_path),
-            ]
-        )
-        == 2
-    )
+    assert save_always(tmp_path, "--resume") == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "cannot save the state" in line
     assert "--resume" in line
