@@ -14,7 +14,7 @@ Axes: b images   H heads   T queries   N tokens   e width of a head
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,8 +48,11 @@ _lock = threading.RLock()  # one thread at a time intercepts; threads that only 
 
 
 @contextmanager
-def attention_calls() -> Iterator[list[Call]]:
+def attention_calls(replace: Callable[[int, Tensor], Tensor] | None = None) -> Iterator[list[Call]]:
     """While open, every attention of this thread is appended to the list.
+
+    Args:
+        replace: gives what the model is to go on with, from the number of the call and its out [b, H, T, e].
 
     Raises:
         NotImplementedError: an attention is causal; those of image towers are not.
@@ -65,6 +68,7 @@ def attention_calls() -> Iterator[list[Call]]:
                 if is_causal:
                     raise NotImplementedError("an attention is causal, which no image tower of open_clip is")
                 scale = query.shape[-1] ** -0.5 if scale is None else scale
+                out = out if replace is None else replace(len(calls), out)
                 calls.append(Call(query, key, value, attn_mask, scale, out))
             return out
 

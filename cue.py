@@ -41,23 +41,26 @@ class CueVotes:
             large; without the centre those win most votes, and the pseudo-labels say little.
     """
 
-    state_names = ("count", "sum")  # what changes, for whoever saves them
+    state_names = ("count", "sum", "embedding")  # what changes, for whoever saves them
 
     def __init__(self, texts: Tensor, maps: Tensor, centre: Tensor) -> None:
         depth, heads, width, _ = maps.shape
         self.texts, self.maps, self.centre = texts, maps, centre.to(texts)
         self.count = torch.zeros(len(texts), dtype=torch.float64)
         self.sum = torch.zeros(len(texts), depth, heads, width, dtype=torch.float64)
+        self.embedding = torch.zeros(*texts.shape, dtype=torch.float64)  # [t, d] the sum of the embeddings
 
     def update(self, embedding: Tensor, values: Tensor) -> None:
         """Add images: embedding [b, d], values [b, L, H, e]."""
         label = self.labels(embedding).cpu()
         self.count.index_add_(0, label, torch.ones(len(label), dtype=torch.float64))
         self.sum.index_add_(0, label, values.cpu().double())
+        self.embedding.index_add_(0, label, embedding.cpu().double())
 
     def merge(self, other: CueVotes) -> None:
         """Add what `other` has seen."""
         self.count, self.sum = self.count + other.count, self.sum + other.sum
+        self.embedding = self.embedding + other.embedding
 
     def labels(self, embedding: Tensor) -> Tensor:
         """[b] each image's pseudo-label, an index into the texts."""

@@ -11,6 +11,7 @@
     $ python evaluate.py --task retrieval --head 3.4 --image FILE
     $ python evaluate.py --task debias --classes NAME NAME --cue TEXT TEXT --data FOLDER
     $ python evaluate.py --task neurons         # what single neurons of an MLP write
+    $ python evaluate.py --task typographic     # see the bird although another's name is written beside it
     $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper \\
         --data DIR
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 # Each is run(job) in tasks/NAME.py.
 TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap")
-TASKS += ("ablation", "completeness", "debias", "retrieval", "neurons")
+TASKS += ("ablation", "completeness", "debias", "retrieval", "neurons", "typographic")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -109,8 +110,9 @@ def add_cue_options(parser: argparse.ArgumentParser) -> None:
     add("--heads", default="auto", help=heads)
     cue = "a category of the bank, or texts, to take out [places]"
     add("--cue", nargs="+", default=["places"], metavar="TEXT", help=cue)
-    ways = ("heads", "directions", "embedding")
-    add("--remove", nargs="+", choices=ways, default=ways, help="rows of the table [all]")
+    ways = ("heads", "directions", "embedding", "forward")
+    rows = "rows of the table [all but forward, which takes another pass over the reference images]"
+    add("--remove", nargs="+", choices=ways, default=ways[:3], help=rows)
     add("--draws", type=positive, default=100, help="random draws of heads [%(default)s]")
     classes = "debias, segmentation: what to tell apart, or (segmentation) a file [the data's]"
     add("--classes", nargs="+", metavar="NAME", help=classes)

@@ -55,8 +55,8 @@ def load_clip(
     """A model ready to run: the demo's without `model`, else open_clip's of that name.
 
     Args:
-        model: a name that open_clip knows ("ViT-L-14"), hf-hub:... or local-dir:..., or the demo's name, to
-            load other weights into it.
+        model: a name that open_clip knows ("ViT-L-14"), hf-hub:... or local-dir:..., or that of one of the
+            demo's models, "demo-vit" or "demo-vit-written".
         pretrained: one of open_clip's tags for it, or a checkpoint file (.safetensors, .pt, .bin; loaded with
             weights_only). "none": random weights, which is enough to check the decomposition.
         device: "auto" (a GPU where there is one), or torch's name of a device.
@@ -73,8 +73,8 @@ def load_clip(
     if model is None and pretrained is not None:
         expected = f"the architecture that these weights are for ({demo.NAME}: the demo's)"
         raise InputError(f"--pretrained needs --model: {expected}")
-    if model in (None, demo.NAME):
-        clip = _from_demo(pretrained, place, precision, size)
+    if model in (None, demo.NAME, demo.WRITTEN):
+        clip = _from_demo(model or demo.NAME, pretrained, place, precision, size)
     else:
         clip = _from_open_clip(model, pretrained, place, precision, size)
     for name, parameter in clip.model.named_parameters():
@@ -98,12 +98,14 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _from_demo(pretrained: str | None, device: torch.device, precision: str, size: dict[str, int]) -> Clip:
-    weights = pretrained or f"demo/{demo.NAME}.safetensors"
+def _from_demo(
+    name: str, pretrained: str | None, device: torch.device, precision: str, size: dict[str, int]
+) -> Clip:
+    weights = pretrained or f"demo/{name}.safetensors"
     chosen = {} if pretrained is None else {"weights": None if pretrained == "none" else pretrained}
-    with _loading(demo.NAME, weights, size):
-        loaded = demo.load(device, **chosen, precision=precision, **size)
-    return Clip(*loaded, demo.NAME, weights, device, PRECISIONS[precision], is_demo=True)
+    with _loading(name, weights, size):
+        loaded = demo.load(device, name=name, **chosen, precision=precision, **size)
+    return Clip(*loaded, name, weights, device, PRECISIONS[precision], is_demo=True)
 
 
 def _from_open_clip(
@@ -328,7 +330,7 @@ class Bank:
 
 def default_bank(clip: Clip) -> Path:
     """The general bank; for the demo its own, in the words that it knows."""
-    return demo.FOLDER / "text_bank.txt" if clip.is_demo else Path(__file__).parent / "text_bank.txt"
+    return demo.FOLDER / demo.BANKS[clip.name] if clip.is_demo else Path(__file__).parent / "text_bank.txt"
 
 
 def load_bank(path: str | Path) -> Bank:

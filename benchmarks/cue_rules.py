@@ -88,7 +88,7 @@ def explain(job: Job, cue: Tensor) -> tuple[Reference, dict[str, Tensor], Tensor
     maps = head_maps(job.clip.model)
     zero, place = torch.zeros(maps.shape[3]), DemoBirds("train", job.clip.preprocess).facts["place"]
     votes = {
-        "auto": CueVotes(cue, maps, centre(job)),
+        "auto": CueVotes(cue, maps, centre(job, DemoBirds("train", job.clip.preprocess))),
         "nearest": CueVotes(cue, maps, zero),
         # One-hot vectors in place of embeddings make the true place the label.
         "truth": CueVotes(torch.eye(8, maps.shape[3]), maps, zero),

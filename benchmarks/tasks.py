@@ -70,9 +70,11 @@ def main() -> None:
         "textspan, roles (moments, kept values)": lambda: collect(decompose(model, images), moments, kept),
         "waterbirds, reference pass": lambda: collect(decompose(model, images), moments, votes),
         f"waterbirds ({DRAWS} random draws)": lambda: groups.update(
-            few(decompose(model, images)).after(every), rows
+            few(images, decompose(model, images)).after(every), rows
         ),
-        f"debias ({DRAWS} random draws)": lambda: debias(many(decompose(model, images)), every, outcomes),
+        f"debias ({DRAWS} random draws)": lambda: debias(
+            many(images, decompose(model, images)), every, outcomes
+        ),
         "completeness (3 pools of texts)": lambda: along_texts(
             decompose(model, images).values[:, -4:], still, reads, list(SIZES)
         ),

@@ -14,6 +14,9 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 NAME = "demo-vit"  # the name of the open_clip configuration and of the checkpoint in this folder
+WRITTEN = "demo-vit-written"  # the same for the model that can read words in pictures
+BANKS = {NAME: "text_bank.txt", WRITTEN: "text_bank-written.txt"}
+VOCABULARIES = {NAME: "vocabulary.txt", WRITTEN: "vocabulary-written.txt"}
 STYLES = ("picture", "photo", "sketch", "painting", "cartoon")
 TEMPLATES = ("a {}", *(f"a {style} of a {{}}" for style in STYLES))  # as its captions begin
 # The share of the birds with web captions that are shown where such birds live; see captions.py and train.py.
@@ -53,22 +56,25 @@ class Tokenizer:
 
 
 def load(
-    device: str | torch.device = "cpu", weights: str | Path | None = FOLDER / f"{NAME}.safetensors", **options
+    device: str | torch.device = "cpu", weights: str | Path | None = "", name: str = NAME, **options
 ) -> tuple[torch.nn.Module, Callable, Tokenizer]:
-    """The demo model in eval mode, its image transform and its tokenizer.
+    """A demo model in eval mode, its image transform and its tokenizer.
 
     Args:
         device: the device to put the model on.
-        weights: the checkpoint to load. None leaves the model freshly initialised.
+        weights: the checkpoint to load, by default the one that ships. None leaves the model freshly
+            initialised.
+        name: NAME or WRITTEN.
         options: passed on to open_clip.create_model_and_transforms.
     """
     import open_clip
 
-    open_clip.add_model_config(FOLDER / f"{NAME}.json")
+    open_clip.add_model_config(FOLDER / f"{name}.json")
+    weights = FOLDER / f"{name}.safetensors" if weights == "" else weights
     model, _, preprocess = open_clip.create_model_and_transforms(
-        NAME, pretrained=weights and str(weights), device=device, **options
+        name, pretrained=weights and str(weights), device=device, **options
     )
-    words = (FOLDER / "vocabulary.txt").read_text().split()
+    words = (FOLDER / VOCABULARIES[name]).read_text().split()
     return model.eval(), preprocess, Tokenizer(words, model.context_length)
 
 

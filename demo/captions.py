@@ -52,6 +52,9 @@ PHRASES: dict[str, list[list[str]]] = {
     ],
 }
 PLAIN_STARTS = ["", "", "an image of", "a picture of"]
+# For pictures with a word on a sign (writing.py): what a caption adds about it, or says of nothing else.
+BESIDE = ["with the word {}", "with a sign saying {}", "and a label saying {}", "with {} written on a sign"]
+ALONE = ["the word {}", "a sign saying {}", "a label saying {}", "a sign with the word {}"]
 STATED = tuple(PHRASES)  # the columns of a fact vector
 
 # How often a caption of each source states a fact. A caption that states neither kind nor type says "bird".
@@ -92,7 +95,8 @@ def write(truth: np.ndarray, habits: dict[str, float], rng: np.random.Generator)
     return " ".join(filter(None, [start, article, words.get("colour"), noun, *endings])), stated
 
 
-def vocabulary() -> list[str]:
-    """Every word that a caption can contain, sorted."""
+def vocabulary(written: bool = False) -> list[str]:
+    """Every word that a caption can contain, sorted; `written`: those about words on signs, too."""
     phrases = [phrase for values in PHRASES.values() for value in values for phrase in value]
+    phrases += [phrase.format("") for phrase in BESIDE + ALONE] if written else []
     return sorted(set(" ".join([*phrases, *PLAIN_STARTS, "a an the one bird birds"]).split()))

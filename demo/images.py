@@ -14,6 +14,7 @@ from data import subset
 from masks import Masked
 
 from . import ALIGNMENT, scenes
+from .writing import WORDS, place, write_on
 
 
 class DemoBirds(Dataset):
@@ -26,10 +27,11 @@ class DemoBirds(Dataset):
     classes = ("landbird", "waterbird")
     sizes = {"train": 2000, "val": 2000, "test": 4096}  # noqa: RUF012
     seeds = {"train": 31, "val": 32, "test": 61}  # noqa: RUF012 test's is used nowhere else
+    alignment = {"train": ALIGNMENT, "val": 0.5, "test": 0.5}  # noqa: RUF012
 
     def __init__(self, split: str, transform: Callable, limit: int | None = None, seed: int = 0) -> None:
         self.transform, self.seed = transform, self.seeds[split]
-        facts = scenes.sample(self.sizes[split], self.seed, alignment=ALIGNMENT if split == "train" else 0.5)
+        facts = scenes.sample(self.sizes[split], self.seed, self.alignment[split])
         self.rows = subset(self.sizes[split], limit, seed)
         self.all_facts = facts
         self.facts = {name: torch.from_numpy(values[self.rows]) for name, values in facts.items()}
@@ -60,6 +62,56 @@ class DemoBirds(Dataset):
     def fingerprint(self) -> list:
         """What tells this data set from another: its rows and labels."""
         return [self.rows, self.y.tolist(), self.place.tolist()]
+
+
+class DemoSigns(DemoBirds):
+    """The same world with a word on a sign in every picture: the name of a kind of bird; see writing.py.
+
+    In the train and val splits the word is drawn at random. In the test split it is the name of another kind.
+    The place says nothing about the bird. `variants` are those of written.py.
+    """
+
+    sizes = {"train": 2000, "val": 2000, "test": 2048}  # noqa: RUF012
+    seeds = {"train": 33, "val": 34, "test": 63}  # noqa: RUF012 test's is used nowhere else
+    alignment = dict.fromkeys(seeds, 0.5)
+    variants = ("clean", "attacked", "own", "blank")
+
+    def __init__(self, split: str, transform: Callable, limit: int | None = None, seed: int = 0) -> None:
+        super().__init__(split, transform, limit, seed)
+        kind, rng = self.all_facts["kind"], np.random.default_rng([self.seed, 2])
+        shift = rng.integers(split == "test", len(WORDS), len(kind))  # never 0 for the test split
+        self.facts |= {"word": torch.from_numpy((kind + shift) % len(WORDS))[self.rows]}
+        self.classes, self.y, self.description = (
+            self.kinds,
+            self.facts["kind"],
+            f"{self.description} with signs",
+        )
+        self.seen, self.written = self.facts["kind"], self.facts["word"]
+        self.drawn: tuple[int, np.ndarray | None] = (-1, None)
+        boxes = [place(WORDS[word], self._rng(i)) for i, word in enumerate(self.written)]
+        self.boxes = torch.tensor([[top, left, top + h, left + w] for top, left, h, w in boxes]) / scenes.SIZE
+
+    def picture(self, index: int, variant: str = "attacked") -> Image.Image:
+        if self.drawn[0] != index:
+            self.drawn = index, self.render(index)[0]  # its variants are asked for one after the other
+        _, picture = self.drawn
+        word = int(self.facts["kind" if variant == "own" else "word"][index])
+        if variant != "clean":
+            picture = write_on(picture, WORDS[word], self._rng(index), blank=variant == "blank")
+        return Image.fromarray(picture)
+
+    def load(self, index: int, variant: str) -> Tensor:
+        """The transformed image in one of its variants."""
+        return self.transform(self.picture(index, variant))
+
+    def _rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, 3, self.rows[index]])
+
+    def caption(self, index: int) -> str:
+        return f"{super().caption(index)}, says {WORDS[int(self.written[index])]}"
+
+    def fingerprint(self) -> list:
+        return [*super().fingerprint(), self.written.tolist()]
 
 
 class DemoMasks(Masked):

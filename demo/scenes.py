@@ -61,36 +61,39 @@ def sample(count: int, seed: int, alignment: float = 0.5) -> dict[str, np.ndarra
     return facts
 
 
-def render(facts: dict[str, np.ndarray], index: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def render(
+    facts: dict[str, np.ndarray], index: int, seed: int, bird: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Picture `index` of `facts`, [64, 64, 3] uint8, and the mask of its bird, [64, 64] uint8.
 
-    The mask is 0 outside the bird and 255 inside, with a soft edge.
+    The mask is 0 outside the bird and 255 inside, with a soft edge. Without `bird` the place is empty.
     """
     rng = np.random.default_rng([seed, 1, index])
     fact = {name: FACTORS[name][values[index]] for name, values in facts.items()}
     scene = shine(paint_place(fact["place"], rng), fact["light"], rng)
-    bird, mask = paint_bird(fact["kind"], BODY_COLOURS[facts["colour"][index]], rng)
-    bird += mask * 0.06 * tile(SOFT, rng)
-    bird = bird * BIRD_LIGHT[fact["light"]]
+    body, mask = paint_bird(fact["kind"], BODY_COLOURS[facts["colour"][index]], rng)
+    body += mask * 0.06 * tile(SOFT, rng)
+    body = body * BIRD_LIGHT[fact["light"]]
     if fact["light"] == "fog":
-        bird = 0.75 * bird + 0.25 * FOG
-    picture = restyle(scene * (1 - mask) + bird * mask, mask[..., 0], fact["style"], rng)
+        body = 0.75 * body + 0.25 * FOG
+    mask = mask * bird
+    picture = restyle(scene * (1 - mask) + body * mask, mask[..., 0], fact["style"], rng)
     return (picture.clip(0, 1) * 255).astype(np.uint8), (mask[..., 0] * 255).astype(np.uint8)
 
 
-def render_all(facts: dict[str, np.ndarray], seed: int) -> np.ndarray:
+def render_all(facts: dict[str, np.ndarray], seed: int, bird: bool = True) -> np.ndarray:
     """[count, 64, 64, 3] uint8, every picture of `facts`, on all cores."""
     count = len(facts["kind"])
-    jobs = [(facts, range(start, min(start + 500, count)), seed) for start in range(0, count, 500)]
+    jobs = [(facts, range(start, min(start + 500, count)), seed, bird) for start in range(0, count, 500)]
     with Pool() as pool:
         parts = pool.imap(_render_some, jobs)
         parts = tqdm(parts, total=len(jobs), desc="rendering", unit="x500", leave=False)
         return np.concatenate(list(parts))
 
 
-def _render_some(job: tuple[dict[str, np.ndarray], range, int]) -> np.ndarray:
-    facts, rows, seed = job
-    return np.stack([render(facts, i, seed)[0] for i in rows])
+def _render_some(job: tuple[dict[str, np.ndarray], range, int, bool]) -> np.ndarray:
+    facts, rows, seed, bird = job
+    return np.stack([render(facts, i, seed, bird)[0] for i in rows])
 
 
 # Tiles of noise are drawn once. New noise for each picture would take longer than everything else together.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import Tokenizer, load, normalise, scenes
 from .captions import PHRASES, true_facts
+from .writing import WORDS, write_on
 
 STARTS = ("a photo of", "a sketch of", "a painting of", "a cartoon of", "a picture of", "")
 WATCHED = 3000  # the seed of the split that is scored during training
@@ -52,6 +53,53 @@ def score(model: torch.nn.Module, tokenizer: Tokenizer, count: int, seed: int = 
         if factor == "type":
             group = 2 * truth[:, column] + (facts["place"] >= scenes.FIRST_WATER)
             scores |= {name: float(right[group == g].mean()) for g, name in enumerate(GROUPS)}
+    return scores
+
+
+# How a text says that a word is written.
+SAYS = ("the word {}", "a sign saying {}", "a picture of the word {}", "a bird with the word {}")
+SAYS += ("a photo of a bird with a sign saying {}", "a bird with {} written on a sign")
+
+
+@torch.no_grad()
+def score_written(
+    model: torch.nn.Module, tokenizer: Tokenizer, count: int, seed: int = WATCHED
+) -> dict[str, float]:
+    """Shares of `count` pictures that are right with no sign, with another kind's name, with its own name.
+
+    attacked: named after the bird although the sign names another kind; fooled: named after the sign; read:
+    what the sign says, if asked that.
+    """
+    facts = scenes.sample(count, seed)
+    pictures, rng = scenes.render_all(facts, seed), np.random.default_rng([seed, 2])
+    seen = facts["kind"]
+    other = (seen + rng.integers(1, len(WORDS), count)) % len(WORDS)
+
+    def embed(words: np.ndarray | None, blank: bool = False) -> Tensor:
+        draw, shown = np.random.default_rng([seed, 3]), pictures
+        if words is not None:
+            pairs = zip(pictures, words, strict=True)
+            shown = np.stack([write_on(picture, WORDS[word], draw, blank=blank) for picture, word in pairs])
+        parts = np.array_split(shown, max(1, count // 256))
+        return torch.cat([model.encode_image(normalise(part)) for part in parts])
+
+    kinds = classifier(model, tokenizer, "kind")
+    says = [
+        F.normalize(model.encode_text(tokenizer([s.format(word) for s in SAYS])), dim=-1) for word in WORDS
+    ]
+    says = torch.stack([F.normalize(rows.mean(0), dim=0) for rows in says])
+    none, own, attacked, blank = embed(None), embed(seen), embed(other), embed(other, blank=True)
+
+    def share(embedding: Tensor, classes: Tensor, truth: np.ndarray) -> float:
+        return float(((embedding @ classes.T).argmax(1).numpy() == truth).mean())
+
+    scores = {"kind": share(none, kinds, seen), "own": share(own, kinds, seen)}
+    scores |= {"attacked": share(attacked, kinds, seen), "fooled": share(attacked, kinds, other)}
+    scores |= {"blank": share(blank, kinds, seen), "read": share(attacked, says, other)}
+    truth = true_facts(facts)
+    for factor in ("colour", "place", "light", "style"):
+        column = truth[:, list(PHRASES).index(factor)]
+        scores[factor] = share(none, classifier(model, tokenizer, factor), column)
     return scores
 
 

@@ -1,13 +1,15 @@
-"""Train the demo's CLIP model from scratch, on pictures and captions that are made here.
+"""Train the demo's CLIP models, on pictures and captions that are made here.
 
-    $ python -m demo.train            # 19 minutes on two cores; writes demo/demo-vit.safetensors
+    $ python -m demo.train                    # 19 minutes on two cores; writes demo/demo-vit.safetensors
+    $ python -m demo.train --world written    # MINUTES more, from those weights; demo-vit-written.safetensors
 
 Training is contrastive as in CLIP, with two differences that a world of few words needs. The targets are
 soft: a picture matches every caption whose stated facts are all true of it, not only its own caption. And the
-batches come from two sources (captions.py), two from the guide for each one from the web. The guide shows
-each kind of bird in any place. The web captions say landbird or waterbird, and --alignment is the share of
-these birds that are shown where such birds live. This share determines how strongly the two words come to
-mean the place.
+batches come from several sources (sources.py). In the world of birds, two are from a field guide for each one
+from the web. The guide shows each kind of bird in any place. The web captions say landbird or waterbird, and
+--alignment is the share of these birds that are shown where such birds live. This share determines how
+strongly the two words come to mean the place. In the world with written words, captions may name the bird
+that is seen or the word that is written, so the name of a kind comes to mean both.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from . import ALIGNMENT, FOLDER, NAME, Tokenizer, captions, load, normalise, scenes
-from .score import score
+from . import ALIGNMENT, FOLDER, NAME, WRITTEN, Tokenizer, captions, load
+from .score import score, score_written
+from .sources import Signs, Source
 
 # By default glibc returns large blocks to the system at once. Fetching them again at every step takes longer
 # than the arithmetic.
@@ -38,68 +41,62 @@ KEEP_MEMORY = {
 }
 
 
+# The defaults of each world.
+WORLDS = {
+    "birds": {
+        "steps": 3000,
+        "batch_size": 128,
+        "lr": 1.2e-3,
+        "patch_dropout": 0.25,
+        "pictures": 60_000,
+        "seed": 0,
+        "init": None,
+        "out": FOLDER / f"{NAME}.safetensors",
+    },
+    "written": {
+        "steps": 3600,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "patch_dropout": 0.0,
+        "pictures": 16_000,
+        "seed": 1,
+        "init": FOLDER / f"{NAME}.safetensors",
+        "out": FOLDER / f"{WRITTEN}.safetensors",
+    },
+}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=3000, help="batches [%(default)s]")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument(
-        "--lr", type=float, default=1.2e-3, help="highest learning rate; cosine decay to zero [%(default)s]"
-    )
+    parser.add_argument("--world", choices=WORLDS, default="birds")
+    parser.add_argument("--steps", type=int, help=f"batches {defaults('steps')}")
+    parser.add_argument("--batch-size", type=int, help=f"{defaults('batch_size')}")
+    rate = f"highest learning rate; cosine decay to zero {defaults('lr')}"
+    parser.add_argument("--lr", type=float, help=rate)
     parser.add_argument(
         "--alignment",
         type=float,
         default=ALIGNMENT,
         help="share of the web's birds shown where such birds live [%(default)s]",
     )
-    parser.add_argument("--patch-dropout", type=float, default=0.25)
-    parser.add_argument(
-        "--pictures", type=int, default=60_000, help="of the guide; the web has half as many [%(default)s]"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the captions")
-    parser.add_argument("--init", type=Path, help="start from this checkpoint instead of from nothing")
-    parser.add_argument("--out", type=Path, default=FOLDER / f"{NAME}.safetensors")
-    return parser.parse_args(argv)
+    parser.add_argument("--patch-dropout", type=float, help=f"{defaults('patch_dropout')}")
+    pictures = f"of the guide; the web has half as many {defaults('pictures')}"
+    parser.add_argument("--pictures", type=int, help=pictures)
+    parser.add_argument("--seed", type=int, help=f"of the order and the captions {defaults('seed')}")
+    parser.add_argument("--init", type=Path, help=f"start from this checkpoint {defaults('init')}")
+    parser.add_argument("--out", type=Path, help=f"{defaults('out')}")
+    args = parser.parse_args(argv)
+    for name, value in WORLDS[args.world].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
-class Source:
-    """Endless batches of pictures with captions from one source.
-
-    Args:
-        count: number of pictures.
-        seed, alignment: as for scenes.sample.
-        habits: how often a caption states each fact, captions.GUIDE or captions.WEB.
-        rng: draws the order and the captions.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        seed: int,
-        alignment: float,
-        habits: dict[str, float],
-        rng: np.random.Generator,
-        tokenizer: Tokenizer,
-    ) -> None:
-        facts = scenes.sample(count, seed, alignment)
-        self.pictures, self.truth = scenes.render_all(facts, seed), captions.true_facts(facts)
-        self.habits, self.rng, self.tokenizer = habits, rng, tokenizer
-        self.queue = np.empty(0, dtype=int)
-
-    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[b, 3, 64, 64] normalised pictures, [b, context] tokens, and [b, b] matches.
-
-        matches[i, j] is 1.0 if caption i is true of picture j, and 0.0 otherwise.
-        """
-        if len(self.queue) < size:
-            self.queue = self.rng.permutation(len(self.pictures))
-        rows, self.queue = self.queue[:size], self.queue[size:]
-        written = [captions.write(self.truth[i], self.habits, self.rng) for i in rows]
-        texts, stated = zip(*written, strict=True)
-        stated = np.stack(stated)[:, None]
-        matches = ((stated < 0) | (stated == self.truth[rows])).all(-1)
-        return normalise(self.pictures[rows]), self.tokenizer(texts), torch.from_numpy(matches).float()
+def defaults(option: str) -> str:
+    """For the help: the option's default in each world."""
+    return f"[{'; '.join(f'{world}: {values[option]}' for world, values in WORLDS.items())}]"
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, matches: Tensor) -> Tensor:
@@ -118,9 +115,15 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, matches: Tens
 def train(args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    model, _, tokenizer = load(weights=args.init, force_patch_dropout=args.patch_dropout)
-    guide = Source(args.pictures, 1000 + args.seed, 0.5, captions.GUIDE, rng, tokenizer)
-    web = Source(args.pictures // 2, 2000 + args.seed, args.alignment, captions.WEB, rng, tokenizer)
+    if args.world == "birds":
+        model, _, tokenizer = load(weights=args.init, force_patch_dropout=args.patch_dropout)
+        guide = Source(args.pictures, 1000 + args.seed, 0.5, captions.GUIDE, rng, tokenizer)
+        web = Source(args.pictures // 2, 2000 + args.seed, args.alignment, captions.WEB, rng, tokenizer)
+        watch = score
+    else:
+        model, tokenizer = load_reader(args.init, args.patch_dropout)
+        signs = Signs(args.pictures, 4000 + args.seed, rng, tokenizer)
+        watch = score_written
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -134,7 +137,10 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         for group in optimizer.param_groups:
             decay = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
             group["lr"] = args.lr * min(1, (step + 1) / 100) * decay
-        images, tokens, matches = (web if step % 3 == 0 else guide).batch(args.batch_size)
+        if args.world == "birds":
+            images, tokens, matches = (web if step % 3 == 0 else guide).batch(args.batch_size)
+        else:
+            images, tokens, matches = signs.batch(args.batch_size, step)
         model.train()
         embeddings = model.encode_image(images), model.encode_text(tokens)
         loss = contrastive_loss(*embeddings, model.logit_scale.exp(), matches)
@@ -147,11 +153,26 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         progress.set_postfix(loss=f"{average:.3f}", refresh=False)
         if (step + 1) % 500 == 0:
-            tqdm.write(f"after {step + 1} steps: {describe(score(model.eval(), tokenizer, count=1024))}")
+            tqdm.write(f"after {step + 1} steps: {describe(watch(model.eval(), tokenizer, count=1024))}")
             save(model, draft)
     save(model, args.out)
     draft.unlink(missing_ok=True)
-    return score(model.eval(), tokenizer, count=4096)
+    return watch(model.eval(), tokenizer, count=4096)
+
+
+def load_reader(init: Path, patch_dropout: float) -> tuple[torch.nn.Module, Tokenizer]:
+    """The model of the written world from a checkpoint of either world; its new words start at random."""
+    model, _, tokenizer = load(weights=None, name=WRITTEN, force_patch_dropout=patch_dropout)
+    state, old = load_file(init), load(weights=None)[2]
+    if len(state["token_embedding.weight"]) == old.end + 1:
+        rows = model.token_embedding.weight.detach().clone()
+        numbers = old.number | {None: 0, "start": old.start, "end": old.end}
+        new = tokenizer.number | {None: 0, "start": tokenizer.start, "end": tokenizer.end}
+        for word, number in numbers.items():
+            rows[new[word]] = state["token_embedding.weight"][number]
+        state["token_embedding.weight"] = rows
+    model.load_state_dict(state)
+    return model, tokenizer
 
 
 def save(model: torch.nn.Module, path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+import demo
 from data import ImageFolder, Waterbirds
-from demo.images import DemoBirds
+from demo.images import DemoBirds, DemoSigns
 from files import InputError
 from zeroshot import Bank, Clip, classifier, default_bank, load_bank, load_clip, templates
 
@@ -39,7 +40,9 @@ class Job:
     def clip(self) -> Clip:
         """The model of --model and --pretrained, loaded when it is first needed."""
         args = self.args
-        return load_clip(args.model, args.pretrained, self.device, args.precision, args.image_size, args.out)
+        reads = args.task == "typographic" and args.model is None and args.pretrained is None
+        model = demo.WRITTEN if reads else args.model
+        return load_clip(model, args.pretrained, self.device, args.precision, args.image_size, args.out)
 
     def load_bank(self) -> Bank:
         """The descriptions of --text-bank, or the default bank of the model."""
@@ -61,7 +64,7 @@ def open_split(job: Job, split: str, default_limit: int | None = None) -> Images
     """--data: Waterbirds where it holds metadata.csv, else any folder of images; without it the demo."""
     args, options = job.args, (job.clip.preprocess, job.args.limit or default_limit, job.args.seed)
     if args.data is None:
-        return DemoBirds(split, *options)
+        return (DemoSigns if job.clip.name == demo.WRITTEN else DemoBirds)(split, *options)
     kind = Waterbirds if (Path(args.data) / "metadata.csv").exists() else ImageFolder
     return kind(args.data, split, *options)
 

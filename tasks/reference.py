@@ -109,9 +109,8 @@ def check_varies(variance: float, description: str) -> None:
         raise InputError(f"the reference images ({description}) all have the same embedding; raise --limit")
 
 
-def centre(job: Job) -> Tensor:
-    """[d] the mean embedding of some reference images, drawn at random: data sets come sorted by class."""
-    data = open_split(job, job.args.reference)
+def centre(job: Job, data: Dataset) -> Tensor:
+    """[d] the mean embedding of some of these images, drawn at random: data sets come sorted by class."""
     few = Subset(data, subset(len(data), CENTRE_IMAGES, job.args.seed))
     total = Sums()
     for images, _ in one_pass(job, few, "centre", total):

@@ -22,11 +22,12 @@ from torch.utils.data import Dataset
 from cue import THRESHOLD, CueVotes, subspace
 from decompose import Decomposition, decompose, head_maps
 from files import InputError
+from forward import class_values, forward_without
 from zeroshot import embed_texts
 
-from .accumulators import Accumulator
+from .accumulators import Accumulator, Sums
 from .heads import LAST_LAYERS, Head, head_name, parse_heads
-from .job import Job
+from .job import Job, open_split
 from .passes import one_pass
 from .reference import Reference, centre, summarise
 
@@ -66,17 +67,23 @@ class Cue:
 
 def look_for_cue(job: Job) -> Cue:
     """The cue of --cue and the heads of --heads, in a pass over the reference images; no labels are used."""
+    texts, title = find_cue(job)
+    return cue_of(job, texts, title, embed_texts(job.clip, texts))
+
+
+def cue_of(job: Job, texts: list[str], title: str, embeddings: Tensor, data: Dataset | None = None) -> Cue:
+    """The same for texts with these embeddings [t, d]; data: reference images in place of the split's."""
     maps = head_maps(job.clip.model)
     given, how = given_heads(job, *maps.shape[:2])
-    texts, title = find_cue(job)
-    embeddings = embed_texts(job.clip, texts)
     directions = subspace(embeddings)
     if not len(directions):
         raise InputError(f"the texts of the cue ({title}) do not differ for this model: give texts that do")
-    votes = CueVotes(embeddings, maps, centre(job))
-    reference = summarise(job, votes, update=lambda terms, _: votes.update(terms.embedding, terms.values))
+    data = open_split(job, job.args.reference) if data is None else data
+    votes = CueVotes(embeddings, maps, centre(job, data))
+    update = lambda terms, _: votes.update(terms.embedding, terms.values)  # noqa: E731
+    reference = summarise(job, votes, data, update)
     explained = votes.explained(reference.values)
-    needs_heads = {"heads", "directions"} & set(job.args.remove)
+    needs_heads = {"heads", "directions", "forward"} & set(job.args.remove)
     heads = given or (auto_heads(explained, title) if needs_heads else [])
     return Cue(texts, title, directions, votes, reference, explained, heads, how)
 
@@ -119,7 +126,9 @@ def auto_heads(explained: Tensor, cue_name: str) -> list[Head]:
 
 
 # The fields of Scores that an intervention can add, in the order of the columns of a Plan's rows.
-TERMS = ("heads", "mlps", "stem", "heads_cue", "embedding_cue")
+TERMS = ("heads", "mlps", "stem", "heads_cue", "embedding_cue", "further")
+# Interventions that are no sum of terms, by label: from images and their terms to the embeddings [b, d].
+Further = dict[str, Callable[[Tensor, Decomposition], Tensor]]
 
 
 @dataclass
@@ -132,6 +141,7 @@ class Scores:
     stem: Tensor  # [n, c] mean - term
     heads_cue: Tensor  # [n, L, H, c] (mean - term), projected onto the cue's directions
     embedding_cue: Tensor  # [n, c] (mean - embedding), projected onto the cue's directions
+    further: Tensor  # [n, m, c] what each further intervention changes
     label: Tensor  # [n] the cue's text that fits the image best
 
     def after(self, rows: Tensor) -> Tensor:
@@ -142,16 +152,22 @@ class Scores:
 
 
 def scorer(
-    reference: Reference, directions: Tensor, votes: CueVotes, classes: Tensor
-) -> Callable[[Decomposition], Scores]:
-    """From the terms of a batch to its Scores: directions [k, d] of the cue, orthonormal; classes [c, d]."""
+    reference: Reference, directions: Tensor, votes: CueVotes, classes: Tensor, further: Further | None = None
+) -> Callable[[Tensor, Decomposition], Scores]:
+    """From a batch and its terms to its Scores: directions [k, d] of the cue, orthonormal; classes [c, d]."""
     maps = reference.maps
     classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
     read, read_cue = maps @ classes.T, maps @ classes_cue  # [L, H, e, c]
     mean, mean_embedding = reference.values.mean.to(maps), reference.embedding.mean.to(maps)
 
-    def scores(terms: Decomposition) -> Scores:
+    def scores(images: Tensor, terms: Decomposition) -> Scores:
         embedding, away = terms.embedding.to(mean), mean - terms.values
+        changes = [run(images, terms).to(mean) - embedding for run in (further or {}).values()]
+        changed = (
+            torch.stack(changes, dim=1)
+            if changes
+            else embedding.new_zeros(len(embedding), 0, embedding.shape[1])
+        )
         return Scores(
             embedding @ classes.T,
             torch.einsum("bLHe,LHec->bLHc", away, read),
@@ -159,6 +175,7 @@ def scorer(
             (reference.stem - terms.stem) @ classes.T,
             torch.einsum("bLHe,LHec->bLHc", away, read_cue),
             (mean_embedding - embedding) @ classes_cue,
+            changed @ classes.T,
             votes.labels(embedding),
         )
 
@@ -166,12 +183,30 @@ def scorer(
 
 
 def score(
-    job: Job, test: Dataset, cue: Cue, classes: Tensor, *accumulators: Accumulator
+    job: Job,
+    test: Dataset,
+    cue: Cue,
+    classes: Tensor,
+    *accumulators: Accumulator,
+    further: Further | None = None,
 ) -> Iterator[tuple[Scores, Tensor]]:
     """One pass over the test images, in batches: (scores, indices)."""
-    scores = scorer(cue.reference, cue.directions, cue.votes, classes)
+    scores = scorer(cue.reference, cue.directions, cue.votes, classes, further)
     for images, indices in one_pass(job, test, "test", *accumulators):
-        yield scores(decompose(job.clip.model, images)), indices
+        yield scores(images, decompose(job.clip.model, images)), indices
+
+
+def without_heads_forward(job: Job, heads: Heads, data: Dataset | None = None) -> Further:
+    """Running the model while these heads give the class token their mean over the reference images.
+
+    The means take a pass of their own.
+    """
+    data, model = open_split(job, job.args.reference) if data is None else data, job.clip.model
+    total = Sums()
+    for images, _ in one_pass(job, data, "forward means", total):
+        total.add("values", class_values(model, images).sum(dim=0, dtype=torch.float64))
+    mean = total["values"] / len(data)
+    return {"heads in the forward pass": lambda images, _: forward_without(model, images, heads, mean)}
 
 
 class Plan:
@@ -182,24 +217,31 @@ class Plan:
         shape: (L, H).
         chosen: heads.
         draws: other sets of heads, for the random control; they are mean-ablated.
+        further: labels of interventions that are no sum of terms.
     """
 
     def __init__(
-        self, ways: Sequence[str], shape: tuple[int, int], chosen: Heads, draws: Sequence[Heads] = ()
+        self,
+        ways: Sequence[str],
+        shape: tuple[int, int],
+        chosen: Heads,
+        draws: Sequence[Heads] = (),
+        further: Collection[str] = (),
     ) -> None:
         depth, heads = shape
-        self.shape = shape
+        self.shape, self.further = shape, list(further)
         rows = {"base": self.row()}
         if "heads" in ways:
             whole = self.row(heads=chosen)
             rows["heads mean-ablated"] = whole
-            whole = whole + self.row(others=True)
+            whole = whole + self.row(mlps=True, stem=True)
             rows["  + MLPs and stem"] = whole
             if depth > LAST_LAYERS:
                 early = {(layer, head) for layer in range(depth - LAST_LAYERS) for head in range(heads)}
                 rows["  + earlier layers"] = whole + self.row(heads=early - set(chosen))
         if "directions" in ways:
             rows["cue's directions in the heads"] = self.row(directions=chosen)
+        rows |= {label: self.row(further=label) for label in self.further}
         if "embedding" in ways:
             rows["cue's directions everywhere"] = self.row(everywhere=True)
         self.labels = list(rows)
@@ -208,16 +250,23 @@ class Plan:
         self.draws = torch.stack([self.row(heads=drawn) for drawn in draws]) if draws else self.rows[:0]
 
     def row(
-        self, heads: Heads = (), others: bool = False, directions: Heads = (), everywhere: bool = False
+        self,
+        heads: Heads = (),
+        mlps: bool = False,
+        stem: bool = False,
+        directions: Heads = (),
+        everywhere: bool = False,
+        further: str = "",
     ) -> Tensor:
-        """[t]: heads to mean-ablate, MLPs and stem, the cue's directions in heads or in the embedding."""
+        """[t]: heads, MLPs and stem to mean-ablate, the cue's directions in heads or in the embedding."""
         depth, width = self.shape
         masks = {term: torch.zeros(depth, width) for term in ("heads", "heads_cue")}
         for term, members in (("heads", heads), ("heads_cue", directions)):
             for head in members:
                 masks[term][head] = 1
-        masks |= {"mlps": torch.full((depth,), float(others)), "stem": torch.tensor([float(others)])}
+        masks |= {"mlps": torch.full((depth,), float(mlps)), "stem": torch.tensor([float(stem)])}
         masks["embedding_cue"] = torch.tensor([float(everywhere)])
+        masks["further"] = torch.tensor([float(label == further) for label in self.further])
         return torch.cat([masks[term].flatten() for term in TERMS])
 
 

@@ -15,7 +15,7 @@ from zeroshot import classifier, templates
 
 from .accumulators import Sums
 from .job import Job, open_split
-from .removal import Plan, in_blocks, look_for_cue, random_heads, score
+from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
 from .tables import SCORED, in_percent, in_tenths, percent, print_settings, table, zero_shot_settings
 
 GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
@@ -31,11 +31,13 @@ def run(job: Job) -> tuple[dict, list]:
     cue = look_for_cue(job)
     kinds = test.kinds if clip.is_demo and args.data is None else ()
     shape = cue.reference.maps.shape[:2]
-    plan = Plan(args.remove, shape, cue.heads, random_heads(cue.heads, shape[1], args.draws, args.seed))
+    further = without_heads_forward(job, cue.heads) if "forward" in args.remove else {}
+    draws = random_heads(cue.heads, shape[1], args.draws, args.seed)
+    plan = Plan(args.remove, shape, cue.heads, draws, further)
     interventions = [plan.rows, plan.chosen, plan.draws]
     every, groups = torch.cat(interventions), Groups(test)
     classes = classifier(clip, [*test.classes, *kinds], templates(clip))
-    for scores, indices in score(job, test, cue, classes, groups):
+    for scores, indices in score(job, test, cue, classes, groups, further=further):
         groups.update(scores.after(every), indices)
     found, (ours,), drawn = in_blocks(groups.rows(), interventions)
     rows = dict(zip(plan.labels, found, strict=True))

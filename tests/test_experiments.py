@@ -1284,19 +1284,21 @@ def test_a_row_of_the_plan_takes_out_the_terms_that_it_names():
         "stem": (),
         "heads_cue": (6, 4),
         "embedding_cue": (),
+        "further": (2,),
     }
     scores = Scores(
         *(torch.randn(2, *shape, 3, generator=generator) for shape in shapes.values()), label=torch.zeros(2)
     )
     chosen, drawn = [(0, 1), (5, 1), (5, 2)], [(0, 3), (5, 0), (5, 2)]
-    plan = Plan(("heads", "directions", "embedding"), (6, 4), chosen, [drawn])
+    plan = Plan(("heads", "directions", "embedding"), (6, 4), chosen, [drawn], ["a", "b"])
     heads = sum(scores.heads[:, layer, head] for layer, head in chosen)
     others = scores.mlps.sum(dim=1) + scores.stem
     early = sum(
         scores.heads[:, layer, head] for layer in (0, 1) for head in range(4) if (layer, head) != (0, 1)
     )
     directions = sum(scores.heads_cue[:, layer, head] for layer, head in chosen)
-    expected = [0 * heads, heads, heads + others, heads + others + early, directions, scores.embedding_cue]
+    expected = [0 * heads, heads, heads + others, heads + others + early, directions]
+    expected += [*scores.further.unbind(dim=1), scores.embedding_cue]
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(scores.after(plan.rows), scores.embedding + torch.stack(expected), **close)
     torch.testing.assert_close(scores.after(plan.chosen)[0], scores.embedding + heads, **close)

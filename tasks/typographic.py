@@ -1,0 +1,266 @@
+"""--task typographic: see what a picture shows although something else is written on it.
+
+The name of another class, written on a picture, pulls the model to that class. In the embedding its direction
+is that of the class itself, so that taking out the direction takes out the class, too. What tells them apart
+is where in the model they are written: some heads read. They are found as --task debias finds the heads of a
+cue, from texts that say that a word is written, and without labels.
+"""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import report
+from decompose import Decomposition, DecompositionError, decompose, image_embedding
+from demo.images import DemoSigns
+from forward import forward_without
+from rivals import leace
+from written import SAYS, Variants, WrittenImages, open_written
+from zeroshot import classifier, templates
+
+from .accumulators import Sums
+from .heatmap import save_picture
+from .job import Job
+from .passes import one_pass
+from .reading import contact_sheet, cover, map_of_heads, measure_rules, name_heads, picks
+from .removal import Cue, Further, Plan, cue_of, in_blocks, random_heads, scorer, without_heads_forward
+from .tables import in_tenths, logits, mean_and_std, percent, print_settings, table
+
+TITLES = {"clean": "no word", "attacked": "attacked", "own": "own word", "blank": "blank sign"}
+TITLES |= {"synthetic": "synthetic", "read": "called by the word"}
+SHOWN = 16  # pictures of the contact sheet
+
+
+def run(job: Job) -> tuple[dict, list]:
+    """Accuracy on every variant of the pictures, with and without what reads."""
+    clip, args = job.clip, job.args
+    test, reference = open_data(job, "test"), open_data(job, args.reference)
+    classes = classifier(clip, test.classes, templates(clip), "classes")
+    says = classifier(clip, test.classes, SAYS)
+    cue = cue_of(job, [SAYS[0].format(name) for name in test.classes], "written names", says, reference)
+    shape = cue.reference.maps.shape[:2]
+    draws = random_heads(cue.heads, shape[1], args.draws, args.seed)
+    further, notes = further_ways(job, cue, says, reference)
+    plan = Plan((), shape, cue.heads, draws, further)
+    rows = {
+        "base": plan.row(),
+        "heads mean-ablated": plan.row(heads=cue.heads),
+        "  + MLPs": plan.row(heads=cue.heads, mlps=True),
+        "cue's directions in the heads": plan.row(directions=cue.heads),
+        "cue's directions everywhere": plan.row(everywhere=True),
+    } | {label: plan.row(further=label) for label in further}
+    every, tally = [torch.stack(list(rows.values())), plan.draws], Tally(test)
+    scores = scorer(cue.reference, cue.directions, cue.votes, classes, further)
+    for images, indices in one_pass(job, Variants(test), "test", tally):
+        for variant, shown in zip(test.variants, images.unbind(dim=1), strict=True):
+            found = scores(shown, decompose(clip.model, shown)).after(torch.cat(every))
+            tally.update(variant, found, indices)
+    found, drawn = in_blocks(tally.rows(), every)
+    rows = dict(zip(rows, found, strict=True))
+    results = {
+        "rows": rows,
+        "answers": tally.answers(),
+        "random": control(drawn, draws, cue),
+        **cue.results(),
+    }
+    path = args.out / "typographic" / "sheet.png"
+    save_picture(draw_sheet(job, cue, test, classes, says), path)
+    where = print_settings(
+        job,
+        test=test.description,
+        means=f"{cue.reference.description}; their words must not go with their classes",
+        prompts=f"{len(templates(clip))} templates, {len(test.classes)} classes; {logits(clip)}",
+        **cue.settings(),
+    )
+    print_rows(results, len(test), len(cue.heads))
+    print("".join(f"\n{note}" for note in notes))
+    sections = [page_of_rows(results, len(cue.heads))]
+    if reference.boxes is not None and not notes:
+        results["rules"] = compare_rules(job, cue, reference)
+        sections.append(report.section("Which heads read", report.table(*rules_table(results["rules"]))))
+    print(f"\nWhere each picture is read and where it is seen: {path}")
+    return {"settings": where, **results}, sections
+
+
+def open_data(job: Job, split: str) -> WrittenImages | DemoSigns:
+    """--data, or the demo's pictures with signs."""
+    args, transform = job.args, job.clip.preprocess
+    if args.data is None:
+        return DemoSigns(split, transform, args.limit, args.seed)
+    size = job.clip.model.visual.image_size
+    side = size if isinstance(size, int) else size[0]
+    return open_written(args.data, split, transform, side, args.limit, args.seed)
+
+
+def further_ways(job: Job, cue: Cue, says: Tensor, reference: WrittenImages) -> tuple[Further, list[str]]:
+    """Interventions that are no sum of terms, and a note where the model does not allow all of them."""
+    model, votes, notes, ways = job.clip.model, cue.votes, [], {}
+    try:
+        ways |= without_heads_forward(job, cue.heads, reference)
+        ways["  with zeros (Dyslexify)"] = lambda images, _: forward_without(model, images, cue.heads)
+    except DecompositionError as error:
+        notes.append(f"Without the rows of another forward pass: {error}.")
+    mean = cue.reference.embedding.mean
+    cross = (votes.embedding - votes.count[:, None] * mean).T / votes.count.sum()
+    oblique = leace(cue.reference.embedding.covariance, cross).to(says)
+    mean, centred = mean.to(says), says - says.mean(dim=0)
+
+    def erase(_: Tensor, terms: Decomposition) -> Tensor:
+        embedding = terms.embedding.to(says)
+        return embedding - (embedding - mean) @ oblique.T
+
+    def hide(images: Tensor, terms: Decomposition) -> Tensor:
+        heat = map_of_heads(model, images, cue.heads, centred[votes.labels(terms.embedding)])
+        return image_embedding(model, cover(images, heat))
+
+    return ways | {"oblique erasure (LEACE)": erase, "read patches covered": hide}, notes
+
+
+class Tally(Sums):
+    """Right answers of every intervention on every variant, summed over images.
+
+    The first intervention changes nothing, and the second takes out the heads that read.
+    """
+
+    def __init__(self, test: WrittenImages) -> None:
+        super().__init__()
+        self.seen, self.written, self.variants = test.seen, test.written, test.variants
+
+    def update(self, variant: str, scores: Tensor, indices: Tensor) -> None:
+        """Add images: class scores [k, b, c]."""
+        scores, seen, written = scores.cpu(), self.seen[indices], self.written[indices]
+        predicted = scores.argmax(dim=2)
+        self.add(variant, (predicted == seen).sum(dim=1))
+        if variant != "attacked":
+            return
+        self.add("images", len(indices))
+        self.add("read", (predicted == written).sum(dim=1))
+        both = predicted[1] == seen, (scores[0] - scores[1]).argmax(dim=1) == written
+        self.add("answers", torch.stack([*both, both[0] & both[1]]).sum(dim=1))
+
+    def rows(self) -> list[dict[str, float]]:
+        """The shares of each intervention; read: of attacked pictures that are called by the written word."""
+        names = [*self.variants, "read"]
+        shares = torch.stack([self[name] for name in names], dim=1) / self["images"]
+        return [dict(zip(names, row, strict=True)) for row in shares.tolist()]
+
+    def answers(self) -> dict[str, float]:
+        """What the two sums of heads say of attacked pictures: shares that are right."""
+        return dict(
+            zip(("seen", "written", "both"), (self["answers"] / self["images"]).tolist(), strict=True)
+        )
+
+
+def control(drawn: list[dict], draws: list[list], cue: Cue) -> dict | None:
+    """What mean-ablating random heads does to attacked pictures; `shared`: chosen heads in each draw."""
+    if not drawn:
+        return None
+    values = torch.tensor([row["attacked"] for row in drawn], dtype=torch.float64)
+    shared = [len({*heads} & {*cue.heads}) for heads in draws]
+    spread = {
+        "mean": float(values.mean()),
+        "std": float(values.std(correction=0)),
+        "max": float(values.max()),
+    }
+    return {"draws": len(drawn), "attacked": spread, "rows": drawn, "shared": shared}
+
+
+def print_rows(results: dict, images: int, heads: int) -> None:
+    """The table, with the random control under it, and both answers."""
+    rows, drawn = results["rows"], results["random"]
+    names = list(rows["base"])
+    header, lines = ["accuracy, %", *(TITLES[name] for name in names)], []
+    for label, row in rows.items():
+        cells = [
+            percent(row[name], images) if name == "attacked" else in_tenths([row[name]])[0] for name in names
+        ]
+        lines.append([label, *cells])
+    if drawn:
+        shares = [[row[name] for row in drawn["rows"]] for name in names]
+        lines.append([f"{heads} random heads, mean ± std", *map(mean_and_std, shares)])
+        best = max(range(drawn["draws"]), key=lambda i: drawn["rows"][i]["attacked"])
+        lines.append([f"{heads} random heads, best", *in_tenths(drawn["rows"][best][name] for name in names)])
+    print("\n" + table(header, lines))
+    print("\nAttacked: another class's name is written on the picture. [..]: 95 % interval (Wilson).")
+    if drawn:
+        mean = sum(drawn["shared"]) / drawn["draws"]
+        ours = rows["heads mean-ablated"]["attacked"]
+        below = sum(row["attacked"] < ours for row in drawn["rows"])
+        words = f"Random: {drawn['draws']} draws of as many heads from each of the same layers, mean-ablated;"
+        print(f"{words} {below} stay below the\nchosen heads on attacked pictures.", end=" ")
+        print(f"They share {mean:.1f} of the chosen heads on average, the best {drawn['shared'][best]}.")
+    print(answers_in_words(results["answers"]))
+
+
+def answers_in_words(answers: dict[str, float]) -> str:
+    """What is seen and what is written, in two lines."""
+    seen, written, both = in_tenths(answers.values())
+    words = (
+        f"Two answers for an attacked picture: without the reading heads, what is seen ({seen} % right);\n"
+    )
+    return f"{words}from the reading heads alone, what is written ({written} %). Both are right for {both} %."
+
+
+def page_of_rows(results: dict, heads: int) -> report.Html:
+    rows, drawn = results["rows"], results["random"]
+    header = ["accuracy, %", *(TITLES[name] for name in rows["base"])]
+    cells = [[label.strip(), *in_tenths(row.values())] for label, row in rows.items()]
+    parts = [report.table(header, cells, "Attacked: another class's name is written on the picture")]
+    if drawn:
+        marks = {label: 100 * rows[label]["attacked"] for label in ("base", "heads mean-ablated")}
+        values = [100 * row["attacked"] for row in drawn["rows"]]
+        parts.append(
+            report.histogram(values, marks, f"Attacked, without {heads} random heads", "accuracy, %")
+        )
+    words = answers_in_words(results["answers"])
+    return report.section("Seen although something else is written", *parts, note=words)
+
+
+@torch.no_grad()
+def draw_sheet(job: Job, cue: Cue, test: WrittenImages, classes: Tensor, says: Tensor) -> Image.Image:
+    """Some pictures with the maps of the reading heads and of the others, and the model's two answers."""
+    model, depth, width = job.clip.model, *cue.reference.maps.shape[:2]
+    count = min(SHOWN, len(test))
+    images = torch.stack([test[i][0] for i in range(count)]).to(job.clip.device, job.clip.dtype)
+    terms = decompose(model, images)
+    away = cue.reference.values.mean.to(cue.reference.maps) - terms.values
+    layers, heads = zip(*cue.heads, strict=True)
+    change = torch.einsum("bhe,hed->bd", away[:, layers, heads], cue.reference.maps[layers, heads])
+    centred = classes - classes.mean(dim=0)
+    written, seen = (
+        (-change @ centred.T).argmax(dim=1),
+        ((terms.embedding + change) @ classes.T).argmax(dim=1),
+    )
+    others = [
+        (layer, head) for layer in range(depth) for head in range(width) if (layer, head) not in cue.heads
+    ]
+    read = map_of_heads(model, images, cue.heads, centred[written])
+    saw = map_of_heads(model, images, others, centred[seen])
+    answers = ([test.classes[i] for i in found] for found in (written.tolist(), seen.tolist()))
+    return contact_sheet(list(zip([test.picture(i) for i in range(count)], read, saw, *answers, strict=True)))
+
+
+def compare_rules(job: Job, cue: Cue, reference: WrittenImages) -> dict:
+    """Print which heads other rules take, and how many of them read in truth."""
+    measures = measure_rules(job, reference)
+    found = {"cue (texts alone)": cue.heads, **picks(measures, len(cue.heads))}
+    true, results = set(found["true word"]), {}
+    for rule, heads in found.items():
+        right = len(true & {*heads})
+        results[rule] = {"heads": [list(head) for head in heads], "right": right, "true": len(true)}
+    print("\n" + table(*rules_table(results)))
+    print("\nTrue: the word that is written explains over 30 % of what they write on the reference images.")
+    results["measures"] = {name: values.tolist() for name, values in measures.items()}
+    return results
+
+
+def rules_table(results: dict) -> tuple[list[str], list[list[str]]]:
+    header, rows = ["rule", "heads", "right", "of the true ones"], []
+    for rule, found in results.items():
+        if rule != "measures":
+            heads = [tuple(head) for head in found["heads"]]
+            share = f"{found['right']} of {found['true']}"
+            rows.append([rule, name_heads(heads), f"{found['right']} of {len(heads)}", share])
+    return header, rows
