@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose, InterpolationMode
 
-from data import SUFFIXES, eight_bits, file_sizes, images_below, read, read_picture, subset
+from data import eight_bits, file_sizes, images_below, label, read, read_picture, subset
 from files import InputError
 
 EXPECTED = "--data must be gtsegs_ijcv.mat, or a folder with images/ and masks/"
@@ -37,6 +37,7 @@ class Masked(Dataset):
 
     labels: Tensor | None = None
     names: list[str] | None = None
+    unlabelled: str = ""  # why folders give no labels, where they look as if they did
     description: str
     rows: list[int]  # of the whole data set, those that --limit leaves
     pair: Callable[[int], tuple[Image.Image, np.ndarray]]  # the image; its mask [height, width] in raw values
@@ -176,10 +177,12 @@ class MaskFolder(Masked):
         for folder in (self.root, root / "masks"):
             if not folder.is_dir():
                 raise InputError(f"no folder {folder}: {EXPECTED}")
-        files = images_below(self.root)
-        if not files:
-            raise InputError(f"no images in {self.root} ({', '.join(SUFFIXES)})")
-        masks = {path.with_suffix(""): root / "masks" / path for path in images_below(root / "masks")}
+        files, passed_over = images_below(self.root)
+        masks: dict[Path, Path] = {}
+        for path in images_below(root / "masks")[0]:
+            other = masks.setdefault(path.with_suffix(""), root / "masks" / path)
+            if other.name != path.name:
+                raise InputError(f"two masks of one name: {other} and {path.name}; expected one for an image")
         missing = next((file for file in files if file.with_suffix("") not in masks), None)
         if missing is not None:
             expected = root / "masks" / missing.with_suffix(".png")
@@ -187,11 +190,13 @@ class MaskFolder(Masked):
         self.rows = subset(len(files), self.limit, self.seed)
         self.files = [files[i] for i in self.rows]
         self.masks = [masks[file.with_suffix("")] for file in self.files]
-        if all(len(file.parts) > 1 for file in files):
-            # Of all files: --limit must not change what there is to tell apart.
-            self.names = sorted({file.parts[0] for file in files})
-            self.labels = torch.tensor([self.names.index(file.parts[0]) for file in self.files])
-        self.description = f"{root}, {len(self.files):,} of {len(files):,} images"
+        # Of all files: --limit must not change what there is to tell apart.
+        spare = len(masks.keys() - {file.with_suffix("") for file in files})
+        passed_over += f"; {spare:,} masks without an image" if spare else ""
+        names, classes, self.unlabelled = label(self.root, files)
+        if names:
+            self.names, self.labels = names, torch.tensor(classes)[self.rows]
+        self.description = f"{root}, {len(self.files):,} of {len(files):,} images{passed_over}"
 
     def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
         image = read_picture(self.root / self.files[index])

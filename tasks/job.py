@@ -72,7 +72,7 @@ def zero_shot_problem(data: Images) -> tuple[list[str], Tensor]:
         return list(data.kinds), data.facts["kind"]
     if data.y is None or len(data.classes) < 2:
         expected = "folders of images named by their class, two at least"
-        raise InputError(f"{data.root} has no labels: expected {expected}")
+        raise InputError(data.unlabelled or f"{data.root} has no labels: expected {expected}")
     return list(data.classes), data.y
 
 
