@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import re
 import signal
 import sys
 import threading
@@ -26,20 +27,8 @@ from tqdm import tqdm
 
 from files import InputError, read_lines
 
-SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".ppm",
-    ".pgm",
-)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
+SUFFIXES += (".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SPLITS = ("train", "val", "test")
 LEFTOVERS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # of systems and archivers: nobody's data
 # What turns an image upright, by the Orientation of its EXIF.
@@ -212,7 +201,8 @@ def label(root: Path, files: Sequence[Path]) -> tuple[list[str], list[int], str]
     if any(len(file.parts) == 1 for file in files):
         return [], [], ""
     folders = sorted({file.parts[0] for file in files})
-    names, ids = [name.replace("_", " ") for name in folders], [name for name in folders if is_wordnet(name)]
+    names = [name.replace("_", " ") for name in folders]
+    ids = [name for name in folders if re.fullmatch(r"n\d{8}", name)]
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise InputError(f"two folders in {root} name the class {twice!r}; each class needs one folder")
@@ -226,11 +216,6 @@ def label(root: Path, files: Sequence[Path]) -> tuple[list[str], list[int], str]
             return [], [], f"{found}; expected {ordered}, or folders named by their class"
     number = {folder: i for i, folder in enumerate(folders)}
     return names, [number[file.parts[0]] for file in files], ""
-
-
-def is_wordnet(name: str) -> bool:
-    """Is the name an id of WordNet, n and eight digits?"""
-    return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
 
 
 def subset(count: int, limit: int | None, seed: int) -> list[int]:

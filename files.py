@@ -28,12 +28,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def read_lines(path: Path, problem: str, hint: str = "") -> list[str]:
-    """The lines of a text file in UTF-8.
+    """The lines of a text file in UTF-8, as text editors count them: other separators of Unicode end no line.
 
     Raises:
         InputError: `problem`, the reason, `hint`.
     """
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # of \r\n and \r, too, which it has translated
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{problem}: {getattr(error, 'strerror', None) or error}{hint}") from error

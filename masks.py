@@ -196,11 +196,8 @@ class MaskFolder(Masked):
             if not folder.is_dir():
                 raise InputError(f"no folder {folder}: {EXPECTED}")
         files, passed_over = images_below(self.root)
-        masks: dict[Path, Path] = {}
-        for path in images_below(root / "masks")[0]:
-            other = masks.setdefault(path.with_suffix(""), root / "masks" / path)
-            if other.name != path.name:
-                raise InputError(f"two masks of one name: {other} and {path.name}; expected one for an image")
+        every_mask, _ = images_below(root / "masks")
+        masks = {path.with_suffix(""): root / "masks" / path for path in every_mask}
         missing = next((file for file in files if file.with_suffix("") not in masks), None)
         if missing is not None:
             expected = root / "masks" / missing.with_suffix(".png")
@@ -209,8 +206,8 @@ class MaskFolder(Masked):
         self.files = [files[i] for i in self.rows]
         self.masks = [masks[file.with_suffix("")] for file in self.files]
         # Of all files: --limit must not change what there is to tell apart.
-        spare = len(masks.keys() - {file.with_suffix("") for file in files})
-        passed_over += f"; {spare:,} masks without an image" if spare else ""
+        spare = len(every_mask) - len({file.with_suffix("") for file in files})
+        passed_over += f"; {spare:,} masks of no image" if spare else ""
         names, classes, self.unlabelled = label(self.root, files)
         if names:
             self.names, self.labels = names, torch.tensor(classes)[self.rows]

@@ -15,6 +15,7 @@ from demo.images import DemoBirds
 from files import InputError
 from zeroshot import Bank, Clip, classifier, default_bank, load_bank, load_clip, templates
 
+from .models import check_decomposable
 from .processes import init_processes
 
 Images = DemoBirds | Waterbirds | ImageFolder
@@ -34,16 +35,27 @@ class Job:
         # While a pass runs, each process has other images, so the others may not see an error of this one.
         self.in_pass = False
         self.old_checkpoints_deleted = False
+        self.notes: dict[str, None] = {}  # what to say above the table, each once
 
     @cached_property
     def clip(self) -> Clip:
         """The model of --model and --pretrained, loaded when it is first needed."""
         args = self.args
-        return load_clip(args.model, args.pretrained, self.device, args.precision, args.image_size, args.out)
+        check_decomposable(args.model)
+        clip = load_clip(args.model, args.pretrained, self.device, args.precision, args.image_size, args.out)
+        self.notes |= dict.fromkeys(clip.notes)
+        return clip
 
     def load_bank(self) -> Bank:
         """The descriptions of --text-bank, or the default bank of the model."""
-        return load_bank(self.args.text_bank or default_bank(self.clip))
+        return self.load_texts(self.args.text_bank or default_bank(self.clip), "text bank")
+
+    def load_texts(self, path: str | Path, what: str) -> Bank:
+        """A file of texts; how many stand in it more than once is said above the table."""
+        bank = load_bank(path, what)
+        if bank.repeats:
+            self.notes[f"{what} {path}: {bank.repeats:,} repeated texts are taken once"] = None
+        return bank
 
     def check_finite(self, x: Tensor) -> None:
         """Refuse a model whose numbers overflow."""
