@@ -133,7 +133,7 @@ class Waterbirds(ImageFiles):
         if "\\" in file and not os.path.lexists(self.root / file):
             file = file.replace("\\", "/")  # written on Windows
         name = os.path.relpath(self.root / file, self.root)
-        if Path(name).parts[0] == os.pardir:
+        if name.split(os.sep)[0] == os.pardir:
             raise InputError(f"{where}: img_filename {file} lies outside {self.root}")
         return name
 
