@@ -12,7 +12,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from data import ImageFolder, InputError, read_picture
+from data import ImageFolder, InputError, Waterbirds, read_picture
 from demo.images import DemoBirds
 from evaluate import main
 from tasks.job import zero_shot_problem
@@ -455,6 +455,68 @@ def test_splits_of_images_alone_are_splits_where_there_is_nothing_else(tmp_path)
         paint(tmp_path / name / "1.png", shade)
     assert ImageFolder(tmp_path, "train", colour)[0][0] == CROW
     assert ImageFolder(tmp_path, "test", colour)[0][0] == DUCK
+
+
+# Waterbirds as others store it.
+
+# As pandas writes a frame with its index, whose columns became floats when it was joined with another.
+PANDAS = ",img_id,img_filename,y,split,place,place_filename\r\n"
+PANDAS += "0,1,001.Crow/a.png,0.0,0.0,1.0,/o/ocean/1.jpg\r\n"
+PANDAS += '1,2,"002.Duck, wild/b\u2028.png",1.0,0.0,0.0,/b/bamboo/2.jpg\r\n'
+NAMES, Y, PLACE = ["001.Crow/a.png", "002.Duck, wild/b\u2028.png"], [0, 1], [1, 0]
+
+
+def metadata(root: Path, text: str) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "metadata.csv").write_bytes(text.encode())
+    return root
+
+
+def test_metadata_as_pandas_writes_it(tmp_path):
+    data = Waterbirds(metadata(tmp_path, PANDAS), "train", colour)
+    assert (data.files, data.y.tolist(), data.place.tolist()) == (NAMES, Y, PLACE)
+
+
+def test_names_as_windows_writes_them(tmp_path):
+    data = Waterbirds(metadata(tmp_path, PANDAS.replace("/a.png", "\\a.png")), "train", colour)
+    assert data.files == NAMES
+    paint(tmp_path / "001.Crow\\a.png")  # elsewhere a name can hold one
+    data = Waterbirds(metadata(tmp_path, PANDAS.replace("/a.png", "\\a.png")), "train", colour)
+    assert data.files[0] == "001.Crow\\a.png"
+
+
+def test_images_that_are_links_out_of_the_folder(tmp_path):
+    """A hub's cache: snapshots/REVISION/NAME is a link to blobs/HASH. DVC and git-annex do likewise."""
+    root = metadata(tmp_path / "snapshots" / "main", PANDAS)
+    for name, shade in zip(NAMES, (CROW, DUCK), strict=True):
+        paint(tmp_path / "blobs" / f"{shade}.png", shade)
+        link(root / name, Path("../../../blobs") / f"{shade}.png")
+    data = Waterbirds(root, "train", colour)
+    assert [data[i][0] for i in range(2)] == [CROW, DUCK]
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "001.Crow/../../secret.png", "ROOT/../secret.png", "..\\secret.png"]
+)
+def test_a_name_does_not_lead_out_of_the_folder(tmp_path, name):
+    paint(tmp_path / "secret.png")
+    root = tmp_path / "data"
+    metadata(root, PANDAS.replace("001.Crow/a.png", name.replace("ROOT", str(root))))
+    with pytest.raises(
+        InputError, match=r"metadata.csv, line 2: img_filename .*secret.png lies outside .*data"
+    ):
+        Waterbirds(root, "val", colour)
+
+
+def test_a_name_from_the_root_may_lie_in_the_folder(tmp_path):
+    paint(tmp_path / "001.Crow" / "a.png", CROW)
+    data = Waterbirds(
+        metadata(tmp_path, PANDAS.replace("001.Crow/a.png", f"{tmp_path}/001.Crow/x/../a.png")),
+        "train",
+        colour,
+    )
+    assert data.files == NAMES
+    assert data[0][0] == CROW
 
 
 # Turned and damaged by cameras and programs.

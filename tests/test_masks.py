@@ -454,6 +454,36 @@ def test_without_class_folders_there_are_no_labels(tmp_path):
     assert data.names is None
 
 
+def test_folders_below_images_and_masks_that_are_links(tmp_path):
+    mask = Image.fromarray(left_half())
+    store = save_folder(tmp_path / "store", {"crow/1": (Image.new("RGB", (8, 8)), mask)})
+    root = save_folder(tmp_path / "data", {"red_bird/1": (Image.new("RGB", (8, 8)), mask)})
+    for kind in ("images", "masks"):
+        (root / kind / "crow").symlink_to(store / kind / "crow")
+    data = MaskFolder(root, PLAIN)
+    assert data.names == ["crow", "red bird"]  # as in a folder of images
+    assert data.labels.tolist() == [0, 1]
+    assert all(torch.equal(item(data, i)[1], torch.from_numpy(left_half()).to(torch.int8)) for i in range(2))
+
+
+def test_what_is_passed_over_beside_images_and_masks_is_said(tmp_path):
+    root = numbered(tmp_path, 3)
+    assert MaskFolder(root, PLAIN).description.endswith("3 of 3 images")
+    (root / "images" / "00.png").unlink()
+    (root / "images" / "notes.txt").touch()
+    (root / "masks" / "._01.png").touch()
+    description = MaskFolder(root, PLAIN).description
+    assert description.endswith("2 of 2 images; passed over: 1 (.txt; first notes.txt); 1 masks of no image")
+
+
+def test_some_of_the_wordnet_ids_name_no_classes(tmp_path):
+    mask = Image.fromarray(left_half())
+    pairs = {f"{name}/1": (Image.new("RGB", (8, 8)), mask) for name in ("n01440764", "n01443537")}
+    data = MaskFolder(save_folder(tmp_path, pairs), PLAIN)
+    assert data.names is data.labels is None
+    assert "2 of them WordNet ids" in data.unlabelled
+
+
 def test_a_limit_draws_images_and_leaves_the_classes(tmp_path):
     mask = Image.fromarray(left_half())
     root = save_folder(
