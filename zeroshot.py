@@ -189,7 +189,7 @@ def _hub_is_out_of_reach(model: str, weights: str | None = None) -> bool:
     theirs = "siglip" in model.lower() or any(key.startswith("hf_") for key in config.get("text_cfg", ()))
     hub = urlsplit(constants.ENDPOINT)
     try:
-        if (":" in model or tag or theirs) and not getproxies():
+        if (model.startswith("hf-hub:") or tag or theirs) and not getproxies():
             socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
     except OSError:
         return True
