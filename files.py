@@ -34,8 +34,7 @@ def read_lines(path: Path, problem: str, hint: str = "") -> list[str]:
         InputError: `problem`, the reason, `hint`.
     """
     try:
-        return path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # of \r\n and \r, too, which it has translated
+        # read_text makes \r\n and \r of other systems \n, too.
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{problem}: {getattr(error, 'strerror', None) or error}{hint}") from error

@@ -525,6 +525,7 @@ def test_without_a_network_a_tag_is_refused_at_once_in_whole_sentences(tmp_path,
 
 def test_nobody_is_asked_where_files_are_enough(tiny, tmp_path, monkeypatch):
     tiny("tiny-plain")
+    monkeypatch.setattr(zeroshot, "getproxies", dict)
     monkeypatch.setattr(
         zeroshot.socket, "create_connection", lambda *_, **__: pytest.fail("asked the network")
     )
