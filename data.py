@@ -166,7 +166,7 @@ class ImageFolder(ImageFiles):
         self.y = torch.tensor(classes)[rows] if names else None
         self.files = [files[i] for i in rows]
         said = f", {len(names):,} classes" if names else ""
-        beside = f"; beside it: {', '.join(beside)}" if beside else ""
+        beside = f"; passed over beside it: {len(beside):,} ({some(beside)})" if beside else ""
         self.description = f"{self.root}, {len(rows):,} of {total:,} images{said}{passed_over}{beside}"
 
     @staticmethod
@@ -272,9 +272,8 @@ def images_below(folder: Path) -> tuple[list[Path], str]:
     for path in _files_below(folder):
         (files if path.suffix.lower() in SUFFIXES else others).append(path.relative_to(folder))
     if others:
-        endings = sorted({path.suffix.lower() or "no ending" for path in others})
-        some = ", ".join(endings[:5]) + (", ..." if len(endings) > 5 else "")
-        passed_over = f"; passed over: {len(others):,} ({some}; first {others[0]})"
+        endings = some(sorted({path.suffix.lower() or "no ending" for path in others}))
+        passed_over = f"; passed over: {len(others):,} ({endings}; first {others[0]})"
     if not files:
         raise InputError(f"no images in {folder} ({', '.join(SUFFIXES)}){passed_over}")
     return files, passed_over
@@ -290,6 +289,11 @@ def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield from _files_below(path, (*above, here))
         else:
             yield path
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of them."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def entries(folder: Path) -> list[Path]:

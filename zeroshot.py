@@ -34,9 +34,6 @@ import demo
 from files import InputError, atomic_write, read_lines
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CHECKPOINT = (
-    "expected a checkpoint: tensors by name, as safetensors or torch.save(model.state_dict(), ...) write them"
-)
 TENSORS_ONLY = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 
 
@@ -213,13 +210,15 @@ def quiet() -> Iterator[list[str]]:
 def reason(error: Exception) -> str:
     """In one line what open_clip and torch say in many."""
     text = " ".join(str(error).split())
+    writers = "safetensors or torch.save(model.state_dict(), ...)"
+    expected = f"expected a checkpoint: tensors by name, as {writers} write them"
     # Of open_clip, while it fits positions and biases to the model
     if isinstance(error, AssertionError) or "is invalid for input of size" in text or "'NoneType'" in text:
         return f"its tensors are not those of this architecture ({text})"
     if isinstance(error, (EOFError, StopIteration, AttributeError, LookupError, TypeError, struct.error)):
-        return f"{CHECKPOINT}; found something else"
+        return f"{expected}; found something else"
     if re.search(r"invalid load key|Unsupported operand (?!149)", text):  # 149 starts a pickle of today
-        return f"{CHECKPOINT}; this file is no archive of torch's"
+        return f"{expected}; this file is no archive of torch's"
     if "TorchScript" in text:
         hint = "give --pretrained openai, or a file of its state_dict()"
         return f"it is a TorchScript archive, as OpenAI published its models, and holds code; {hint}"
@@ -235,7 +234,7 @@ def reason(error: Exception) -> str:
         return textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__
     found = _mismatches(str(error))
     if not found:
-        return f"{CHECKPOINT}; {textwrap.shorten(text, 200, placeholder=' ...')}"
+        return f"{expected}; {textwrap.shorten(text, 200, placeholder=' ...')}"
     return "its tensors are not those of this architecture: it " + "; ".join(found)
 
 

@@ -97,7 +97,7 @@ def text_pools(job: Job, names: list[str]) -> dict[str, Tensor]:
     embedded = embed_texts(clip, job.load_bank().texts, "text bank")
     pools = {"descriptions": embedded}
     if job.args.words is not None:
-        pools["words"] = embed_texts(clip, job.load_texts(job.args.words, "--words").texts, "words")
+        pools["words"] = embed_texts(clip, job.load_bank(job.args.words, "--words").texts, "words")
     prompts = dict.fromkeys(fill_templates(names, templates(clip)[:6]))
     pools["class prompts"] = embed_texts(clip, list(prompts), "class prompts")
     pools["random vectors"] = random_texts(embedded, job.args.seed)

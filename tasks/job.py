@@ -46,12 +46,9 @@ class Job:
         self.notes |= dict.fromkeys(clip.notes)
         return clip
 
-    def load_bank(self) -> Bank:
-        """The descriptions of --text-bank, or the default bank of the model."""
-        return self.load_texts(self.args.text_bank or default_bank(self.clip), "text bank")
-
-    def load_texts(self, path: str | Path, what: str) -> Bank:
-        """A file of texts; how many stand in it more than once is said above the table."""
+    def load_bank(self, path: str | None = None, what: str = "text bank") -> Bank:
+        """A file of texts: the descriptions of --text-bank, or the default bank of the model."""
+        path = path or self.args.text_bank or default_bank(self.clip)
         bank = load_bank(path, what)
         if bank.repeats:
             self.notes[f"{what} {path}: {bank.repeats:,} repeated texts are taken once"] = None

@@ -447,7 +447,7 @@ def test_splits_that_hold_folders_are_splits_beside_others_which_are_named(split
     (split / ".git").mkdir()
     data = ImageFolder(split, "train", colour)
     assert told(data) == [("crow", CROW)]
-    assert data.description.endswith("; beside it: devkit, readme.txt")
+    assert data.description.endswith("; passed over beside it: 2 (devkit, readme.txt)")
 
 
 def test_splits_of_images_alone_are_splits_where_there_is_nothing_else(tmp_path):
