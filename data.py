@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import os
+import re
 import signal
 import sys
 import threading
@@ -18,14 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from files import InputError, read_lines
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
+SUFFIXES += (".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+SPLITS = ("train", "val", "test")
+LEFTOVERS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # of systems and archivers: nobody's data
+# What turns an image upright, by the Orientation of its EXIF.
+TURN = Image.Transpose
+TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE}
+TURNS |= {6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
 
 
 class ImageFiles(Dataset):
@@ -36,17 +45,17 @@ class ImageFiles(Dataset):
     files: Sequence[str | Path]  # relative to `root`
     y: Tensor | None = None  # [n] labels, where they are known
     place: Tensor | None = None  # [n] likewise
-    confined_to: Path | None = None  # where names come from a file, the folder that the files must lie in
+    unlabelled: str = ""  # why folders give no labels, where they look as if they did
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
-        return read(self.root / self.files[index], self.transform, self.confined_to), index
+        return read(self.root / self.files[index], self.transform), index
 
     def picture(self, index: int) -> Image.Image:
         """The image before the transform."""
-        return read_picture(self.root / self.files[index], self.confined_to)
+        return read_picture(self.root / self.files[index])
 
     def caption(self, index: int) -> str:
         """What to write under an image."""
@@ -62,25 +71,26 @@ class Waterbirds(ImageFiles):
     """One split of Sagawa et al. 2020: photos of landbirds and waterbirds, pasted onto land and water.
 
     Args:
-        root: the folder with metadata.csv (columns img_filename, y, split, place) and the images it names.
+        root: the folder with metadata.csv (columns img_filename, y, split, place) and the images it names, or
+            links to them.
         split: "train", "val" or "test" (0, 1, 2 in the file).
         transform: from a PIL image to a tensor.
         limit: keep this many images, drawn with `seed`; None: all.
 
     Raises:
-        InputError: no such folder or file, a missing column, a value out of range, an empty split.
+        InputError: no such folder or file, a missing column, a value out of range, a name that leads out of
+            the folder, an empty split.
     """
 
     classes = ("landbird", "waterbird")
     places = ("land", "water")
-    splits = ("train", "val", "test")
 
     def __init__(
         self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
     ) -> None:
-        self.root = self.confined_to = Path(root)
+        self.root = Path(root)
         self.transform = transform
-        number = self.splits.index(split)
+        number = SPLITS.index(split)
         rows = [row for row in self._metadata() if row["split"] == number]
         if not rows:
             raise InputError(f"{self.root / 'metadata.csv'} has no row with split {number} ({split})")
@@ -105,15 +115,27 @@ class Waterbirds(ImageFiles):
             expected = ", ".join(reader.fieldnames or ())
             raise InputError(f"{path}, line {reader.line_num}: {error}; expected {expected}") from error
         for line, row in enumerate(rows, start=2):
-            file = row["img_filename"]
-            if not file or "\0" in file:
-                raise InputError(f"{path}, line {line}: img_filename must name a file, found {file!r}")
+            where = f"{path}, line {line}"
+            row["img_filename"] = self._inside(row["img_filename"], where)
             for name, allowed in (("y", "01"), ("place", "01"), ("split", "012")):
-                if row[name] not in list(allowed):
+                found = row[name]
+                row[name] = number = (found or "").removesuffix(".0")  # as pandas writes a column with gaps
+                if number not in list(allowed):
                     expected = f"{name} must be one of {', '.join(allowed)}"
-                    raise InputError(f"{path}, line {line}: {expected}, found {row[name]!r}")
-                row[name] = int(row[name])
+                    raise InputError(f"{where}: {expected}, found {found!r}")
+                row[name] = int(number)
         return rows
+
+    def _inside(self, file: str | None, where: str) -> str:
+        """The name of an image, which must lie in the folder; where a link leads is the user's choice."""
+        if not file or "\0" in file:
+            raise InputError(f"{where}: img_filename must name a file, found {file!r}")
+        if "\\" in file and not os.path.lexists(self.root / file):
+            file = file.replace("\\", "/")  # written on Windows
+        name = os.path.relpath(self.root / file, self.root)
+        if name.split(os.sep)[0] == os.pardir:
+            raise InputError(f"{where}: img_filename {file} lies outside {self.root}")
+        return name
 
     def caption(self, index: int) -> str:
         return f"{self.files[index]}: {self.classes[self.y[index]]} on {self.places[self.place[index]]}"
@@ -122,66 +144,78 @@ class Waterbirds(ImageFiles):
 class ImageFolder(ImageFiles):
     """Any folder of images. In root/CLASS/NAME.jpg the folders' names are labels; ImageNet is such a folder.
 
-    Where the folders are named by WordNet ids, classes[i] is the name of the i-th id in sorted order, which
-    is the order of ImageNet's classes. All 1,000 must be there, or the order would not tell.
+    Links are followed. What is passed over is counted in the description.
 
     Args:
-        root: the folder. Where it has subfolders train, val or test, `split` picks one; without a folder
-            test, "test" means val, as ImageNet's test images have no labels.
+        root: the folder. Where all its folders are called train, val or test, or some are and hold folders,
+            `split` picks one. Without a folder test, "test" means val: ImageNet's test images have no labels.
 
     Raises:
-        InputError: no such folder, no images, some but not all WordNet ids.
+        InputError: no such folder, no images, two folders of one class.
     """
 
     def __init__(
         self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
     ) -> None:
-        self.root, self.transform = self._split(Path(root), split), transform
-        files = images_below(self.root)
-        if not files:
-            raise InputError(f"no images in {self.root} ({', '.join(SUFFIXES)})")
+        self.root, beside = self._split(Path(root), split)
+        self.transform = transform
+        files, passed_over = images_below(self.root)
         total, rows = len(files), subset(len(files), limit, seed)
-        self.classes: tuple[str, ...] = ()
-        if all(len(file.parts) > 1 for file in files):
-            folders = sorted({file.parts[0] for file in files})
-            self.classes = self._names(folders)
-            self.y = torch.tensor([folders.index(files[i].parts[0]) for i in rows])
+        names, classes, self.unlabelled = label(self.root, files)
+        self.classes: tuple[str, ...] = tuple(names)
+        self.y = torch.tensor(classes)[rows] if names else None
         self.files = [files[i] for i in rows]
-        classes = f", {len(self.classes):,} classes" if self.classes else ""
-        self.description = f"{self.root}, {len(rows):,} of {total:,} images{classes}"
+        said = f", {len(names):,} classes" if names else ""
+        beside = f"; passed over beside it: {len(beside):,} ({some(beside)})" if beside else ""
+        self.description = f"{self.root}, {len(rows):,} of {total:,} images{said}{passed_over}{beside}"
 
     @staticmethod
-    def _split(root: Path, split: str) -> Path:
+    def _split(root: Path, split: str) -> tuple[Path, list[str]]:
+        """(the folder of the split, what else stands in `root`); (root, []) where there are no splits."""
         if not root.is_dir():
             expected = "a folder of images, or of folders of images, one for each class"
             raise InputError(f"no folder {root}: --data must be {expected}")
-        there = [name for name in ("train", "val", "test") if (root / name).is_dir()]
-        if not there:
-            return root
+        inside = entries(root)
+        folders = [path.name for path in inside if path.is_dir()]
+        there = [name for name in SPLITS if name in folders]
+        deep = any(path.is_dir() for name in there for path in entries(root / name))
+        if not there or (len(there) < len(folders) and not deep):
+            return root, []  # a class can be called train
         wanted = "val" if split == "test" and "test" not in there else split
         if wanted not in there:
             found = f"found {', '.join(there)} there; choose with --reference"
             raise InputError(f"no folder {root / wanted}: {found}")
-        return root / wanted
+        return root / wanted, [path.name for path in inside if path.name not in there]
 
-    def _names(self, folders: list[str]) -> tuple[str, ...]:
-        ids = [name for name in folders if len(name) == 9 and name[0] == "n" and name[1:].isdigit()]
-        if not ids:
-            names = tuple(name.replace("_", " ") for name in folders)
-            twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-            if twice is not None:
-                found = f"two folders in {self.root} name the class {twice!r}"
-                raise InputError(f"{found}; each class needs one folder")
-            return names
+
+def label(root: Path, files: Sequence[Path]) -> tuple[list[str], list[int], str]:
+    """What folders say of images: (names of the classes, the class of each image, or why there are none).
+
+    Where the folders are named by WordNet ids, the i-th id in sorted order is the i-th of ImageNet's classes.
+    Without all 1,000 the order does not tell, and there are no classes; nor are there where images lie in
+    `root` itself.
+
+    Raises:
+        InputError: two folders name one class.
+    """
+    if any(len(file.parts) == 1 for file in files):
+        return [], [], ""
+    folders = sorted({file.parts[0] for file in files})
+    names = [name.replace("_", " ") for name in folders]
+    ids = [name for name in folders if re.fullmatch(r"n\d{8}", name)]
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise InputError(f"two folders in {root} name the class {twice!r}; each class needs one folder")
+    if ids:
         from open_clip import IMAGENET_CLASSNAMES
 
-        if not len(ids) == len(folders) == len(IMAGENET_CLASSNAMES):
-            found = f"{self.root} holds {len(folders):,} folders, {len(ids):,} of them WordNet ids"
-            ordered = (
-                f"all {len(IMAGENET_CLASSNAMES):,} of ImageNet (an id's place among them names the class)"
-            )
-            raise InputError(f"{found}; expected {ordered}, or folders named by their class")
-        return tuple(IMAGENET_CLASSNAMES)
+        names = list(IMAGENET_CLASSNAMES)
+        if not len(ids) == len(folders) == len(names):
+            found = f"{root} holds {len(folders):,} folders, {len(ids):,} of them WordNet ids"
+            ordered = f"all {len(names):,} of ImageNet (an id's place among them names the class)"
+            return [], [], f"{found}; expected {ordered}, or folders named by their class"
+    number = {folder: i for i, folder in enumerate(folders)}
+    return names, [number[file.parts[0]] for file in files], ""
 
 
 def subset(count: int, limit: int | None, seed: int) -> list[int]:
@@ -193,51 +227,98 @@ def subset(count: int, limit: int | None, seed: int) -> list[int]:
     return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
 
 
-def read(path: Path, transform: Callable, root: Path | None = None, keep_mode: bool = False) -> Any:
+def read(path: Path, transform: Callable, keep_mode: bool = False) -> Any:
     """transform(image); or a line that says why not, for `batches` to raise in the main process.
 
     Args:
-        root: a folder that the file must lie in, for paths that come out of a data set's own files.
         keep_mode: hand the image over as it is; else as RGB, and upright where the camera says which side is
             up.
     """
     try:
-        if root is not None and not path.resolve().is_relative_to(root.resolve()):
-            return f"{path} lies outside {root}"
         if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
             return f"{path} is neither a file nor a folder"
         with Image.open(path) as image:
-            return transform(image if keep_mode else eight_bits(ImageOps.exif_transpose(image)))
+            return transform(image if keep_mode else eight_bits(upright(image)))
     except FileNotFoundError:
-        return f"no image {path}"
+        return f"{path} is a link to nothing" if path.is_symlink() else f"no image {path}"
     except UnidentifiedImageError:
         return f"{path} is not an image that Pillow can read"
     except Exception as error:  # Pillow's readers raise nearly anything for damaged files
         return f"cannot read image {path}: {' '.join(str(error).split()) or type(error).__name__}"
 
 
-def read_picture(path: Path, root: Path | None = None) -> Image.Image:
+def read_picture(path: Path) -> Image.Image:
     """The image in RGB, upright.
 
     Raises:
         InputError: it cannot be read.
     """
-    image = read(path, lambda image: image, root=root)
+    image = read(path, lambda image: image)
     if isinstance(image, str):
         raise InputError(image)
     return image
 
 
-def images_below(folder: Path) -> list[Path]:
-    """Paths of the images in a folder and the folders in it, relative to it, sorted."""
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
-    return [path.relative_to(folder) for path in found if path.is_file()]
+def images_below(folder: Path) -> tuple[list[Path], str]:
+    """(the images in a folder and the folders in it, relative to it, sorted; what is passed over, in words).
+
+    Links to files and folders are followed. A link that leads nowhere counts as the image that it names, so
+    that reading it says so.
+
+    Raises:
+        InputError: no images, or a folder that cannot be read.
+    """
+    files, others, passed_over = [], [], ""
+    for path in _files_below(folder):
+        (files if path.suffix.lower() in SUFFIXES else others).append(path.relative_to(folder))
+    if others:
+        endings = some(sorted({path.suffix.lower() or "no ending" for path in others}))
+        passed_over = f"; passed over: {len(others):,} ({endings}; first {others[0]})"
+    if not files:
+        raise InputError(f"no images in {folder} ({', '.join(SUFFIXES)}){passed_over}")
+    return files, passed_over
+
+
+def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All that is no folder, but for leftovers; a link to a folder that it lies in is not followed."""
+    here = folder.resolve()
+    if here in above:
+        return
+    for path in entries(folder):
+        if path.is_dir():
+            yield from _files_below(path, (*above, here))
+        else:
+            yield path
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of them."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, without hidden files (AppleDouble's are hidden) and LEFTOVERS."""
+    try:
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot read folder {folder}: {error.strerror or error}") from error
+    return [path for path in found if not path.name.startswith(".") and path.name.lower() not in LEFTOVERS]
 
 
 def file_sizes(root: Path, files: Sequence[str | Path]) -> list[int | None]:
     """In bytes. A file that was replaced usually has another size, while a copy elsewhere has the same."""
     paths = [root / file for file in files]
     return [path.stat().st_size if path.is_file() else None for path in paths]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; as it is where the EXIF is broken, which says nothing of the pixels."""
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow's readers raise nearly anything for damaged files
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

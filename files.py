@@ -28,12 +28,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def read_lines(path: Path, problem: str, hint: str = "") -> list[str]:
-    """The lines of a text file in UTF-8.
+    """The lines of a text file in UTF-8, as text editors count them: other separators of Unicode end no line.
 
     Raises:
         InputError: `problem`, the reason, `hint`.
     """
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        # read_text makes \r\n and \r of other systems \n, too.
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{problem}: {getattr(error, 'strerror', None) or error}{hint}") from error

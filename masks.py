@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose, InterpolationMode
 
-from data import SUFFIXES, eight_bits, file_sizes, images_below, read, read_picture, subset
+from data import eight_bits, file_sizes, images_below, label, read, read_picture, subset
 from files import InputError
 
 EXPECTED = "--data must be gtsegs_ijcv.mat, or a folder with images/ and masks/"
+HDF5_ERRORS = (OSError, LookupError, TypeError, RuntimeError, ValueError)
 VOID = 255  # in masks on their way through the geometry
 
 
@@ -37,6 +38,7 @@ class Masked(Dataset):
 
     labels: Tensor | None = None
     names: list[str] | None = None
+    unlabelled: str = ""  # why folders give no labels, where they look as if they did
     description: str
     rows: list[int]  # of the whole data set, those that --limit leaves
     pair: Callable[[int], tuple[Image.Image, np.ndarray]]  # the image; its mask [height, width] in raw values
@@ -106,43 +108,30 @@ class ImageNetSegmentation(Masked):
 
     def __init__(self, path: str | Path, transform: Callable, **options) -> None:
         super().__init__(transform, **options)
-        self.path, self._file = Path(path), None
+        self.path = Path(path)
         if not self.path.is_file():
             raise InputError(f"no {path}: {EXPECTED}")
         try:
             import h5py  # noqa: F401
         except ImportError:
             raise InputError(f"reading {path} needs h5py: pip install h5py") from None
-        count, masks = len(self._references("img")), len(self._references("gt"))
+        try:
+            count, masks = (read_cells(self.path, f"value/{name}").size for name in ("img", "gt"))
+        except HDF5_ERRORS as error:
+            expected = "gtsegs_ijcv.mat, an HDF5 file with value/img and value/gt"
+            raise InputError(f"{path} is not {expected}: {error}") from error
         if count != masks or not count:
             raise InputError(f"{path} holds {count} images and {masks} masks; expected as many of both")
         self.rows = subset(count, self.limit, self.seed)
         self.description = f"ImageNet-Segmentation in {path}, {len(self.rows):,} of {count:,} images"
-        self._file = None  # every process opens its own
-
-    def _references(self, name: str) -> np.ndarray:
-        import h5py
-
-        try:
-            if self._file is None:
-                self._file = h5py.File(self.path, "r")
-            references = np.asarray(self._file[f"value/{name}"][()])
-        except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
-            expected = "gtsegs_ijcv.mat, an HDF5 file with value/img and value/gt"
-            raise InputError(f"{self.path} is not {expected}: {error}") from error
-        if references.dtype.kind != "O":
-            found = f"value/{name} holds {references.dtype}"
-            raise InputError(f"{self.path}: {found}, expected references to arrays")
-        return references.ravel()
 
     def _array(self, name: str, row: int) -> np.ndarray:
         try:
-            return np.asarray(self._file[self._references(name)[row]][()]).T  # MATLAB's order of axes
-        except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            return read_cells(self.path, f"value/{name}", row).T  # MATLAB's order of axes
+        except HDF5_ERRORS as error:
             raise InputError(f"cannot read value/{name} of image {row} in {self.path}: {error}") from error
 
     def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        self._references("img")  # opens the file in this process
         pixels, mask = self._array("img", self.rows[index]), self._array("gt", self.rows[index])
         if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
             found = f"{self.name(index)} is an array {pixels.shape} of {pixels.dtype}"
@@ -157,6 +146,36 @@ class ImageNetSegmentation(Masked):
 
     def fingerprint(self) -> list:
         return self.rows
+
+
+def read_cells(path: Path, name: str, row: int | None = None) -> np.ndarray:
+    """The cell array `name` of a MATLAB file of version 7.3, as references; or the array in its cell `row`.
+
+    A cell refers to an array, as those of the images do, or to a further cell array, whose first cell refers
+    to it, as those of the masks do. Nothing is read from other files, which HDF5 could be told to do.
+
+    Raises:
+        ValueError, or what h5py raises: there is no such array in this file.
+    """
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        node = file[name]
+        for depth in range(4):
+            elsewhere = getattr(node, "external", None) or getattr(node, "is_virtual", False)
+            if elsewhere or node.file.filename != file.filename:
+                raise ValueError(f"{node.name} lies in another file, which is not read")
+            values = np.asarray(node[()])
+            references = values.dtype.kind == "O"
+            if not depth and not references:
+                raise ValueError(f"{name} holds {values.dtype}, expected references to arrays")
+            if not references or row is None:
+                return values
+            reference = values.ravel()[0 if depth else row]
+            if not isinstance(reference, h5py.Reference):
+                break
+            node = file[reference]
+    raise ValueError("expected an array, or a cell that refers to one")
 
 
 class MaskFolder(Masked):
@@ -176,10 +195,9 @@ class MaskFolder(Masked):
         for folder in (self.root, root / "masks"):
             if not folder.is_dir():
                 raise InputError(f"no folder {folder}: {EXPECTED}")
-        files = images_below(self.root)
-        if not files:
-            raise InputError(f"no images in {self.root} ({', '.join(SUFFIXES)})")
-        masks = {path.with_suffix(""): root / "masks" / path for path in images_below(root / "masks")}
+        files, passed_over = images_below(self.root)
+        every_mask, _ = images_below(root / "masks")
+        masks = {path.with_suffix(""): root / "masks" / path for path in every_mask}
         missing = next((file for file in files if file.with_suffix("") not in masks), None)
         if missing is not None:
             expected = root / "masks" / missing.with_suffix(".png")
@@ -187,11 +205,13 @@ class MaskFolder(Masked):
         self.rows = subset(len(files), self.limit, self.seed)
         self.files = [files[i] for i in self.rows]
         self.masks = [masks[file.with_suffix("")] for file in self.files]
-        if all(len(file.parts) > 1 for file in files):
-            # Of all files: --limit must not change what there is to tell apart.
-            self.names = sorted({file.parts[0] for file in files})
-            self.labels = torch.tensor([self.names.index(file.parts[0]) for file in self.files])
-        self.description = f"{root}, {len(self.files):,} of {len(files):,} images"
+        # Of all files: --limit must not change what there is to tell apart.
+        spare = len(every_mask) - len({file.with_suffix("") for file in files})
+        passed_over += f"; {spare:,} masks of no image" if spare else ""
+        names, classes, self.unlabelled = label(self.root, files)
+        if names:
+            self.names, self.labels = names, torch.tensor(classes)[self.rows]
+        self.description = f"{root}, {len(self.files):,} of {len(files):,} images{passed_over}"
 
     def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
         image = read_picture(self.root / self.files[index])

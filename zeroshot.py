@@ -5,21 +5,28 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import os
 import re
+import socket
 import struct
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from unittest.mock import patch
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 from weakref import WeakKeyDictionary
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,6 +34,7 @@ import demo
 from files import InputError, atomic_write, read_lines
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TENSORS_ONLY = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Clip:
     dtype: torch.dtype = torch.float32  # of the images it takes
     is_demo: bool = False
     cache: Path | None = None  # folder that keeps the embeddings of many texts
+    notes: tuple[str, ...] = ()  # what open_clip warned of when it loaded the model
 
 
 def load_clip(
@@ -57,8 +66,9 @@ def load_clip(
     Args:
         model: a name that open_clip knows ("ViT-L-14"), hf-hub:... or local-dir:..., or that of one of the
             demo's models, "demo-vit" or "demo-vit-written".
-        pretrained: one of open_clip's tags for it, or a checkpoint file (.safetensors, .pt, .bin; loaded with
-            weights_only). "none": random weights, which is enough to check the decomposition.
+        pretrained: one of open_clip's tags for it, which also says whether the model has QuickGELU; or a
+            checkpoint file (.safetensors, .pt, .bin; loaded with weights_only). "none": random weights, which
+            is enough to check the decomposition.
         device: "auto" (a GPU where there is one), or torch's name of a device.
         precision: "fp32" or "bf16" (the sums of the decomposition stay in fp32).
         image_size: side of the images in pixels, if not the model's own; open_clip interpolates the
@@ -78,7 +88,8 @@ def load_clip(
     else:
         clip = _from_open_clip(model, pretrained, place, precision, size)
     for name, parameter in clip.model.named_parameters():
-        if not parameter.isfinite().all():
+        # Neither embedding reads CoCa's captioner, of which open_clip leaves a part uninitialised.
+        if not name.startswith("text_decoder.") and not parameter.isfinite().all():
             weights = f"the weights of {clip.name} ({clip.weights})"
             raise InputError(f"{weights} hold a NaN or an infinity in {name}")
     return replace(clip, cache=None if out is None or clip.is_demo else Path(out) / "texts")
@@ -103,7 +114,7 @@ def _from_demo(
 ) -> Clip:
     weights = pretrained or f"demo/{name}.safetensors"
     chosen = {} if pretrained is None else {"weights": None if pretrained == "none" else pretrained}
-    with _loading(name, weights, size):
+    with _loading(name, pretrained, size):
         loaded = demo.load(device, name=name, **chosen, precision=precision, **size)
     return Clip(*loaded, name, weights, device, PRECISIONS[precision], is_demo=True)
 
@@ -111,49 +122,91 @@ def _from_demo(
 def _from_open_clip(
     model: str, pretrained: str | None, device: torch.device, precision: str, size: dict[str, int]
 ) -> Clip:
-    known = open_clip.list_models()
+    weights, options = pretrained or model, {"require_pretrained": pretrained != "none", **size}
     if ":" in model and pretrained is not None:
         raise InputError(f"--model {model} brings its own weights: leave out --pretrained {pretrained}")
-    if ":" not in model and model not in known:
-        near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
-        raise InputError(f"open_clip knows no model {model!r}; near it: {', '.join(near) or 'nothing'}")
     if ":" not in model:
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        if pretrained is None:
-            choices = f"a file, none (random weights), or one of {', '.join(tags) or '(no tags)'}"
-            raise InputError(f"--model {model} needs --pretrained: {choices}")
-        if pretrained not in (*tags, "none") and not Path(pretrained).is_file():
-            expected = f"open_clip's tags for {model}: {', '.join(tags)}"
-            raise InputError(f"--pretrained {pretrained!r} is neither a file nor one of {expected}")
-    weights = None if pretrained == "none" else pretrained
-    options = {"device": device, "precision": precision, "require_pretrained": pretrained != "none", **size}
-    with _loading(model, pretrained, size):
-        network, _, preprocess = open_clip.create_model_and_transforms(model, weights, **options)
-    weights, dtype = pretrained or model, PRECISIONS[precision]
-    return Clip(network.eval(), preprocess, Tokenizer(model), model, weights, device, dtype)
+        model = known_name(model)
+        weights = pretrained = _known_weights(model, pretrained)
+        options["force_quick_gelu"] = open_clip.get_pretrained_cfg(model, weights).get("quick_gelu", False)
+    source = None if pretrained == "none" else pretrained
+    options |= {"device": device, "precision": precision, "pretrained_text": False}
+    with _loading(model, weights, size) as warned:
+        network, _, preprocess = open_clip.create_model_and_transforms(model, source, **options)
+    expected = f"No pretrained weights loaded for model '{model}'. Model initialized randomly."
+    notes = tuple(f"open_clip: {line}" for line in warned if line != expected)
+    dtype = PRECISIONS[precision]
+    return Clip(network.eval(), preprocess, Tokenizer(model), model, weights, device, dtype, notes=notes)
+
+
+def known_name(model: str) -> str:
+    """open_clip's name of an architecture, found in any case, and with OpenAI's slash (ViT-B/16)."""
+    known = {name.casefold(): name for name in open_clip.list_models()}
+    asked = model.replace("/", "-").casefold()
+    if asked not in known:
+        near = ", ".join(known[name] for name in difflib.get_close_matches(asked, known, n=3, cutoff=0.4))
+        raise InputError(f"open_clip knows no model {model!r}; near it: {near or 'nothing'}")
+    return known[asked]
+
+
+def _known_weights(model: str, pretrained: str | None) -> str:
+    """One of open_clip's tags for the model, as it writes them; the path of a file; or none."""
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained is None:
+        choices = f"a file, none (random weights), or one of {', '.join(tags) or '(no tags)'}"
+        raise InputError(f"--model {model} needs --pretrained: {choices}")
+    if open_clip.is_pretrained_cfg(model, pretrained):
+        return pretrained.lower().replace("-", "_")
+    if pretrained == "none" or Path(pretrained).is_file():
+        return pretrained
+    if Path(pretrained).suffix in (".safetensors", ".pt", ".pth", ".bin", ".npz"):
+        raise InputError(f"--pretrained {pretrained}: there is no such file")
+    expected = f"open_clip's tags for {model}: {', '.join(tags)}"
+    raise InputError(f"--pretrained {pretrained!r} is neither a file nor one of {expected}")
 
 
 @contextmanager
-def _loading(model: str, weights: str | None, size: dict[str, int]) -> Iterator[None]:
-    """Any error inside becomes an InputError: open_clip, torch, safetensors and the hub raise many kinds."""
+def _loading(model: str, weights: str | None, size: dict[str, int]) -> Iterator[list[str]]:
+    """Any error inside becomes an InputError: open_clip, torch, safetensors and the hub raise many kinds.
+
+    Afterwards the list holds what open_clip warned of. torch.load unpickles tensors alone: open_clip asks for
+    weights_only, but leaves it out when it tries again after a TypeError.
+    """
     try:
-        with quiet():
-            yield
+        offline = patch.object(constants, "HF_HUB_OFFLINE", _hub_is_out_of_reach(model, weights))
+        with quiet() as warned, patch.dict(os.environ, TENSORS_ONLY), offline:
+            yield warned
     except Exception as error:
         images = "".join(f" for images of {pixels} pixels" for pixels in size.values())
         raise InputError(f"cannot load {model} with weights {weights!r}{images}: {reason(error)}") from error
 
 
+def _hub_is_out_of_reach(model: str, weights: str | None = None) -> bool:
+    """Is the Hugging Face hub needed, and does it not answer? Its client would try for a minute."""
+    config = {} if ":" in model else open_clip.get_model_config(model) or {}
+    tag = weights is not None and open_clip.is_pretrained_cfg(model, weights)
+    theirs = "siglip" in model.lower() or any(key.startswith("hf_") for key in config.get("text_cfg", ()))
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        if (model.startswith("hf-hub:") or tag or theirs) and not getproxies():
+            socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+    except OSError:
+        return True
+    return constants.HF_HUB_OFFLINE
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """While open, nothing is logged and no warning shown: what goes wrong is said in one line here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.ERROR)
+def quiet() -> Iterator[list[str]]:
+    """While open, nothing is logged and no warning shown; afterwards the list holds open_clip's warnings."""
+    home, records, said = str(Path(open_clip.__file__).parent), [], []
+    unlogged = patch.object(logging.Logger, "callHandlers", lambda logger, record: records.append(record))
+    with unlogged, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
-            yield
+            yield said
         finally:
-            logging.disable(logging.NOTSET)
+            said += [str(warning.message) for warning in caught if warning.filename.startswith(home)]
+            said += [record.getMessage() for record in records if record.pathname.startswith(home)]
 
 
 def reason(error: Exception) -> str:
@@ -161,10 +214,18 @@ def reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     writers = "safetensors or torch.save(model.state_dict(), ...)"
     expected = f"expected a checkpoint: tensors by name, as {writers} write them"
+    # Of open_clip, while it fits positions and biases to the model
+    if isinstance(error, AssertionError) or "is invalid for input of size" in text or "'NoneType'" in text:
+        return f"its tensors are not those of this architecture ({text})"
     if isinstance(error, (EOFError, StopIteration, AttributeError, LookupError, TypeError, struct.error)):
         return f"{expected}; found something else"
-    if "invalid load key" in text:
+    if re.search(r"invalid load key|Unsupported operand (?!149)", text):  # 149 starts a pickle of today
         return f"{expected}; this file is no archive of torch's"
+    if "TorchScript" in text:
+        hint = "give --pretrained openai, or a file of its state_dict()"
+        return f"it is a TorchScript archive, as OpenAI published its models, and holds code; {hint}"
+    if "Failed to download" in text or "Failed initial config" in text:
+        return f"not in the hub's cache, and not to be had from the network: {text.split('Last error: ')[-1]}"
     if "Weights only load failed" in text or "weights_only" in text:
         danger = "the file holds more than tensors, and unpickling it could run any code in it"
         return f"{danger}; where you trust it, save its tensors anew"
@@ -172,10 +233,10 @@ def reason(error: Exception) -> str:
         lacking = "its text tower or tokenizer comes from a package that is not installed"
         return f"{lacking}: pip install transformers"
     if "Error(s) in loading state_dict" not in text:
-        return text[:300] or type(error).__name__
+        return textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__
     found = _mismatches(str(error))
     if not found:
-        return f"{expected}; {text[:200]}"
+        return f"{expected}; {textwrap.shorten(text, 200, placeholder=' ...')}"
     return "its tensors are not those of this architecture: it " + "; ".join(found)
 
 
@@ -205,7 +266,8 @@ class Tokenizer:
     @cached_property
     def _opened(self) -> Callable:
         try:
-            return open_clip.get_tokenizer(self._model)
+            with patch.object(constants, "HF_HUB_OFFLINE", _hub_is_out_of_reach(self._model)):
+                return open_clip.get_tokenizer(self._model)
         except Exception as error:  # of the hub, of transformers, of files
             raise InputError(f"cannot open the tokenizer of {self._model}: {reason(error)}") from error
 
@@ -230,8 +292,10 @@ def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batc
     if clip.cache is not None and len(texts) >= CACHED:
         key = "\n".join([clip.name, str(clip.dtype), weights_hash(clip.model), *texts])
         path = clip.cache / f"{digest(key.encode(errors='backslashreplace'))}.safetensors"
-        with suppress(OSError, SafetensorError, KeyError):  # none yet, or a broken one
-            return load_file(path)["texts"].to(clip.device)
+        with suppress(OSError, SafetensorError, KeyError, TypeError), safe_open(path, "pt") as file:
+            kept = file.get_tensor("texts")
+            if file.metadata()["hash"] == tensor_hash(kept):  # else another program's, or a broken one
+                return kept.to(clip.device)
     rows = []
     chunks = range(0, len(texts), batch_size)
     with tqdm(chunks, desc=title, unit="x256", leave=False, disable=title is None) as progress:
@@ -247,7 +311,8 @@ def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batc
         with suppress(OSError, SafetensorError):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as partial:
-                save_file({"texts": found.cpu().contiguous()}, partial)
+                kept = found.cpu().contiguous()
+                save_file({"texts": kept}, partial, metadata={"hash": tensor_hash(kept)})
     return found
 
 
@@ -259,10 +324,15 @@ def weights_hash(model: nn.Module) -> str:
     if model not in _hashes:
         parts = [str(model)]
         for name, tensor in model.state_dict().items():
-            bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            parts.append(f"{name} {tensor.dtype} {list(tensor.shape)} {digest(bits.numpy())}")
+            parts.append(f"{name} {tensor_hash(tensor)}")
         _hashes[model] = digest("\n".join(parts).encode())
     return _hashes[model]
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Of its numbers, type and shape."""
+    bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return f"{tensor.dtype} {list(tensor.shape)} {digest(bits.numpy())}"
 
 
 def digest(data: bytes) -> str:
@@ -282,17 +352,38 @@ def tokenize(clip: Clip, texts: Sequence[str]) -> Tensor:
         except UnicodeEncodeError as error:
             hint = "give it in the terminal's encoding, or UTF-8 in a file"
             raise InputError(f"this text is no Unicode: {text[:80]!r}; {hint}") from error
-    encode, length = getattr(clip.tokenizer, "encode", None), getattr(clip.tokenizer, "context_length", None)
-    if encode is not None and length is not None:  # open_clip's own tokenizer, which cuts without a message
-        most = length - 2  # beside the start and end tokens
-        for text in texts:
-            if len(text.encode()) > most < len(encode(text)):  # a token is a byte at least
-                found = f"this text has {len(encode(text))}: {text[:80]!r}..."
-                raise InputError(f"the model reads {most} tokens at most, and {found}")
+    counts, most = count_tokens(clip.tokenizer, texts)
+    for text, count in zip(texts, counts, strict=True):
+        if count > most:  # the tokenizer would cut it without a message
+            found = f"this text has {count}: {text[:80]!r}..."
+            raise InputError(f"the model reads {most} tokens at most, and {found}")
     try:
         return clip.tokenizer(list(texts)).to(clip.device)
     except ValueError as error:  # the demo's tokenizer refuses words it was not trained on
         raise InputError(str(error)) from error
+
+
+def count_tokens(tokenizer: Callable, texts: Sequence[str]) -> tuple[list[int], int]:
+    """(the tokens of each text, how many the model reads); the demo's tokenizer sees to that itself."""
+    length = getattr(tokenizer, "context_length", None)
+    if hasattr(tokenizer, "encode"):  # open_clip's own, which adds a start and an end
+        return [len(tokenizer.encode(text)) for text in texts], length - 2
+    if not hasattr(tokenizer, "tokenizer"):
+        return [0] * len(texts), 0
+    # open_clip's wrappers of transformers' tokenizers; the mode "clips" adds three tokens of its own
+    added = getattr(tokenizer, "tokenizer_mode", None) != "clips"
+    with quiet():
+        cleaned = [tokenizer.clean_fn(text) for text in texts]
+        tokens = tokenizer.tokenizer(cleaned, add_special_tokens=added)["input_ids"]
+    return [len(row) for row in tokens], length - (0 if added else 3)
+
+
+def activation(model: nn.Module) -> str:
+    """ "GELU", "QuickGELU", ...: what the MLPs of the image tower apply, which no weight tells."""
+    parts = model.visual.named_modules()
+    return "/".join(
+        sorted({type(part).__name__ for name, part in parts if name.split(".")[-1] in ("gelu", "act")})
+    )
 
 
 @torch.no_grad()
@@ -322,6 +413,7 @@ class Bank:
     texts: list[str]
     categories: list[str]
     path: Path
+    repeats: int = 0  # lines of the file that say a text again
 
     def of(self, category: str) -> list[str]:
         """The descriptions of one category."""
@@ -333,24 +425,25 @@ def default_bank(clip: Clip) -> Path:
     return demo.FOLDER / demo.BANKS[clip.name] if clip.is_demo else Path(__file__).parent / "text_bank.txt"
 
 
-def load_bank(path: str | Path) -> Bank:
+def load_bank(path: str | Path, what: str = "text bank") -> Bank:
     """One description per line, under `# category` lines; without any, all are of one category, "texts".
 
+    A text that stands in the file again is taken once, under its first category. "#1 fan" is a text.
+
     Raises:
-        InputError: no such file, no descriptions, or one that stands in it twice.
+        InputError: no such file, or no descriptions; it speaks of the file as `what`.
     """
     path = Path(path)
-    lines = read_lines(path, f"cannot read text bank {path}")
     texts: dict[str, str] = {}
-    category = "texts"
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if line.startswith("#"):
-            category = line.lstrip("# ")
+    category, repeats = "texts", 0
+    for line in map(str.strip, read_lines(path, f"cannot read {what} {path}")):
+        heading = re.fullmatch(r"#+(\s.*)?", line)
+        if heading:
+            category = (heading[1] or "").strip()
         elif line:
-            if line in texts:
-                raise InputError(f"{path}, line {number}: {line!r} stands in the bank twice; remove one")
-            texts[line] = category
+            repeats += line in texts
+            texts.setdefault(line, category)
     if not texts:
         expected = "expected one per line, under `# category` lines"
-        raise InputError(f"text bank {path} holds no descriptions: {expected}")
-    return Bank(list(texts), list(texts.values()), path)
+        raise InputError(f"{what} {path} holds no descriptions: {expected}")
+    return Bank(list(texts), list(texts.values()), path, repeats)

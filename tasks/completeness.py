@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import report
 from decompose import decompose
-from zeroshot import embed_texts, fill_templates, load_bank, templates
+from zeroshot import embed_texts, fill_templates, templates
 
 from .accumulators import Sums
 from .heads import LAST_LAYERS
@@ -97,7 +97,7 @@ def text_pools(job: Job, names: list[str]) -> dict[str, Tensor]:
     embedded = embed_texts(clip, job.load_bank().texts, "text bank")
     pools = {"descriptions": embedded}
     if job.args.words is not None:
-        pools["words"] = embed_texts(clip, load_bank(job.args.words).texts, "words")
+        pools["words"] = embed_texts(clip, job.load_bank(job.args.words, "--words").texts, "words")
     prompts = dict.fromkeys(fill_templates(names, templates(clip)[:6]))
     pools["class prompts"] = embed_texts(clip, list(prompts), "class prompts")
     pools["random vectors"] = random_texts(embedded, job.args.seed)

@@ -62,7 +62,7 @@ def class_problem(asked: list[str] | None, test: Images) -> tuple[list[str], Ten
     if asked is None:
         if len(own) < 2:
             expected = "at least two names to tell the images by (their folders name none)"
-            raise InputError(f"--task debias needs --classes: {expected}")
+            raise InputError(f"--task debias needs --classes: {test.unlabelled or expected}")
         return own, y
     names = list(asked)
     check_class_names(names)

@@ -16,6 +16,7 @@ from demo.images import DemoBirds, DemoSigns
 from files import InputError
 from zeroshot import Bank, Clip, classifier, default_bank, load_bank, load_clip, templates
 
+from .models import check_decomposable
 from .processes import init_processes
 
 Images = DemoBirds | Waterbirds | ImageFolder
@@ -35,6 +36,7 @@ class Job:
         # While a pass runs, each process has other images, so the others may not see an error of this one.
         self.in_pass = False
         self.old_checkpoints_deleted = False
+        self.notes: dict[str, None] = {}  # what to say above the table, each once
 
     @cached_property
     def clip(self) -> Clip:
@@ -42,11 +44,18 @@ class Job:
         args = self.args
         reads = args.task == "typographic" and args.model is None and args.pretrained is None
         model = demo.WRITTEN if reads else args.model
-        return load_clip(model, args.pretrained, self.device, args.precision, args.image_size, args.out)
+        check_decomposable(model)
+        clip = load_clip(model, args.pretrained, self.device, args.precision, args.image_size, args.out)
+        self.notes |= dict.fromkeys(clip.notes)
+        return clip
 
-    def load_bank(self) -> Bank:
-        """The descriptions of --text-bank, or the default bank of the model."""
-        return load_bank(self.args.text_bank or default_bank(self.clip))
+    def load_bank(self, path: str | None = None, what: str = "text bank") -> Bank:
+        """A file of texts: the descriptions of --text-bank, or the default bank of the model."""
+        path = path or self.args.text_bank or default_bank(self.clip)
+        bank = load_bank(path, what)
+        if bank.repeats:
+            self.notes[f"{what} {path}: {bank.repeats:,} repeated texts are taken once"] = None
+        return bank
 
     def check_finite(self, x: Tensor) -> None:
         """Refuse a model whose numbers overflow."""
@@ -75,7 +84,7 @@ def zero_shot_problem(data: Images) -> tuple[list[str], Tensor]:
         return list(data.kinds), data.facts["kind"]
     if data.y is None or len(data.classes) < 2:
         expected = "folders of images named by their class, two at least"
-        raise InputError(f"{data.root} has no labels: expected {expected}")
+        raise InputError(data.unlabelled or f"{data.root} has no labels: expected {expected}")
     return list(data.classes), data.y
 
 

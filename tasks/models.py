@@ -13,8 +13,9 @@ from open_clip import timm_model
 from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 
+import demo
 from decompose import ClipTower, DecompositionError, open_tower
-from zeroshot import quiet
+from zeroshot import known_name, quiet
 
 LAYERS, WIDTH, HEADS, GRID = 2, 64, 4, 4  # of the small copies; patches in a row
 
@@ -47,6 +48,19 @@ def listed(name: str) -> Listed:
         return Listed(family(model.visual), open_tower(model), "")
     except DecompositionError as error:
         return Listed(family(model.visual), None, str(error).split(": ", 1)[1])
+
+
+def check_decomposable(name: str | None) -> None:
+    """Refuse what cannot be decomposed by its configuration, before it is built and its weights are loaded.
+
+    Raises:
+        DecompositionError: the reason.
+    """
+    if name in (None, demo.NAME) or ":" in name:
+        return
+    found = listed(known_name(name))
+    if found.tower is None:
+        raise DecompositionError(f"cannot decompose {name} ({found.family}): {found.refusal}")
 
 
 def print_list() -> None:

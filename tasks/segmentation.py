@@ -165,7 +165,7 @@ def choose_prompt(prompt: str, data: Masked, names: list[str]) -> tuple[str, Ten
     if prompt == "true":
         if data.labels is None:
             hint = "put each class's into a folder of its own, images/CLASS/"
-            raise InputError(f"--prompt true: these images have no labels; {hint}")
+            raise InputError(f"--prompt true: {data.unlabelled or 'these images have no labels'}; {hint}")
         unknown = next((name for name in data.names if name not in names), None)
         if unknown is not None:
             known = f"the {len(names):,} --classes"

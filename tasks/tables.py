@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.utils.data import Dataset
 
-from zeroshot import Clip, templates
+from zeroshot import Clip, activation, templates
 
 from .job import Job
 
@@ -59,8 +59,9 @@ def print_settings(job: Job, **more: str) -> dict[str, str]:
     clip, args = job.clip, job.args
     size = f", images of {args.image_size} pixels" if args.image_size else ""
     dtype = str(clip.dtype).removeprefix("torch.")
-    model = f"{clip.name}, weights {clip.weights}, {dtype} on {clip.device}{size}"
-    return print_lines({"model": model, **more, "seed": str(args.seed)})
+    model = f"{clip.name}, weights {clip.weights}, {activation(clip.model)}, {dtype} on {clip.device}{size}"
+    notes = {"note": "; ".join(job.notes)} if job.notes else {}
+    return print_lines({"model": model, **more, "seed": str(args.seed), **notes})
 
 
 def print_lines(lines: dict[str, str]) -> dict[str, str]:

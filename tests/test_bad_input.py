@@ -724,7 +724,7 @@ FILES = [
     case("a missing column", waterbirds(edit("place", None)), "metadata.csv", "'place'", "found img_id"),
     case("semicolons", waterbirds(semicolons), "metadata.csv", "no column", "img_filename;y"),
     case("a label that is none", waterbirds(edit("y", "2")), "line 2", "y must be one of 0, 1", "'2'"),
-    case("a label with a point", waterbirds(edit("y", "1.0", row=3)), "line 5", "y must be", "'1.0'"),
+    case("half a label", waterbirds(edit("y", "0.5", row=3)), "line 5", "y must be", "'0.5'"),
     case(
         "a split in words",
         waterbirds(edit("split", "test", row=1)),
@@ -1104,14 +1104,6 @@ BANKS = [
     case("an empty bank", bank(b""), "bank.txt", "no descriptions", "one per line"),
     case("categories alone", bank(b"# kinds\n\n# places\n"), "bank.txt", "no descriptions", "one per line"),
     case(
-        "a text twice",
-        bank(b"# kinds\na duck\n# birds\na duck\n"),
-        "bank.txt, line 4",
-        "'a duck'",
-        "twice",
-        "remove one",
-    ),
-    case(
         "texts that are one for the model",
         bank(b"a duck\nA duck\na crow\n"),
         "head 0.0",
@@ -1177,6 +1169,25 @@ def test_banks(
     build: Builder, words: tuple[str, ...], world: World, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     refused(build(world, tmp_path), tmp_path, capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("option", "task", "said"),
+    [
+        ("--text-bank", "textspan", "text bank FILE: 3 repeated texts are taken once"),
+        ("--text-bank", "neurons", "text bank FILE: 3 repeated texts are taken once"),
+        ("--words", "completeness", "--words FILE: 3 repeated texts are taken once"),
+    ],
+)
+def test_a_text_that_stands_in_a_file_again_is_taken_once(
+    option: str, task: str, said: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    content = b"# kinds\na duck\na crow\na duck\n# birds\na gull\na duck\n\n a crow\n"
+    results, page, ran = works(bank(content, task=task, option=option)(world, tmp_path), tmp_path, capsys)
+    assert results["settings"]["note"] == said.replace("FILE", str(tmp_path / "bank.txt"))
+    assert "3 repeated texts" in ran.stdout
+    assert "3 repeated texts" in page
+    assert "3 texts" in results["settings"]["pools" if task == "completeness" else "bank"]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from data import ImageFolder, InputError
+from data import ImageFolder, InputError, Waterbirds, read_picture
 from demo.images import DemoBirds
 from evaluate import main
 from tasks.job import zero_shot_problem
@@ -346,6 +347,214 @@ def test_a_class_that_no_drawn_image_has_is_still_named(imagenet):
     assert [imagenet[1][y] for y in data.y.tolist()] == [file.parts[0] for file in data.files]
 
 
+# Folders as others make them.
+
+
+def link(path: Path, target: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def test_links_to_classes_and_to_images_are_followed_as_torchvision_does(tmp_path, birds):
+    root = tmp_path / "linked"
+    link(root / "crow", birds / "crow")
+    for name in ("b_crow.png", "m_crow.png"):  # as a hub's cache and git-annex lay them out
+        link(root / "duck" / name, birds / "duck" / name)
+    paint(root / "heron" / "a_crow.png", HERON)
+    data, theirs = ImageFolder(root, "test", colour), TorchvisionFolder(root)
+    assert Counter(told(data)) == {("crow", CROW): 2, ("duck", DUCK): 2, ("heron", HERON): 1}
+    assert [(str(root / file), int(y)) for file, y in zip(data.files, data.y, strict=True)] == theirs.samples
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [lambda root: [("crow/up", root)], lambda root: [("crow/a", root / "duck"), ("duck/b", root / "crow")]],
+)
+def test_links_that_lead_back_end(birds, loop):
+    """Each folder is entered once on the way down."""
+    for name, target in loop(birds):
+        link(birds / name, target)
+    data = ImageFolder(birds, "test", colour)
+    assert {file.name for file in data.files} == {
+        "z_duck.png",
+        "y_heron.png",
+        "b_crow.png",
+        "m_crow.png",
+        "a_crow.png",
+    }
+    assert len(data) < 12
+
+
+def test_a_link_to_nothing_is_no_image_that_is_not_there(tmp_path, capsys, birds):
+    link(birds / "duck" / "annexed.png", tmp_path / "annex" / "object")
+    argv = ["--task", "ablation", "--data", str(birds), "--workers", "0"]
+    refused(tmp_path, capsys, argv, str(birds / "duck" / "annexed.png"), "link to nothing")
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.jpe", "a.JFIF"])
+def test_other_endings_of_images(tmp_path, name):
+    Image.new("RGB", (8, 8), DUCK).save(tmp_path / name, format="JPEG", quality=100)
+    data = ImageFolder(tmp_path, "test", colour)
+    assert len(data) == 1
+    assert "passed over" not in data.description
+
+
+def test_what_is_passed_over_is_counted_and_named(birds):
+    for name in ("duck/a.heic", "crow/no-ending", "crow/notes.TXT"):
+        (birds / name).write_bytes(b"")
+    description = ImageFolder(birds, "test", colour).description
+    assert description.endswith(
+        "5 of 5 images, 3 classes; passed over: 3 (.heic, .txt, no ending; first crow/no-ending)"
+    )
+
+
+def test_no_image_but_other_files_is_refused_with_what_there_is(tmp_path):
+    (tmp_path / "one.heic").write_bytes(b"")
+    with pytest.raises(InputError, match=r"no images in .*passed over: 1 \(\.heic; first one\.heic\)"):
+        ImageFolder(tmp_path, "test", colour)
+
+
+def test_leftovers_of_tools_are_no_images_and_no_classes(birds):
+    """What macOS' archives, Finder, Explorer, Jupyter and a NAS leave."""
+    for name in (
+        "__MACOSX/duck/._b_crow.png",
+        "duck/._b_crow.png",
+        ".ipynb_checkpoints/b.png",
+        "@eaDir/b.png",
+    ):
+        (birds / name).parent.mkdir(parents=True, exist_ok=True)
+        (birds / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    for name in (".DS_Store", "duck/Thumbs.db", "crow/desktop.ini"):
+        (birds / name).write_bytes(b"")
+    data = ImageFolder(birds, "test", colour)
+    assert Counter(told(data)) == {("crow", CROW): 2, ("duck", DUCK): 2, ("heron", HERON): 1}
+    assert "passed over" not in data.description
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_a_class_can_be_called_like_a_split(birds, name, split):
+    (birds / "heron").rename(birds / name)
+    data = ImageFolder(birds, split, colour)
+    assert sorted(data.classes) == sorted(["crow", "duck", name])
+    assert len(data) == 5
+
+
+def test_splits_that_hold_folders_are_splits_beside_others_which_are_named(split):
+    paint(split / "devkit" / "map.png")
+    paint(split / "test" / "1.png")  # without labels, as ImageNet's
+    (split / "readme.txt").write_text("about")
+    (split / ".git").mkdir()
+    data = ImageFolder(split, "train", colour)
+    assert told(data) == [("crow", CROW)]
+    assert data.description.endswith("; passed over beside it: 2 (devkit, readme.txt)")
+
+
+def test_splits_of_images_alone_are_splits_where_there_is_nothing_else(tmp_path):
+    for name, shade in (("train", CROW), ("test", DUCK)):
+        paint(tmp_path / name / "1.png", shade)
+    assert ImageFolder(tmp_path, "train", colour)[0][0] == CROW
+    assert ImageFolder(tmp_path, "test", colour)[0][0] == DUCK
+
+
+# Waterbirds as others store it.
+
+# As pandas writes a frame with its index, whose columns became floats when it was joined with another.
+PANDAS = ",img_id,img_filename,y,split,place,place_filename\r\n"
+PANDAS += "0,1,001.Crow/a.png,0.0,0.0,1.0,/o/ocean/1.jpg\r\n"
+PANDAS += '1,2,"002.Duck, wild/b\u2028.png",1.0,0.0,0.0,/b/bamboo/2.jpg\r\n'
+NAMES, Y, PLACE = ["001.Crow/a.png", "002.Duck, wild/b\u2028.png"], [0, 1], [1, 0]
+
+
+def metadata(root: Path, text: str) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "metadata.csv").write_bytes(text.encode())
+    return root
+
+
+def test_metadata_as_pandas_writes_it(tmp_path):
+    data = Waterbirds(metadata(tmp_path, PANDAS), "train", colour)
+    assert (data.files, data.y.tolist(), data.place.tolist()) == (NAMES, Y, PLACE)
+
+
+def test_names_as_windows_writes_them(tmp_path):
+    data = Waterbirds(metadata(tmp_path, PANDAS.replace("/a.png", "\\a.png")), "train", colour)
+    assert data.files == NAMES
+    paint(tmp_path / "001.Crow\\a.png")  # elsewhere a name can hold one
+    data = Waterbirds(metadata(tmp_path, PANDAS.replace("/a.png", "\\a.png")), "train", colour)
+    assert data.files[0] == "001.Crow\\a.png"
+
+
+def test_images_that_are_links_out_of_the_folder(tmp_path):
+    """A hub's cache: snapshots/REVISION/NAME is a link to blobs/HASH. DVC and git-annex do likewise."""
+    root = metadata(tmp_path / "snapshots" / "main", PANDAS)
+    for name, shade in zip(NAMES, (CROW, DUCK), strict=True):
+        paint(tmp_path / "blobs" / f"{shade}.png", shade)
+        link(root / name, Path("../../../blobs") / f"{shade}.png")
+    data = Waterbirds(root, "train", colour)
+    assert [data[i][0] for i in range(2)] == [CROW, DUCK]
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "001.Crow/../../secret.png", "ROOT/../secret.png", "..\\secret.png"]
+)
+def test_a_name_does_not_lead_out_of_the_folder(tmp_path, name):
+    paint(tmp_path / "secret.png")
+    root = tmp_path / "data"
+    metadata(root, PANDAS.replace("001.Crow/a.png", name.replace("ROOT", str(root))))
+    with pytest.raises(
+        InputError, match=r"metadata.csv, line 2: img_filename .*secret.png lies outside .*data"
+    ):
+        Waterbirds(root, "val", colour)
+
+
+def test_a_name_from_the_root_may_lie_in_the_folder(tmp_path):
+    paint(tmp_path / "001.Crow" / "a.png", CROW)
+    data = Waterbirds(
+        metadata(tmp_path, PANDAS.replace("001.Crow/a.png", f"{tmp_path}/001.Crow/x/../a.png")),
+        "train",
+        colour,
+    )
+    assert data.files == NAMES
+    assert data[0][0] == CROW
+
+
+# Turned and damaged by cameras and programs.
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_comes_upright_as_pillow_turns_it(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    assert np.array_equal(read_picture(tmp_path / "a.png"), expected)
+    assert (expected.size == (6, 4)) == (orientation < 5)
+
+
+def png_with_exif_of_imagemagick(path: Path, image: Image.Image) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n      10\n4578696600000000\n")
+    image.save(path, "PNG", pnginfo=text)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        png_with_exif_of_imagemagick,
+        lambda path, image: image.save(path, "WEBP", lossless=True, exif=b"Exif\0\0nonsense"),
+        lambda path, image: image.save(path, "PNG", exif=b"Exif\0\0nonsense"),
+    ],
+)
+def test_pixels_are_read_whatever_the_exif_holds(tmp_path, write):
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    write(tmp_path / "a.png", Image.fromarray(pixels))
+    with Image.open(tmp_path / "a.png") as image, pytest.raises((ValueError, SyntaxError)):
+        ImageOps.exif_transpose(image)  # what reading it upright would end in
+    assert np.array_equal(read_picture(tmp_path / "a.png"), pixels)
+
+
 # Through the command line.
 
 
@@ -432,6 +641,35 @@ def test_a_reference_split_that_is_not_there(tmp_path, capsys):
 def test_a_class_in_words_that_the_model_does_not_know(tmp_path, capsys, birds):
     paint(birds / "flamingo" / "1.png")
     refused(tmp_path, capsys, ["--task", "ablation", "--data", str(birds)], "'flamingo'", "not one of them")
+
+
+@pytest.fixture
+def wordnet(tmp_path, pictures) -> Path:
+    """Two of ImageNet's thousand folders."""
+    for name, kind in (("n01440764", "duck"), ("n01443537", "crow")):
+        link(tmp_path / "imagenet" / name, pictures / kind)
+    return tmp_path / "imagenet"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["textspan"],
+        ["check"],
+        ["retrieval", "--head", "3.4", "--text", "a duck"],
+        ["debias", "--classes", "duck", "crow", "--heads", "3.1", "--draws", "2"],
+    ],
+)
+def test_some_of_the_wordnet_ids_are_images_where_no_label_is_needed(tmp_path, wordnet, argv):
+    code, results = run(tmp_path, "--task", *argv, "--data", str(wordnet))
+    assert code == 0
+    assert results["settings"]["images"] == f"{wordnet}, 16 of 16 images"
+    assert results["settings"].get("labels", "none given") == "none given"
+
+
+def test_some_of_the_wordnet_ids_are_no_classes_of_their_own(tmp_path, capsys, wordnet):
+    argv = ["--task", "debias", "--data", str(wordnet)]
+    refused(tmp_path, capsys, argv, "needs --classes", "2 of them WordNet ids", "1,000")
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

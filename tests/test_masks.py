@@ -3,6 +3,7 @@ resizing and cropping.
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,15 +73,33 @@ def left_half():
     return mask
 
 
-def write_mat(path, pictures, masks):
-    """As MATLAB stores cell arrays in files of version 7.3: references to arrays with their axes reversed."""
+def write_mat(path, pictures, masks, nested=True):
+    """As MATLAB stores cell arrays in files of version 7.3: references to arrays with their axes reversed.
+
+    nested: as in gtsegs_ijcv.mat, by what its published readers index: an image at file[img[i, 0]], its mask
+    at file[file[gt[i, 0]][0, 0]].
+    """
     h5py = pytest.importorskip("h5py")
     with h5py.File(path, "w") as file:
         for name, arrays in (("img", pictures), ("gt", masks)):
             cells = file.create_dataset(f"value/{name}", (len(arrays), 1), dtype=h5py.ref_dtype)
             for i, array in enumerate(arrays):
-                cells[i, 0] = file.create_dataset(f"#refs#/{name}{i}", data=np.asarray(array).T).ref
+                reference = file.create_dataset(f"#refs#/{name}{i}", data=np.asarray(array).T).ref
+                if name == "gt" and nested:
+                    cell = file.create_dataset(f"#refs#/cell{i}", (1, 1), dtype=h5py.ref_dtype)
+                    cell[0, 0] = reference
+                    reference = cell.ref
+                cells[i, 0] = reference
     return path
+
+
+def published_reader(path, index):
+    """The image and the mask, as code published with other papers takes them from the file."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "r") as file:
+        image = np.array(file[file["/value/img"][index, 0]]).transpose(2, 1, 0)
+        mask = np.array(file[file[file["/value/gt"][index, 0]][0, 0]]).transpose(1, 0)
+    return image, mask
 
 
 def some_mat(tmp_path, count=5):
@@ -435,6 +454,36 @@ def test_without_class_folders_there_are_no_labels(tmp_path):
     assert data.names is None
 
 
+def test_folders_below_images_and_masks_that_are_links(tmp_path):
+    mask = Image.fromarray(left_half())
+    store = save_folder(tmp_path / "store", {"crow/1": (Image.new("RGB", (8, 8)), mask)})
+    root = save_folder(tmp_path / "data", {"red_bird/1": (Image.new("RGB", (8, 8)), mask)})
+    for kind in ("images", "masks"):
+        (root / kind / "crow").symlink_to(store / kind / "crow")
+    data = MaskFolder(root, PLAIN)
+    assert data.names == ["crow", "red bird"]  # as in a folder of images
+    assert data.labels.tolist() == [0, 1]
+    assert all(torch.equal(item(data, i)[1], torch.from_numpy(left_half()).to(torch.int8)) for i in range(2))
+
+
+def test_what_is_passed_over_beside_images_and_masks_is_said(tmp_path):
+    root = numbered(tmp_path, 3)
+    assert MaskFolder(root, PLAIN).description.endswith("3 of 3 images")
+    (root / "images" / "00.png").unlink()
+    (root / "images" / "notes.txt").touch()
+    (root / "masks" / "._01.png").touch()
+    description = MaskFolder(root, PLAIN).description
+    assert description.endswith("2 of 2 images; passed over: 1 (.txt; first notes.txt); 1 masks of no image")
+
+
+def test_some_of_the_wordnet_ids_name_no_classes(tmp_path):
+    mask = Image.fromarray(left_half())
+    pairs = {f"{name}/1": (Image.new("RGB", (8, 8)), mask) for name in ("n01440764", "n01443537")}
+    data = MaskFolder(save_folder(tmp_path, pairs), PLAIN)
+    assert data.names is data.labels is None
+    assert "2 of them WordNet ids" in data.unlabelled
+
+
 def test_a_limit_draws_images_and_leaves_the_classes(tmp_path):
     mask = Image.fromarray(left_half())
     root = save_folder(
@@ -694,6 +743,28 @@ def test_a_mat_file_gives_images_and_masks_upright(tmp_path):
     assert "5 of 5" in data.description
 
 
+def test_a_mat_file_is_read_as_published_readers_do(tmp_path):
+    path, _ = some_mat(tmp_path)
+    data = ImageNetSegmentation(path, PLAIN)
+    for i in range(5):
+        image, mask = data.pair(i)
+        expected_image, expected_mask = published_reader(path, i)
+        assert np.array_equal(np.asarray(image), expected_image)
+        assert np.array_equal(mask, expected_mask)
+
+
+def test_masks_of_a_mat_file_behind_one_reference_are_read_alike(tmp_path):
+    nested, pairs = some_mat(tmp_path)
+    arrays = [np.array(picture) for picture, _ in pairs], [mask for _, mask in pairs]
+    plain = write_mat(tmp_path / "plain.mat", *arrays, nested=False)
+    with pytest.raises((IndexError, TypeError, ValueError)):  # the two files differ
+        published_reader(plain, 0)
+    for i in range(5):
+        one, other = ImageNetSegmentation(nested, PLAIN).pair(i), ImageNetSegmentation(plain, PLAIN).pair(i)
+        assert np.array_equal(one[0], other[0])
+        assert np.array_equal(one[1], other[1])
+
+
 @pytest.mark.parametrize("protocol", ["aligned", "authors"])
 def test_a_mat_file_follows_the_protocol(tmp_path, protocol):
     picture, mask = patch(200, 100, 104, 50, 136, 70)
@@ -891,6 +962,74 @@ def reference_to_a_word(file, h5py):
     file["value/img"][2, 0] = file.create_dataset("other", data="a picture").ref
 
 
+def cell_of_itself(file, h5py):
+    cell = file["value/gt"]
+    cell[2, 0] = cell[0, 0] = cell.ref
+
+
+def empty_cell(file, h5py):
+    file["value/gt"][2, 0] = file.create_dataset("other", (0, 0), dtype=h5py.ref_dtype).ref
+
+
+SECRET = b"a local file, 26 x 26 x 3 bytes of it".ljust(26 * 26 * 3)
+
+
+def secret(file):
+    path = Path(file.filename).with_name("secret")
+    path.write_bytes(SECRET)
+    return str(path)
+
+
+def pixels_of_a_local_file(file, h5py):
+    """HDF5's external storage: the array's bytes are those of any file."""
+    stored = [(secret(file), 0, len(SECRET))]
+    file["value/img"][2, 0] = file.create_dataset("other", (3, 26, 26), np.uint8, external=stored).ref
+
+
+def other_file(file, h5py):
+    path = Path(file.filename).with_name("other.h5")
+    with h5py.File(path, "w") as other:
+        other["picture"] = np.zeros((3, 26, 26), dtype=np.uint8)
+        cells = other.create_dataset("img", (5, 1), dtype=h5py.ref_dtype)
+        for i in range(5):
+            cells[i, 0] = other["picture"].ref
+    return str(path)
+
+
+def a_virtual_array(file, h5py):
+    layout = h5py.VirtualLayout((3, 26, 26), np.uint8)
+    layout[:] = h5py.VirtualSource(other_file(file, h5py), "picture", (3, 26, 26))
+    file["value/img"][2, 0] = file.create_virtual_dataset("other", layout).ref
+
+
+def a_link_to_another_file(file, h5py):
+    drop_images(file, h5py)
+    file["value/img"] = h5py.ExternalLink(other_file(file, h5py), "img")
+
+
+def a_folder_of_another_file(file, h5py):
+    drop_images(file, h5py)
+    file["there"] = h5py.ExternalLink(other_file(file, h5py), "/")
+    file["value/img"] = h5py.SoftLink("/there/img")
+
+
+@pytest.mark.parametrize("change", [a_link_to_another_file, a_folder_of_another_file])
+def test_a_mat_file_does_not_lead_to_another_file(tmp_path, change):
+    path = edit_mat(tmp_path, change)
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path) as file:
+        assert file["value/img"].shape == (5, 1)  # which h5py follows
+    refused_mat(path, "/img lies in another file")
+
+
+@pytest.mark.parametrize("change", [pixels_of_a_local_file, a_virtual_array])
+def test_h5py_would_read_the_other_file_of_a_mat_file(tmp_path, change):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(edit_mat(tmp_path, change)) as file:
+        array = file["other"][()]
+    assert array.tobytes() == (SECRET if change is pixels_of_a_local_file else bytes(3 * 26 * 26))
+
+
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
@@ -902,6 +1041,10 @@ def reference_to_a_word(file, h5py):
         (null_reference, "value/img"),
         (reference_to_a_group, "value/img"),
         (reference_to_a_word, "image 2"),
+        (cell_of_itself, "value/gt of image 2"),
+        (empty_cell, "value/gt of image 2"),
+        (pixels_of_a_local_file, "lies in another file"),
+        (a_virtual_array, "lies in another file"),
     ],
 )
 def test_an_array_that_cannot_be_used_in_a_mat_file_is_named(tmp_path, change, fragment):

@@ -850,7 +850,7 @@ def test_everything_printed_is_in_the_results(ran):
 
 def test_the_settings_say_where_the_numbers_come_from(ran):
     where = ran.results["settings"]
-    assert where["model"] == "demo-vit, weights demo/demo-vit.safetensors, float32 on cpu"
+    assert where["model"] == "demo-vit, weights demo/demo-vit.safetensors, GELU, float32 on cpu"
     assert where["means"] == "demo world, train split, 96 images"
     assert where["test"] == "demo world, test split, 96 images"
     assert where["bank"].startswith("text_bank.txt, 189 texts, less their mean")

@@ -12,6 +12,8 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from data import InputError, eight_bits, subset
 from demo.images import DemoBirds
@@ -23,6 +25,7 @@ from zeroshot import (
     load_bank,
     load_clip,
     templates,
+    tokenize,
     weights_hash,
 )
 
@@ -81,6 +84,114 @@ def test_a_flat_bank_is_one_category(tmp_path):
     (tmp_path / "flat.txt").write_text("red\n\n  blue \n")
     bank = load_bank(tmp_path / "flat.txt")
     assert bank.texts == ["red", "blue"] == bank.of("texts")
+
+
+def test_lines_end_where_editors_end_them(tmp_path):
+    """str.splitlines would also end them at VT, FF, NEL and Unicode's separators, within a sentence."""
+    kept = ["one\x0btwo", "one\x0ctwo", "one\x1ctwo", "one\x85two", "one\u2028two", "one\u2029two"]
+    (tmp_path / "bank.txt").write_bytes("\r\n".join(kept).encode() + b"\rthree\nfour\n")
+    assert load_bank(tmp_path / "bank.txt").texts == [*kept, "three", "four"]
+
+
+def test_only_a_number_sign_apart_makes_a_heading(tmp_path):
+    (tmp_path / "bank.txt").write_text("#1 fan\n# places\n#throwback\n##  two words \na #2 pencil\n#\nlast\n")
+    bank = load_bank(tmp_path / "bank.txt")
+    assert dict(zip(bank.texts, bank.categories, strict=True)) == {
+        "#1 fan": "texts",
+        "#throwback": "places",
+        "a #2 pencil": "two words",
+        "last": "",
+    }
+
+
+def test_a_text_that_comes_again_is_taken_once_and_counted(tmp_path):
+    (tmp_path / "bank.txt").write_text("# birds\na duck\na gull\n a duck\n# toys\na duck\na car\n")
+    bank = load_bank(tmp_path / "bank.txt")
+    assert bank.texts == ["a duck", "a gull", "a car"]
+    assert bank.categories == ["birds", "birds", "toys"]
+    assert bank.repeats == 2
+    assert load_bank(ROOT / "text_bank.txt").repeats == 0
+
+
+def test_a_missing_file_is_called_what_it_is(tmp_path):
+    with pytest.raises(InputError, match=r"^cannot read --words .*no.txt: No such file"):
+        load_bank(tmp_path / "no.txt", "--words")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(InputError, match=r"^--words .*empty.txt holds no descriptions"):
+        load_bank(tmp_path / "empty.txt", "--words")
+
+
+# Texts longer than the model reads.
+
+
+def real(tokenizer):
+    """As much of a Clip as its texts need, with this tokenizer."""
+    return SimpleNamespace(tokenizer=tokenizer, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("word", ["a", "café", "…", "İ"])  # in tokens: 1; 2 and more from 5, 3 and 2 bytes
+@pytest.mark.parametrize("room", [77, 16])
+def test_a_text_is_cut_by_none_or_refused(word, room):
+    tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=room)
+    seen = set()
+    for count in range(1, room + 2):
+        text = " ".join([word] * count)
+        tokens = len(tokenizer.encode(text))
+        seen.add(tokens - room)
+        if tokens <= room - 2:
+            row = tokenize(real(tokenizer), [text])[0].tolist()
+            assert tokenizer.decode(row[1 : tokens + 1]) == tokenizer.decode(tokenizer.encode(text))
+            assert row[tokens + 1] == tokenizer.eot_token_id
+        else:
+            with pytest.raises(
+                InputError, match=f"reads {room - 2} tokens at most, and this text has {tokens}:"
+            ):
+                tokenize(real(tokenizer), ["a bird", text])
+    if word == "a":
+        assert {-2, -1, 0} <= seen  # 75, 76 and 77 of 77
+
+
+class Words:
+    """As much of transformers' tokenizers as open_clip calls: a token a word, and an end."""
+
+    bos_token_id, eos_token_id, pad_token_id, cls_token_id = 1, 2, 0, 3
+
+    def __call__(
+        self, texts, add_special_tokens=True, max_length=None, truncation=False, return_tensors=None, **_
+    ):
+        rows = [[10 + len(word) for word in text.split()] for text in texts]
+        if truncation:
+            rows = [row[: max_length - add_special_tokens] for row in rows]
+        rows = [row + [2] * add_special_tokens for row in rows]
+        if return_tensors:
+            rows = torch.tensor([row + [0] * (max_length - len(row)) for row in rows])
+        return BatchEncoding(rows)
+
+
+class BatchEncoding(dict):
+    def __init__(self, rows):
+        super().__init__(input_ids=rows)
+        self.input_ids = rows
+
+
+@pytest.mark.parametrize(("mode", "most"), [("", 7), ("clips", 5)])
+def test_a_text_is_not_cut_by_the_tokenizers_of_other_towers(mode, most):
+    """SigLIP's and the multilingual models' come from transformers. `most` is the number of words."""
+    tokenizer = object.__new__(open_clip.tokenizer.HFTokenizer)
+    tokenizer.__dict__ |= {
+        "tokenizer": Words(),
+        "tokenizer_mode": mode,
+        "context_length": 8,
+        "strip_sep_token": False,
+    }
+    tokenizer.clean_fn = open_clip.tokenizer.get_clean_fn("whitespace")
+    row = tokenize(real(tokenizer), ["  ".join(["x"] * most)])[0].tolist()
+    assert row.count(11) == most
+    assert (
+        tokenizer([" ".join(["x"] * (most + 1))])[0].tolist().count(11) == most
+    )  # what is cut without a word
+    with pytest.raises(InputError, match="tokens at most"):
+        tokenize(real(tokenizer), ["x", " ".join(["x"] * (most + 1))])
 
 
 def test_sixteen_bit_grey_keeps_its_shades():
@@ -166,6 +277,30 @@ def test_a_broken_file_is_made_anew(cached):
         path.write_bytes(content)
         assert torch.equal(first, embed_texts(cached.clip, cached.texts))
     assert sum(cached.counted) == 4 * CACHED
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda rows: rows[:, :-1],
+        lambda rows: rows[1:],
+        lambda rows: rows.flip(0),
+        lambda rows: rows * torch.tensor(float("nan")),
+        lambda rows: rows.double(),
+    ],
+    ids=["another width", "fewer rows", "other rows", "no numbers", "another type"],
+)
+def test_a_file_of_other_embeddings_is_made_anew(cached, other):
+    first = embed_texts(cached.clip, cached.texts)
+    (path,) = cached.clip.cache.iterdir()
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    for metadata in (None, said):
+        save_file({"texts": other(first).contiguous()}, path, metadata)
+        assert torch.equal(first, embed_texts(cached.clip, cached.texts))
+    assert sum(cached.counted) == 3 * CACHED
+    assert torch.equal(first, embed_texts(cached.clip, cached.texts))
+    assert sum(cached.counted) == 3 * CACHED
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing(cached, tmp_path):
