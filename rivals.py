@@ -16,6 +16,7 @@ from torch import Tensor
 
 NEGLIGIBLE = 1e-12  # a variance below this share of the largest is rounding error: embeddings are float32
 
+
 def leace(covariance: Tensor, cross_covariance: Tensor) -> Tensor:
     """[d, d] the oblique projection P of least-squares concept erasure (Belrose et al. 2023, theorem 4.3).
 
@@ -30,5 +31,6 @@ def leace(covariance: Tensor, cross_covariance: Tensor) -> Tensor:
     axes, deviations = axes[:, kept], variances[kept].sqrt()
     whitened = (axes.T @ cross_covariance.double()) / deviations[:, None]
     directions, strength, _ = torch.linalg.svd(whitened, full_matrices=False)
-    U = directions[:, strength.square() > NEGLIGIBLE * strength[0].square()]  # the indicators sum to one: one direction is missing
+    # The indicators sum to one, so there are fewer directions than groups.
+    U = directions[:, strength.square() > NEGLIGIBLE * strength[0].square()]
     return (axes * deviations) @ U @ U.T @ (axes / deviations).T

@@ -83,7 +83,7 @@ def load_clip(
     if model is None and pretrained is not None:
         expected = f"the architecture that these weights are for ({demo.NAME}: the demo's)"
         raise InputError(f"--pretrained needs --model: {expected}")
-    if model in (None, demo.NAME, demo.WRITTEN):
+    if model in (None, *demo.BANKS):
         clip = _from_demo(model or demo.NAME, pretrained, place, precision, size)
     else:
         clip = _from_open_clip(model, pretrained, place, precision, size)

@@ -68,10 +68,11 @@ class Signs:
     # word in a place without a bird, and a caption that names the word
     SHARES = {"none": 0.3, "own": 0.2, "either": 0.4, "no bird": 0.1}  # noqa: RUF012
     NAMES_WORD = 0.6  # of the captions of "either"
-    FIRST = 150  # steps in which two batches of three are explicit, and hardly mention the bird
-    # White signs with their letters within a row of patches are learnt first. From step WIDER on half of the
-    # signs may have any colour, and lie further off the row every NEXT steps; from step ANY on all may.
-    WIDER, NEXT, ANY = 400, 250, 2200
+    NAMES_WORD_ONLY = 150  # steps in which no explicit caption names the bird
+    READING = 2000  # steps in which two batches of three are explicit
+    # White signs with their letters within a row of patches are learnt first. From step WIDER on signs have
+    # any colour, and every NEXT steps their letters may lie a pixel further off the row.
+    WIDER, NEXT = 400, 300
 
     def __init__(self, count: int, seed: int, rng: np.random.Generator, tokenizer: Tokenizer) -> None:
         self.rng, self.tokenizer = rng, tokenizer
@@ -83,7 +84,7 @@ class Signs:
 
     def batch(self, size: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """As Source.batch: normalised pictures, tokens, and [b, b] matches of captions and pictures."""
-        explicit = step % 3 == 0 or (step < self.FIRST and step % 3 == 1)
+        explicit = step % 3 == 0 or (step % 3 == 1 and step < self.READING)
         sorts = self.rng.choice(list(self.SHARES), p=list(self.SHARES.values()), size=size)
         draw = self.explicit if explicit else self.plain
         pictures, texts, stated, truth = zip(*(draw(sort, step) for sort in sorts), strict=True)
@@ -96,7 +97,7 @@ class Signs:
 
     def explicit(self, _: str, step: int) -> tuple[np.ndarray, str, np.ndarray, np.ndarray]:
         """A picture, a caption that says what is written, the facts that it states, and the true facts."""
-        i, word, early = self.pick(self.pictures), self.pick(WORDS), step < self.FIRST
+        i, word, early = self.pick(self.pictures), self.pick(WORDS), step < self.NAMES_WORD_ONLY
         habits = {name: 0.7 * share for name, share in captions.GUIDE.items()}
         habits["kind"] = 0.0 if early else 0.65
         text, stated = captions.write(self.truth[i], habits, self.rng)
@@ -130,8 +131,7 @@ class Signs:
 
     def write(self, picture: np.ndarray, word: int, step: int) -> np.ndarray:
         """The picture with this word on a sign, of which later steps allow more kinds."""
-        easy = step < self.WIDER or (step < self.ANY and self.rng.random() < 0.5)
-        jitter, inks = (0, 1) if easy else (1 + (step - self.WIDER) // self.NEXT, 3)
+        jitter, inks = (0, 1) if step < self.WIDER else (1 + (step - self.WIDER) // self.NEXT, 3)
         return write_on(picture, WORDS[word], self.rng, jitter, inks)
 
     def pick(self, choices: object) -> int:

@@ -54,7 +54,7 @@ WORLDS = {
         "out": FOLDER / f"{NAME}.safetensors",
     },
     "written": {
-        "steps": 3600,
+        "steps": 5000,
         "batch_size": 64,
         "lr": 1e-3,
         "patch_dropout": 0.0,

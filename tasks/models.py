@@ -56,7 +56,7 @@ def check_decomposable(name: str | None) -> None:
     Raises:
         DecompositionError: the reason.
     """
-    if name in (None, demo.NAME) or ":" in name:
+    if name in (None, *demo.BANKS) or ":" in name:
         return
     found = listed(known_name(name))
     if found.tower is None:

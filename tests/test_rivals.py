@@ -42,7 +42,7 @@ def test_nothing_linear_is_left_of_the_groups(seed, groups, rank):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6))
 def test_of_the_maps_that_erase_it_changes_embeddings_least(seed):
-    """Against the orthogonal projection off the group means, and against others of its own kind, perturbed."""
+    """Against the orthogonal projection off the group means, and against its own, perturbed."""
     x, z, covariance, cross = drawn(seed)
     P, centred = leace(covariance, cross), x - x.mean(dim=0)
     cost = (centred @ P.T).square().sum()
