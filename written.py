@@ -219,7 +219,7 @@ Rows = list[tuple[str, str, dict[str, str]]]  # what is seen, what is written, {
 
 def _named(root: Path) -> Rows:
     """Of a flat folder of label=dog_text=cat.png; none if no name begins so."""
-    files = [str(file) for file in images_below(root)]
+    files = [str(file) for file in images_below(root)[0]]
     found = {file: PATTERN.fullmatch(Path(file).name) for file in files}
     if not any(found.values()):
         return []

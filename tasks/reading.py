@@ -30,6 +30,7 @@ from .job import Job
 from .passes import one_pass
 
 RULE_IMAGES, DIRECTIONS = 2000, 32
+COVERED = 0.25  # of the largest heat of an average reference picture; chosen on the demo's validation split
 TILE, GAP = 128, 6  # of the contact sheet
 
 
@@ -50,13 +51,14 @@ def map_of_heads(
     return torch.cat(found)[:, tower.prefix :].unflatten(1, tower.grid(images))
 
 
-def cover(images: Tensor, heat: Tensor, share: float = 0.5) -> Tensor:
-    """The images [b, 3, rows, columns] without the patches whose heat is over `share` of its maximum.
+def cover(images: Tensor, heat: Tensor, bar: float) -> Tensor:
+    """The images [b, 3, rows, columns] without the patches whose heat is over the bar.
 
-    Their pixels become the mean of the other pixels of the image.
+    Their pixels, and those of the patches left and right of them, as words run in lines, become the mean of
+    the image's other pixels.
     """
-    hot = (heat > share * heat.amax(dim=(1, 2), keepdim=True)) & (heat > 0)
-    hidden = nn.functional.interpolate(hot[:, None].float(), images.shape[2:], mode="nearest").to(images)
+    hot = nn.functional.max_pool2d((heat > bar)[:, None].float(), (1, 3), stride=1, padding=(0, 1))
+    hidden = nn.functional.interpolate(hot, images.shape[2:], mode="nearest").to(images)
     visible = 1 - hidden
     mean = (images * visible).sum(dim=(2, 3), keepdim=True) / visible.sum(dim=(2, 3), keepdim=True).clamp_min(
         1

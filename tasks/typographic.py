@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import report
+from data import subset
 from decompose import Decomposition, DecompositionError, decompose, image_embedding
 from demo.images import DemoSigns
 from forward import forward_without
@@ -24,13 +25,14 @@ from .accumulators import Sums
 from .heatmap import save_picture
 from .job import Job
 from .passes import one_pass
-from .reading import contact_sheet, cover, map_of_heads, measure_rules, name_heads, picks
+from .reading import COVERED, contact_sheet, cover, map_of_heads, measure_rules, name_heads, picks
 from .removal import Cue, Further, Plan, cue_of, in_blocks, random_heads, scorer, without_heads_forward
 from .tables import in_tenths, logits, mean_and_std, percent, print_settings, table
 
 TITLES = {"clean": "no word", "attacked": "attacked", "own": "own word", "blank": "blank sign"}
 TITLES |= {"synthetic": "synthetic", "read": "called by the word"}
 SHOWN = 16  # pictures of the contact sheet
+SOME = 64  # reference pictures whose maps say how hot a patch with a word is
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -52,7 +54,7 @@ def run(job: Job) -> tuple[dict, list]:
         "cue's directions everywhere": plan.row(everywhere=True),
     } | {label: plan.row(further=label) for label in further}
     every, tally = [torch.stack(list(rows.values())), plan.draws], Tally(test)
-    scores = scorer(cue.reference, cue.directions, cue.votes, classes, further)
+    scores = scorer(cue.reference, cue.directions, cue.votes, torch.cat([classes, says]), further)
     for images, indices in one_pass(job, Variants(test), "test", tally):
         for variant, shown in zip(test.variants, images.unbind(dim=1), strict=True):
             found = scores(shown, decompose(clip.model, shown)).after(torch.cat(every))
@@ -111,9 +113,15 @@ def further_ways(job: Job, cue: Cue, says: Tensor, reference: WrittenImages) -> 
         embedding = terms.embedding.to(says)
         return embedding - (embedding - mean) @ oblique.T
 
+    def heat(images: Tensor, terms: Decomposition) -> Tensor:
+        return map_of_heads(model, images, cue.heads, centred[votes.labels(terms.embedding)])
+
+    some = subset(len(reference), SOME, job.args.seed)
+    images = torch.stack([reference[i][0] for i in some]).to(job.clip.device, job.clip.dtype)
+    bar = COVERED * float(heat(images, decompose(model, images)).amax(dim=(1, 2)).mean())
+
     def hide(images: Tensor, terms: Decomposition) -> Tensor:
-        heat = map_of_heads(model, images, cue.heads, centred[votes.labels(terms.embedding)])
-        return image_embedding(model, cover(images, heat))
+        return image_embedding(model, cover(images, heat(images, terms), bar))
 
     return ways | {"oblique erasure (LEACE)": erase, "read patches covered": hide}, notes
 
@@ -129,15 +137,16 @@ class Tally(Sums):
         self.seen, self.written, self.variants = test.seen, test.written, test.variants
 
     def update(self, variant: str, scores: Tensor, indices: Tensor) -> None:
-        """Add images: class scores [k, b, c]."""
-        scores, seen, written = scores.cpu(), self.seen[indices], self.written[indices]
-        predicted = scores.argmax(dim=2)
+        """Add images: scores [k, b, 2 c] of the classes, and of texts that say their names are written."""
+        of_classes, of_names = scores.cpu().chunk(2, dim=2)
+        seen, written = self.seen[indices], self.written[indices]
+        predicted = of_classes.argmax(dim=2)
         self.add(variant, (predicted == seen).sum(dim=1))
         if variant != "attacked":
             return
         self.add("images", len(indices))
         self.add("read", (predicted == written).sum(dim=1))
-        both = predicted[1] == seen, (scores[0] - scores[1]).argmax(dim=1) == written
+        both = predicted[1] == seen, (of_names[0] - of_names[1]).argmax(dim=1) == written
         self.add("answers", torch.stack([*both, both[0] & both[1]]).sum(dim=1))
 
     def rows(self) -> list[dict[str, float]]:
@@ -228,16 +237,13 @@ def draw_sheet(job: Job, cue: Cue, test: WrittenImages, classes: Tensor, says: T
     away = cue.reference.values.mean.to(cue.reference.maps) - terms.values
     layers, heads = zip(*cue.heads, strict=True)
     change = torch.einsum("bhe,hed->bd", away[:, layers, heads], cue.reference.maps[layers, heads])
-    centred = classes - classes.mean(dim=0)
-    written, seen = (
-        (-change @ centred.T).argmax(dim=1),
-        ((terms.embedding + change) @ classes.T).argmax(dim=1),
-    )
+    written = (-change @ says.T).argmax(dim=1)
+    seen = ((terms.embedding + change) @ classes.T).argmax(dim=1)
     others = [
         (layer, head) for layer in range(depth) for head in range(width) if (layer, head) not in cue.heads
     ]
-    read = map_of_heads(model, images, cue.heads, centred[written])
-    saw = map_of_heads(model, images, others, centred[seen])
+    read = map_of_heads(model, images, cue.heads, (says - says.mean(dim=0))[written])
+    saw = map_of_heads(model, images, others, (classes - classes.mean(dim=0))[seen])
     answers = ([test.classes[i] for i in found] for found in (written.tolist(), seen.tolist()))
     return contact_sheet(list(zip([test.picture(i) for i in range(count)], read, saw, *answers, strict=True)))
 
