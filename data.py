@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from files import InputError, read_lines
 
+FIRST = 8  # images of the first batch: a large model's progress shows sooner
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
 
@@ -93,7 +94,8 @@ class Waterbirds(ImageFiles):
         path = self.root / "metadata.csv"
         if not path.is_file():
             expected = "the folder of waterbird_complete95_forest2water2, with metadata.csv in it"
-            raise InputError(f"no {path}: --data must be {expected}")
+            other = f"; --task debias takes {self.root} as it is" if self.root.is_dir() else ""
+            raise InputError(f"no {path}: --data must be {expected}{other}")
         reader = csv.DictReader(read_lines(path, f"cannot read {path}", "; expected UTF-8 text"))
         missing = {"img_filename", "y", "split", "place"} - set(reader.fieldnames or ())
         if missing:
@@ -206,7 +208,12 @@ def read(path: Path, transform: Callable, root: Path | None = None, keep_mode: b
             return f"{path} lies outside {root}"
         if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
             return f"{path} is neither a file nor a folder"
+        if path.is_dir():
+            return f"cannot read image {path}: it is a folder; expected a file"
         with Image.open(path) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+                found = f"{image.width:,} x {image.height:,} pixels"
+                return f"{path} has {found}, more than Pillow's {Image.MAX_IMAGE_PIXELS:,}: make it smaller"
             return transform(image if keep_mode else eight_bits(ImageOps.exif_transpose(image)))
     except FileNotFoundError:
         return f"no image {path}"
@@ -265,7 +272,9 @@ def batches(
         InputError: naming the first image that cannot be read; or workers that do not start, or die.
     """
     options = {"num_workers": workers, "worker_init_fn": _as_worker, "pin_memory": device.type == "cuda"}
-    loader = DataLoader(data, batch_size, collate_fn=_collate, **options)
+    ends = range(batch_size if done else min(FIRST, batch_size), len(data) + batch_size, batch_size)
+    chunks = [range(max(0, end - batch_size), min(end, len(data))) for end in ends]
+    loader = DataLoader(data, batch_sampler=chunks, collate_fn=_collate, **options)
     bar = {"desc": title, "unit": " images", "unit_scale": True, "leave": False}
     with tqdm(total=done + len(data), initial=done, **bar) as progress:
         for images, indices in _workers_alive(loader):

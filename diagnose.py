@@ -49,4 +49,33 @@ def culprit(terms: Decomposition, tower: ClipTower, images: Tensor, tolerance: f
     gap, i, where = max(gaps)
     if gap < tolerance:
         return norms + "every block adds up, so the difference arises in the read-out after them"
-    return norms + f"largest gap in block {i}: {where} by {gap:.1e} of its norm"
+    found = f"largest gap in block {i}: {where} by {gap:.1e} of its norm"
+    return norms + found + blame(tower, i, images)
+
+
+def blame(tower: ClipTower, block: int, images: Tensor) -> str:
+    """The module of a block whose forward was replaced, or weights that are others in the forward pass."""
+    names = {module: name for name, module in tower.model.named_modules()}
+    parts = [*tower.blocks[block].modules()]
+    kept = {
+        part: {name: x.detach().clone() for name, x in part._parameters.items() if x is not None}
+        for part in parts
+    }
+    for part in parts:
+        if "forward" in vars(part):
+            return f"; the forward of {names[part]} was replaced"
+    changed = []
+
+    def compare(module: nn.Module, args: tuple) -> None:
+        for part in module.modules():
+            for name, before in kept[part].items():
+                now = getattr(part, name, None)
+                if now is None or now.shape != before.shape or not bool((now == before).all()):
+                    changed.append(f"{names[part]}.{name}")
+
+    tower.hooks = [(part.register_forward_pre_hook, compare) for part in parts]
+    tower.watch(images)
+    if not changed:
+        return ""
+    weights = ", ".join(dict.fromkeys(changed))
+    return f"; {weights} changes while the model runs: merge what changes it (LoRA, say) into the weight"

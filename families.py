@@ -236,7 +236,9 @@ class Family(ClipTower):
             kept[name] = self.targets(output[0] if output else args[0])
 
         def before_mlp(layer: int, module: nn.Module, args: tuple) -> None:  # the block's attention is over
-            times = f"{len(calls)} times, expected once" + ("" if calls else " (is TIMM_FUSED_ATTN=0 set?)")
+            times = (
+                f"{len(calls)} times, expected once{why_not(self.blocks[layer].attn) if not calls else ''}"
+            )
             require(len(calls) == 1, f"block {layer} called F.scaled_dot_product_attention {times}")
             # Each block's one call is taken off here: what is left after the last block is the pooling's.
             call, head_scale = calls.pop(), self.parts[layer].head_scale
@@ -405,6 +407,17 @@ class PooledFamily(Family):
         return A
 
 
+def why_not(attn: nn.Module) -> str:
+    """Why an attention may not have called F.scaled_dot_product_attention."""
+    if not getattr(attn, "fused_attn", True):
+        return ": TIMM_FUSED_ATTN=0 is set"
+    if "forward" in vars(attn):
+        return ": the forward of its attention was replaced"
+    if attn._forward_pre_hooks:
+        return ": a hook on its attention changes the call, perhaps to need_weights=True; remove it"
+    return ""
+
+
 # Which tower a model has.
 
 REFUSED = {
@@ -435,7 +448,6 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
         scripted = isinstance(model, torch.jit.ScriptModule)
         require(not scripted, "scripted models cannot be watched; load it without jit")
         if visual is None:
-            require(not hasattr(model, "module"), "it is a wrapper; give the model inside, its .module")
             tower = hasattr(model, "ln_post") or hasattr(model, "trunk")
             require(not tower, "it is an image tower; give the whole model, not its .visual")
             require(False, "it has no attribute `visual`; expected an open_clip model")

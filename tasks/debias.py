@@ -27,6 +27,7 @@ def run(job: Job) -> tuple[dict, list]:
     clip, args = job.clip, job.args
     test = open_split(job, "test")
     names, labels = class_problem(args.classes, test)
+    classes = classifier(clip, names, templates(clip))
     cue = look_for_cue(job)
     place = getattr(test, "place", None)
     group = None if labels is None or place is None else labels * (int(place.max()) + 1) + place
@@ -34,7 +35,7 @@ def run(job: Job) -> tuple[dict, list]:
     plan = Plan(args.remove, shape, cue.heads, random_heads(cue.heads, shape[1], args.draws, args.seed))
     interventions = [plan.rows, plan.draws]
     every, outcomes = torch.cat(interventions), Outcomes(len(cue.texts), labels, group)
-    for scores, indices in score(job, test, cue, classifier(clip, names, templates(clip)), outcomes):
+    for scores, indices in score(job, test, cue, classes, outcomes):
         outcomes.update(scores.after(every), scores.label, indices)
     found, control = in_blocks(outcomes.rows(), interventions)
     rows = dict(zip(plan.labels, found, strict=True))

@@ -8,8 +8,10 @@ from argparse import Namespace
 from functools import cached_property
 from pathlib import Path
 
+import open_clip
 from torch import Tensor
 
+import demo
 from data import ImageFolder, Waterbirds
 from demo.images import DemoBirds
 from files import InputError
@@ -39,6 +41,7 @@ class Job:
     def clip(self) -> Clip:
         """The model of --model and --pretrained, loaded when it is first needed."""
         args = self.args
+        check_image_size(args.model or demo.NAME, args.image_size)
         return load_clip(args.model, args.pretrained, self.device, args.precision, args.image_size, args.out)
 
     def load_bank(self) -> Bank:
@@ -55,6 +58,16 @@ class Job:
     def checkpoint_folder(self) -> Path:
         """Where this run keeps what --resume needs."""
         return Path(self.args.out) / self.args.task / ".state"
+
+
+def check_image_size(model: str, pixels: int | None) -> None:
+    """Refuse images that are smaller than one patch."""
+    vision = (open_clip.get_model_config(model) or {}).get("vision_cfg", {})
+    patch = vision.get("patch_size", 1)
+    if pixels is not None and pixels < patch:
+        raise InputError(
+            f"--image-size {pixels}: one patch of {model} has {patch} pixels; give at least as many"
+        )
 
 
 def open_split(job: Job, split: str, default_limit: int | None = None) -> Images:
