@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from files import InputError, read_lines
 
-FIRST = 8  # images of the first batch: a large model's progress shows sooner
+FIRST = 8  # images of the first batch, where batches are large: progress shows sooner
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
 
@@ -209,7 +210,7 @@ def read(path: Path, transform: Callable, root: Path | None = None, keep_mode: b
         if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
             return f"{path} is neither a file nor a folder"
         if path.is_dir():
-            return f"cannot read image {path}: it is a folder; expected a file"
+            return f"cannot read image {path}: it is a directory; expected an image file"
         with Image.open(path) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
                 found = f"{image.width:,} x {image.height:,} pixels"
@@ -272,8 +273,9 @@ def batches(
         InputError: naming the first image that cannot be read; or workers that do not start, or die.
     """
     options = {"num_workers": workers, "worker_init_fn": _as_worker, "pin_memory": device.type == "cuda"}
-    ends = range(batch_size if done else min(FIRST, batch_size), len(data) + batch_size, batch_size)
-    chunks = [range(max(0, end - batch_size), min(end, len(data))) for end in ends]
+    first = FIRST if batch_size > 4 * FIRST and not done else batch_size
+    starts = [0, *range(first, len(data), batch_size)] if len(data) else []
+    chunks = [range(start, end) for start, end in pairwise([*starts, len(data)])]
     loader = DataLoader(data, batch_sampler=chunks, collate_fn=_collate, **options)
     bar = {"desc": title, "unit": " images", "unit_scale": True, "leave": False}
     with tqdm(total=done + len(data), initial=done, **bar) as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 import time
 from argparse import Namespace
@@ -41,7 +42,8 @@ class Job:
     def clip(self) -> Clip:
         """The model of --model and --pretrained, loaded when it is first needed."""
         args = self.args
-        check_image_size(args.model or demo.NAME, args.image_size)
+        if args.image_size is not None:
+            check_image_size(args.model or demo.NAME, args.image_size)
         return load_clip(args.model, args.pretrained, self.device, args.precision, args.image_size, args.out)
 
     def load_bank(self) -> Bank:
@@ -62,9 +64,11 @@ class Job:
 
 def check_image_size(model: str, pixels: int | None) -> None:
     """Refuse images that are smaller than one patch."""
-    vision = (open_clip.get_model_config(model) or {}).get("vision_cfg", {})
-    patch = vision.get("patch_size", 1)
-    if pixels is not None and pixels < patch:
+    open_clip.add_model_config(demo.FOLDER / f"{demo.NAME}.json")
+    vision = (open_clip.get_model_config(model) or {}).get("vision_cfg", {}) if ":" not in model else {}
+    named = re.search(r"patch(\d+)", vision.get("timm_model_name", ""))
+    patch = int(named[1]) if named else vision.get("patch_size", 1)
+    if pixels < patch:
         raise InputError(
             f"--image-size {pixels}: one patch of {model} has {patch} pixels; give at least as many"
         )
