@@ -330,10 +330,8 @@ def unwatched(model: nn.Module) -> str | None:
     if visual is None and hasattr(model, "module"):
         return "it is a wrapper; give the model inside, its .module"
     for name, part in visual.named_modules(prefix="visual") if isinstance(visual, nn.Module) else ():
-        if isinstance(getattr(part, "module", None), nn.Module):
-            return (
-                f"its {name} is in a wrapper, {type(part).__name__}; put the wrapper's .module in its place"
-            )
+        if hasattr(part, "module"):
+            return f"its {name} is a wrapper, {type(part).__name__}; put its .module in its place"
         if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
             return f"its {name} is compiled, and hooks do not run in it; decompose it before torch.compile"
     return None
@@ -370,9 +368,7 @@ def image_embedding(model: nn.Module, images: Tensor, hooks: Sequence[tuple] = (
         output = model.encode_image(images, **({"normalize": False} if normalises else {}))
     output = output[0] if isinstance(output, tuple) else output  # towers with output_tokens=True
     if output.ndim != 2:
-        raise DecompositionError(
-            f"encode_image gives {list(output.shape)} for {len(images)} images; expected [b, d]"
-        )
+        raise DecompositionError(f"encode_image must give [b, d], and gives {list(output.shape)}")
     return output
 
 

@@ -5,6 +5,7 @@ It needs torch, and decompose.py beside it. MIT licence, (c) 2026 The TextSpan r
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,28 +55,17 @@ def culprit(terms: Decomposition, tower: ClipTower, images: Tensor, tolerance: f
 
 
 def blame(tower: ClipTower, block: int, images: Tensor) -> str:
-    """The module of a block whose forward was replaced, or weights that are others in the forward pass."""
-    names = {module: name for name, module in tower.model.named_modules()}
-    parts = [*tower.blocks[block].modules()]
-    kept = {
-        part: {name: x.detach().clone() for name, x in part._parameters.items() if x is not None}
-        for part in parts
-    }
-    for part in parts:
-        if "forward" in vars(part):
-            return f"; the forward of {names[part]} was replaced"
-    changed = []
+    """The weights of a block that are others while the model runs. Runs it once more."""
+    place = next(name for name, part in tower.model.named_modules() if part is tower.blocks[block])
+    names = [f"{place}.{name}" for name, _ in tower.blocks[block].named_parameters()]
+    before = {name: attrgetter(name)(tower.model).detach().clone() for name in names}
+    changed: dict[str, None] = {}  # in the order found
 
-    def compare(module: nn.Module, args: tuple) -> None:
-        for part in module.modules():
-            for name, before in kept[part].items():
-                now = getattr(part, name, None)
-                if now is None or now.shape != before.shape or not bool((now == before).all()):
-                    changed.append(f"{names[part]}.{name}")
+    def compare(*_: object) -> None:
+        others = [name for name, x in before.items() if not torch.equal(attrgetter(name)(tower.model), x)]
+        changed.update(dict.fromkeys(others))
 
-    tower.hooks = [(part.register_forward_pre_hook, compare) for part in parts]
+    tower.hooks = [(part.register_forward_pre_hook, compare) for part in tower.blocks[block].modules()]
     tower.watch(images)
-    if not changed:
-        return ""
-    weights = ", ".join(dict.fromkeys(changed))
-    return f"; {weights} changes while the model runs: merge what changes it (LoRA, say) into the weight"
+    hint = "merge what changes them (LoRA, say) into the weights"
+    return f"; while the model runs, {', '.join(changed)} holds other numbers: {hint}" if changed else ""

@@ -162,12 +162,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with an argument in one line, without the whole usage before it."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"evaluate.py: {in_one_line(message)}; see --help\n")
-
-
-def in_one_line(message: str) -> str:
-    """For the terminal: the lines of some errors, and the control characters of some names."""
-    return visible(" ".join(message.split("\n")))
+        self.exit(2, f"evaluate.py: {visible(message)}; see --help\n")
 
 
 def whole(text: str, least: int, bits: int, expected: str) -> int:
@@ -209,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         state = args.out / args.task / ".state"
         message += f" (--resume goes on from what {state} holds)" if state.exists() else ""
     if message and speaks:
-        print("evaluate.py: " + in_one_line(message), file=sys.stderr)
+        print("evaluate.py: " + visible(" ".join(message.split("\n"))), file=sys.stderr)
     elif message:
         time.sleep(3)  # torchrun ends all processes with the first that ends: the one that speaks be first
     return code

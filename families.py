@@ -236,9 +236,11 @@ class Family(ClipTower):
             kept[name] = self.targets(output[0] if output else args[0])
 
         def before_mlp(layer: int, module: nn.Module, args: tuple) -> None:  # the block's attention is over
-            times = (
-                f"{len(calls)} times, expected once{why_not(self.blocks[layer].attn) if not calls else ''}"
-            )
+            attn, causes = self.blocks[layer].attn, []
+            causes += ["TIMM_FUSED_ATTN=0 is set"] * (not getattr(attn, "fused_attn", True))
+            causes += ["the forward of its attention was replaced"] * ("forward" in vars(attn))
+            causes += ["a hook on its attention may set need_weights"] * bool(attn._forward_pre_hooks)
+            times = f"{len(calls)} times, expected once" + f" ({', '.join(causes)})" * bool(causes)
             require(len(calls) == 1, f"block {layer} called F.scaled_dot_product_attention {times}")
             # Each block's one call is taken off here: what is left after the last block is the pooling's.
             call, head_scale = calls.pop(), self.parts[layer].head_scale
@@ -405,17 +407,6 @@ class PooledFamily(Family):
             part = call.attention(slice(start + first, start + min(first + QUERIES, count)))
             A = A + weights[:, None, :, first : first + QUERIES] @ part
         return A
-
-
-def why_not(attn: nn.Module) -> str:
-    """Why an attention may not have called F.scaled_dot_product_attention."""
-    if not getattr(attn, "fused_attn", True):
-        return ": TIMM_FUSED_ATTN=0 is set"
-    if "forward" in vars(attn):
-        return ": the forward of its attention was replaced"
-    if attn._forward_pre_hooks:
-        return ": a hook on its attention changes the call, perhaps to need_weights=True; remove it"
-    return ""
 
 
 # Which tower a model has.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
-import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,26 +68,19 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("a")
     except OSError as error:
         raise InputError(f"cannot write to --out {folder}: {error.strerror or error}") from error
     with file:
         try:
             _lock(file.fileno())
             ours = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, PermissionError):
-            ours = False
-        except OSError:  # a file system that has no locks
-            ours = True
+        except OSError as error:  # another errno: a file system without locks
+            ours = error.errno not in (errno.EAGAIN, errno.EACCES)
         if not ours:
-            file.seek(0)
-            other = f"another run ({file.read() or 'just started'}) writes to {folder}"
-            raise InputError(
-                f"{other}: wait for its end (--resume is for a run that was stopped), or give another --out"
-            )
+            hint = "wait for its end (--resume is for a run that was stopped), or give another --out"
+            raise InputError(f"another run writes to {folder}: {hint}")
         try:
-            file.truncate(0)
-            print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
             yield
         finally:
             with suppress(OSError):

@@ -143,10 +143,8 @@ def print_resume_hint(job: Job) -> None:
         hint = f"{folder} is of a run that stopped; this one starts anew, --resume would go on"
         print(f"note: {visible(hint)}", file=sys.stderr)
     if resume and not folder.exists():
-        print(
-            f"note: nothing to resume in {visible(str(folder))}; this run starts from the beginning",
-            file=sys.stderr,
-        )
+        hint = f"nothing to resume in {folder}; this run starts from the beginning"
+        print(f"note: {visible(hint)}", file=sys.stderr)
 
 
 def fingerprint(job: Job, data: Dataset, title: str) -> dict[str, Any]:

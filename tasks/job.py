@@ -63,15 +63,13 @@ class Job:
 
 
 def check_image_size(model: str, pixels: int | None) -> None:
-    """Refuse images that are smaller than one patch."""
+    """Refuse images that are smaller than one patch, where open_clip's configuration tells its size."""
     open_clip.add_model_config(demo.FOLDER / f"{demo.NAME}.json")
     vision = (open_clip.get_model_config(model) or {}).get("vision_cfg", {}) if ":" not in model else {}
-    named = re.search(r"patch(\d+)", vision.get("timm_model_name", ""))
-    patch = int(named[1]) if named else vision.get("patch_size", 1)
+    named = re.search(r"patch(\d+)", vision.get("timm_model_name", f"patch{vision.get('patch_size', 1)}"))
+    patch = int(named[1]) if named else 1
     if pixels < patch:
-        raise InputError(
-            f"--image-size {pixels}: one patch of {model} has {patch} pixels; give at least as many"
-        )
+        raise InputError(f"--image-size {pixels}: a patch of {model} has {patch} pixels; give at least these")
 
 
 def open_split(job: Job, split: str, default_limit: int | None = None) -> Images:

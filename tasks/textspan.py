@@ -61,8 +61,8 @@ def run(job: Job) -> tuple[dict, list]:
             found.append(describe((layer, head), span, bank, spread, roles, layer - first))
             if span.indices:
                 most = strongest(values[:, layer - first, head], maps, span)
-                pictures = [report.thumbnail(data.picture(kept.rows[i])) for i in most]
-                images[head_name((layer, head))] = pictures
+                shown = [report.thumbnail(data.picture(kept.rows[i])) for i in most]
+                images[head_name((layer, head))] = shown
     rule = f"a category that explains over {THRESHOLD:.0%} of a head, and more than random texts do"
     found_on = f"from {len(kept.rows):,} images; {rule}"
     where = print_settings(
