@@ -120,6 +120,9 @@ class ImageNetSegmentation(Masked):
         self.description = f"ImageNet-Segmentation in {path}, {len(self.rows):,} of {count:,} images"
         self._file = None  # every process opens its own
 
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_file": None}  # every process opens its own
+
     def _references(self, name: str) -> np.ndarray:
         import h5py
 
