@@ -69,7 +69,9 @@ def check_image_size(model: str, pixels: int | None) -> None:
     named = re.search(r"patch(\d+)", vision.get("timm_model_name", f"patch{vision.get('patch_size', 1)}"))
     patch = int(named[1]) if named else 1
     if pixels < patch:
-        raise InputError(f"--image-size {pixels}: a patch of {model} has {patch} pixels; give at least these")
+        raise InputError(
+            f"--image-size: a patch of {model} has {patch} pixels, too many for images of {pixels} pixels"
+        )
 
 
 def open_split(job: Job, split: str, default_limit: int | None = None) -> Images:

@@ -159,7 +159,7 @@ def test_texts_and_methods_are_given_in_any_of_the_usual_ways(tmp_path, kinds):
         (["waterbirds", "--data", "FOLDER"], ["metadata.csv", "--task debias takes", "as it is"]),
         (["waterbirds", "--limit", "1"], ["holds none|hold none", "--limit 1 drew too few"]),
         (["retrieval", "--text-bank", "BANK", "--role", "texts", "--text", "a bird"], ["one category"]),
-        (["check", "--image-size", "3"], ["a patch of demo-vit has 8 pixels"]),
+        (["check", "--image-size", "3"], ["a patch of demo-vit has 8 pixels", "images of 3 pixels"]),
         (["check", "--model", "ViT-B-32", "--pretrained", "none", "--image-size", "31"], ["has 32 pixels"]),
         (["check", "--model", "ViT-B-16-SigLIP", "--pretrained", "none", "--image-size", "9"], ["16 pixels"]),
     ],
@@ -566,9 +566,7 @@ def test_a_weight_that_changes_while_the_model_runs_is_named(pool):
     model = vit(pool_type=pool)
     blocks = model.visual.transformer.resblocks
     blocks[1].attn = Adapted(blocks[1].attn, "out_proj.weight")
-    with pytest.raises(
-        DecompositionError, match=r"block 1.*resblocks\.1\.attn\.base\.out_proj\.weight holds other"
-    ):
+    with pytest.raises(DecompositionError, match=r"block 1.*attn\.base\.out_proj\.weight holds other"):
         decompose(model, images())
 
 
