@@ -237,7 +237,7 @@ class Family(ClipTower):
 
         def before_mlp(layer: int, module: nn.Module, args: tuple) -> None:  # the block's attention is over
             attn, causes = self.blocks[layer].attn, []
-            causes += ["TIMM_FUSED_ATTN=0 is set"] * (not getattr(attn, "fused_attn", True))
+            causes += ["is TIMM_FUSED_ATTN=0 set?"] * (not getattr(attn, "fused_attn", True))
             causes += ["the forward of its attention was replaced"] * ("forward" in vars(attn))
             causes += ["a hook on its attention may set need_weights"] * bool(attn._forward_pre_hooks)
             times = f"{len(calls)} times, expected once" + f" ({', '.join(causes)})" * bool(causes)
