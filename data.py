@@ -13,6 +13,7 @@ import csv
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from files import InputError, read_lines
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read` refuses such images by name
 FIRST = 8  # images of the first batch, where batches are large: progress shows sooner
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 

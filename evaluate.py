@@ -235,6 +235,8 @@ def run_or_refuse(args: argparse.Namespace) -> tuple[int, str, bool]:
     except (InputError, DecompositionError, BaselineError) as error:
         return 2, str(error), first or job.in_pass
     except (MemoryError, RuntimeError) as error:
+        if "Kernel size can't be greater" in str(error):  # of the convolution that cuts patches
+            return 2, f"--image-size {args.image_size} is smaller than a patch of this model", True
         lines = str(error).splitlines()
         told = [line for line in lines if "allocate memory" in line or "Unable to allocate" in line]
         if not (told or isinstance(error, (MemoryError, torch.OutOfMemoryError))):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 import time
 from argparse import Namespace
 from functools import cached_property
 from pathlib import Path
 
-import open_clip
 from torch import Tensor
 
-import demo
 from data import ImageFolder, Waterbirds
 from demo.images import DemoBirds
 from files import InputError
@@ -42,8 +39,6 @@ class Job:
     def clip(self) -> Clip:
         """The model of --model and --pretrained, loaded when it is first needed."""
         args = self.args
-        if args.image_size is not None:
-            check_image_size(args.model or demo.NAME, args.image_size)
         return load_clip(args.model, args.pretrained, self.device, args.precision, args.image_size, args.out)
 
     def load_bank(self) -> Bank:
@@ -60,18 +55,6 @@ class Job:
     def checkpoint_folder(self) -> Path:
         """Where this run keeps what --resume needs."""
         return Path(self.args.out) / self.args.task / ".state"
-
-
-def check_image_size(model: str, pixels: int | None) -> None:
-    """Refuse images that are smaller than one patch, where open_clip's configuration tells its size."""
-    open_clip.add_model_config(demo.FOLDER / f"{demo.NAME}.json")
-    vision = (open_clip.get_model_config(model) or {}).get("vision_cfg", {}) if ":" not in model else {}
-    named = re.search(r"patch(\d+)", vision.get("timm_model_name", f"patch{vision.get('patch_size', 1)}"))
-    patch = int(named[1]) if named else 1
-    if pixels < patch:
-        raise InputError(
-            f"--image-size: a patch of {model} has {patch} pixels, too many for images of {pixels} pixels"
-        )
 
 
 def open_split(job: Job, split: str, default_limit: int | None = None) -> Images:

@@ -159,9 +159,15 @@ def test_texts_and_methods_are_given_in_any_of_the_usual_ways(tmp_path, kinds):
         (["waterbirds", "--data", "FOLDER"], ["metadata.csv", "--task debias takes", "as it is"]),
         (["waterbirds", "--limit", "1"], ["holds none|hold none", "--limit 1 drew too few"]),
         (["retrieval", "--text-bank", "BANK", "--role", "texts", "--text", "a bird"], ["one category"]),
-        (["check", "--image-size", "3"], ["a patch of demo-vit has 8 pixels", "images of 3 pixels"]),
-        (["check", "--model", "ViT-B-32", "--pretrained", "none", "--image-size", "31"], ["has 32 pixels"]),
-        (["check", "--model", "ViT-B-16-SigLIP", "--pretrained", "none", "--image-size", "9"], ["16 pixels"]),
+        (["check", "--image-size", "3"], ["for images of 3 pixels: such images are smaller than a patch"]),
+        (
+            ["check", "--model", "ViT-B-32", "--pretrained", "none", "--image-size", "31"],
+            ["--image-size 31 is smaller than a patch"],
+        ),
+        (
+            ["check", "--model", "ViT-B-16-SigLIP", "--pretrained", "none", "--image-size", "9"],
+            ["images of 9 pixels: such images are smaller than a patch"],
+        ),
     ],
 )
 def test_one_clear_line(tmp_path, capsys, kinds, argv, words):
