@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 import tasks.job
 from evaluate import main
+from textspan import textspan
 
 NAME = "meta"
 
@@ -103,10 +104,15 @@ def test_the_device_has_no_float64(device, make):
         make(x)
 
 
+def test_textspan_takes_tensors_that_are_on_it(device):
+    terms, texts = torch.randn(20, 4, device=NAME), torch.randn(6, 4, device=NAME)
+    assert textspan(terms, texts, size=2).indices == textspan(terms.cpu(), texts.cpu(), size=2).indices
+
+
 OPTIONS = {
     "check": [],
     "textspan": ["--texts", "2"],
-    "waterbirds": ["--draws", "3", "--limit", "160"],
+    "waterbirds": ["--draws", "3", "--limit", "60", "--heads", "3.1"],
     "debias": ["--draws", "3"],
     "ablation": [],
     "completeness": ["--texts", "2"],
