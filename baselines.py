@@ -489,7 +489,8 @@ def _start(model: nn.Module, start_layer: int) -> int:
 def _blocks(model: nn.Module) -> list[_Block]:
     """One adapter per block, or a BaselineError that names the model's tower and what is in the way."""
     visual = getattr(model, "visual", None)
-    reason = _obstacle(visual)
+    wrapper = visual is None and hasattr(model, "module")
+    reason = "it is a wrapper; give the model inside, its .module" if wrapper else _obstacle(visual)
     if reason is not None:
         tower = f"{type(model).__name__} with image tower {type(visual).__name__}"
         raise BaselineError(f"no baseline supports {tower}: {reason}")
@@ -498,6 +499,11 @@ def _blocks(model: nn.Module) -> list[_Block]:
 
 def _obstacle(visual: nn.Module | None) -> str | None:
     """Why these methods cannot take an image tower; None where they can."""
+    for part in [] if visual is None else visual.modules():
+        if hasattr(part, "module"):
+            return f"{type(part).__name__} is a wrapper; put its .module in its place"
+        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+            return "it is compiled, and hooks do not run in it; use it before torch.compile"
     if hasattr(visual, "trunk"):
         return f"its trunk {type(visual.trunk).__name__} comes from timm"
     transformer = getattr(visual, "transformer", None)

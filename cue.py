@@ -101,7 +101,7 @@ def share_between(deviations: Tensor, count: Tensor, total: Tensor, mean: Tensor
 
 def subspace(texts: Tensor, share: float = 0.95) -> Tensor:
     """[k, d] orthonormal directions in which the texts differ, as many as hold `share` of their variance."""
-    rows = texts.double()
+    rows = texts.cpu().double()  # first to the CPU: not every device has float64
     _, strength, directions = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
     directions = directions[strength.square() > NEGLIGIBLE * rows.square().sum()]
     held = strength.square().cumsum(0) / strength.square().sum()

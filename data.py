@@ -15,7 +15,9 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from tqdm import tqdm
 
 from files import InputError, read_lines
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read` refuses such images by name
+FIRST = 8  # images of the first batch, where batches are large: progress shows sooner
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 SUFFIXES += (".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SPLITS = ("train", "val", "test")
@@ -103,7 +107,8 @@ class Waterbirds(ImageFiles):
         path = self.root / "metadata.csv"
         if not path.is_file():
             expected = "the folder of waterbird_complete95_forest2water2, with metadata.csv in it"
-            raise InputError(f"no {path}: --data must be {expected}")
+            other = f"; --task debias takes {self.root} as it is" if self.root.is_dir() else ""
+            raise InputError(f"no {path}: --data must be {expected}{other}")
         reader = csv.DictReader(read_lines(path, f"cannot read {path}", "; expected UTF-8 text"))
         missing = {"img_filename", "y", "split", "place"} - set(reader.fieldnames or ())
         if missing:
@@ -237,7 +242,12 @@ def read(path: Path, transform: Callable, keep_mode: bool = False) -> Any:
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
             return f"{path} is neither a file nor a folder"
+        if path.is_dir():
+            return f"cannot read image {path}: it is a directory; expected an image file"
         with Image.open(path) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+                found = f"{image.width:,} x {image.height:,} pixels"
+                return f"{path} has {found}, more than Pillow's {Image.MAX_IMAGE_PIXELS:,}: make it smaller"
             return transform(image if keep_mode else eight_bits(upright(image)))
     except FileNotFoundError:
         return f"{path} is a link to nothing" if path.is_symlink() else f"no image {path}"
@@ -346,7 +356,10 @@ def batches(
         InputError: naming the first image that cannot be read; or workers that do not start, or die.
     """
     options = {"num_workers": workers, "worker_init_fn": _as_worker, "pin_memory": device.type == "cuda"}
-    loader = DataLoader(data, batch_size, collate_fn=_collate, **options)
+    first = FIRST if batch_size > 4 * FIRST and not done else batch_size
+    starts = [0, *range(first, len(data), batch_size)] if len(data) else []
+    chunks = [range(start, end) for start, end in pairwise([*starts, len(data)])]
+    loader = DataLoader(data, batch_sampler=chunks, collate_fn=_collate, **options)
     bar = {"desc": title, "unit": " images", "unit_scale": True, "leave": False}
     with tqdm(total=done + len(data), initial=done, **bar) as progress:
         for images, indices in _workers_alive(loader):

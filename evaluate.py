@@ -30,21 +30,33 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from files import InputError, atomic_write
+from files import InputError, atomic_write, locked, visible
 
 if TYPE_CHECKING:
     from tasks.job import Job
 
-# Each is run(job) in tasks/NAME.py.
-TASKS = ("check", "textspan", "waterbirds", "segmentation", "heatmap")
-TASKS += ("ablation", "completeness", "debias", "retrieval", "neurons", "typographic")
+# Each task is run(job) in tasks/NAME.py. It uses these options, and refuses those that only other tasks list.
+# What no task lists says how to run, how much to draw or where texts are, and every task takes it.
+CUE = "data reference heads cue remove"
+TASKS = {
+    "check": "data",
+    "textspan": "data reference texts",
+    "waterbirds": CUE,
+    "segmentation": "data classes methods score prompt contrast protocol void",
+    "heatmap": "image text methods score",
+    "ablation": "data reference",
+    "completeness": "data reference texts words",
+    "debias": f"{CUE} classes",
+    "retrieval": "data reference head role top image text",
+    "neurons": "data reference layer neurons",
+    "typographic": "data reference heads",
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +68,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--list-models", action="store_true", help=list_help)
     for add_options in (add_common_options, add_head_options, add_cue_options, add_map_options):
         add_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    refuse_unused(parser, args)
+    return args
+
+
+def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what the task would ignore: who gives an option takes the result for one with it."""
+    listed = {option for options in TASKS.values() for option in options.split()}
+    for name in sorted(listed - set(TASKS.get(args.task, "").split())):
+        if getattr(args, name) != parser.get_default(name):
+            users = ", ".join(task for task, options in TASKS.items() if name in options.split())
+            given = f"--task {args.task}" if args.task else "--list-models"
+            parser.error(f"{given} does not use --{name}, which is for {users}")
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -134,14 +158,14 @@ def add_map_options(parser: argparse.ArgumentParser) -> None:
     add("--void", type=natural, metavar="VALUE", help="value of mask pixels to leave out")
     add("--image", metavar="FILE", help="heatmap, retrieval: the image")
     text = "heatmap, retrieval: what to look for; heatmap takes several"
-    add("--text", action="append", metavar="TEXT", help=text)
+    add("--text", nargs="+", action="extend", metavar="TEXT", help=text)
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with an argument in one line, without the whole usage before it."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"evaluate.py: {' '.join(message.splitlines())}; see --help\n")
+        self.exit(2, f"evaluate.py: {visible(message)}; see --help\n")
 
 
 def whole(text: str, least: int, bits: int, expected: str) -> int:
@@ -183,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         state = args.out / args.task / ".state"
         message += f" (--resume goes on from what {state} holds)" if state.exists() else ""
     if message and speaks:
-        print("evaluate.py: " + " ".join(message.splitlines()), file=sys.stderr)
+        print("evaluate.py: " + visible(" ".join(message.split("\n"))), file=sys.stderr)
     elif message:
         time.sleep(3)  # torchrun ends all processes with the first that ends: the one that speaks be first
     return code
@@ -206,18 +230,22 @@ def run_or_refuse(args: argparse.Namespace) -> tuple[int, str, bool]:
     job = Job(args)
     first = processes.process_rank() == 0
     try:
-        run(job, first)
+        with locked(args.out / args.task) if first else contextlib.nullcontext():
+            run(job, first)
     except processes.OtherProcessError as error:
         time.sleep(3)  # the other one knows more, and torchrun ends this one when it has spoken
         return 2, str(error), first
     except (InputError, DecompositionError, BaselineError) as error:
         return 2, str(error), first or job.in_pass
     except (MemoryError, RuntimeError) as error:
-        text = next(iter(str(error).splitlines()), "")
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text
-        if not known:
+        if "Kernel size can't be greater" in str(error):  # of the convolution that cuts patches
+            return 2, f"--image-size {args.image_size} is smaller than a patch of this model", True
+        lines = str(error).splitlines()
+        told = [line for line in lines if "allocate memory" in line or "Unable to allocate" in line]
+        if not (told or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
             raise
-        return 2, f"out of memory{f' ({text[:100]})' if text else ''}; try a smaller --batch-size", True
+        why = f" ({(told or lines)[0][:100]})" if lines else ""
+        return 2, f"out of memory{why}; try a smaller --batch-size or fewer --workers", True
     return 0, "", True
 
 
@@ -226,7 +254,6 @@ def run(job: Job, first: bool) -> None:
     from tasks import checkpoint
 
     task, folder, printed = job.args.task, job.args.out / job.args.task, io.StringIO()
-    check_writable(folder)
     if first:
         checkpoint.print_resume_hint(job)
     try:
@@ -241,7 +268,7 @@ def run(job: Job, first: bool) -> None:
     finally:
         if first:
             with printable():
-                print(printed.getvalue(), end="", flush=True)
+                print(visible(printed.getvalue(), keep="\n"), end="", flush=True)
 
 
 @contextlib.contextmanager
@@ -256,15 +283,6 @@ def printable() -> Iterator[None]:
         if not isinstance(error, BrokenPipeError):
             why = error.strerror or error
             raise InputError(f"cannot print: {why}; what was to be said is in --out, too") from error
-
-
-def check_writable(folder: Path) -> None:
-    """Make the folder if need be, and see that it takes a file: better now than after the work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"cannot write to --out {folder}: {error.strerror or error}") from error
 
 
 def write(folder: Path, results: dict, sections: list[str]) -> None:

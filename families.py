@@ -236,7 +236,11 @@ class Family(ClipTower):
             kept[name] = self.targets(output[0] if output else args[0])
 
         def before_mlp(layer: int, module: nn.Module, args: tuple) -> None:  # the block's attention is over
-            times = f"{len(calls)} times, expected once" + ("" if calls else " (is TIMM_FUSED_ATTN=0 set?)")
+            attn, causes = self.blocks[layer].attn, []
+            causes += ["is TIMM_FUSED_ATTN=0 set?"] * (not getattr(attn, "fused_attn", True))
+            causes += ["the forward of its attention was replaced"] * ("forward" in vars(attn))
+            causes += ["a hook on its attention may set need_weights"] * bool(attn._forward_pre_hooks)
+            times = f"{len(calls)} times, expected once" + f" ({', '.join(causes)})" * bool(causes)
             require(len(calls) == 1, f"block {layer} called F.scaled_dot_product_attention {times}")
             # Each block's one call is taken off here: what is left after the last block is the pooling's.
             call, head_scale = calls.pop(), self.parts[layer].head_scale
@@ -435,7 +439,6 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
         scripted = isinstance(model, torch.jit.ScriptModule)
         require(not scripted, "scripted models cannot be watched; load it without jit")
         if visual is None:
-            require(not hasattr(model, "module"), "it is a wrapper; give the model inside, its .module")
             tower = hasattr(model, "ln_post") or hasattr(model, "trunk")
             require(not tower, "it is an image tower; give the whole model, not its .visual")
             require(False, "it has no attribute `visual`; expected an open_clip model")

@@ -60,6 +60,8 @@ class Segmentation:
             raise ValueError(
                 f"masks must hold 1, 0 or a negative number, got {masks.dtype} up to {masks.max()}"
             )
+        if maps.device.type not in ("cpu", "cuda"):  # mps has no float64
+            maps, masks = maps.cpu(), masks.cpu()
         truth = masks.flatten(1)  # [b, p]
         counted = truth >= 0
         if not counted.any(dim=1).all():

@@ -405,6 +405,12 @@ def letters(roles: Sequence[str]) -> dict[str, str]:
     return marks
 
 
+def thumbnail(image: Image.Image, size: int = 128) -> Image.Image:
+    """The image, made as small as `pictures` keeps it: for whoever holds many."""
+    image.thumbnail((2 * size, 2 * size))
+    return image
+
+
 def picture(image: Image.Image, alt: str, size: int) -> Html:
     """The picture on white, kept no larger than needed; as PNG where it is small and every pixel counts."""
     if image.mode[0] in "IF":  # grey of 16 or more bits: from its darkest to its brightest
@@ -412,7 +418,7 @@ def picture(image: Image.Image, alt: str, size: int) -> Html:
         image = Image.fromarray((255 * (grey - grey.min()) / (np.ptp(grey) or 1)).astype(np.uint8))
     image = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    flat.thumbnail((2 * size, 2 * size))
+    flat = thumbnail(flat, size)
     long, kind, data = max(flat.size), "PNG" if max(flat.size) <= 96 else "JPEG", io.BytesIO()
     flat.save(data, kind, quality=82, optimize=True)
     scale = size / long if long > size else 2 * size // long / 2  # in halves: pixels stay square

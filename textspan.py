@@ -62,7 +62,7 @@ class Moments:
         if x.shape[1:] != self.mean.shape:
             expected = f"expected rows {list(self.mean.shape)} in a tensor [n, ...]"
             raise ValueError(f"{expected}, got {list(x.shape)}")
-        x = x.detach().to("cpu", torch.float64)
+        x = x.detach().cpu().double()  # in this order: not every device has float64
         broken = (~x.isfinite()).flatten(1).any(dim=1).nonzero()
         if len(broken):
             rows = f"{len(broken)} of {len(x)} rows"
@@ -113,7 +113,7 @@ class Moments:
 
     def map(self, A: Tensor) -> Moments:
         """The moments of x @ A for A [*heads, dim, other]: from those of values to those of terms, say."""
-        A = A.detach().to("cpu", torch.float64)
+        A = A.detach().cpu().double()
         return self._with((self.mean[..., None, :] @ A).squeeze(-2), A.mT @ self.scatter @ A)
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Moments:
@@ -150,7 +150,7 @@ def textspan(
     moments = contributions
     if not isinstance(moments, Moments):
         moments = Moments(contributions.shape[-1]).update(contributions)
-    R = texts.detach().to("cpu", torch.float64)
+    R = texts.detach().cpu().double()
     _check(moments, R, size, rank)
     squared_norm = torch.linalg.vector_norm(R, dim=1).square()  # [m]
     variance, S = moments.covariance.trace(), moments.factor()

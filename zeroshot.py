@@ -229,6 +229,8 @@ def reason(error: Exception) -> str:
     if "Weights only load failed" in text or "weights_only" in text:
         danger = "the file holds more than tensors, and unpickling it could run any code in it"
         return f"{danger}; where you trust it, save its tensors anew"
+    if "Kernel size can't be greater" in text or "output sizes should be greater than 0" in text:
+        return "such images are smaller than a patch of this model"
     if "transformers" in text:
         lacking = "its text tower or tokenizer comes from a package that is not installed"
         return f"{lacking}: pip install transformers"

@@ -31,7 +31,7 @@ class Sums:
 
     def add(self, name: str, x: Tensor | float) -> None:
         """Add a number or a tensor to the sum of this name."""
-        x = x.detach().to("cpu", torch.float64) if isinstance(x, Tensor) else x
+        x = x.detach().cpu().double() if isinstance(x, Tensor) else x  # not every device has float64
         self.sums[name] = self.sums[name] + x if name in self.sums else x
 
     def merge(self, other: Sums) -> None:
@@ -80,8 +80,8 @@ def state_dict(accumulator: Accumulator) -> dict[str, Any]:
 
 def load_state_dict(accumulator: Accumulator, state: dict[str, Any]) -> None:
     """Put what `state_dict` returned back into an accumulator."""
-    for name, value in state.items():
-        setattr(accumulator, name, _from_state(getattr(accumulator, name), value))
+    for name in _state_names(accumulator):
+        setattr(accumulator, name, _from_state(getattr(accumulator, name), state[name]))
 
 
 def fresh_copy(accumulator: Accumulator) -> Any:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from baselines import METHODS, Attribution
-from data import InputError
 from decompose import heatmap
+from files import InputError, did_you_mean
 
 
 def decomposition(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
@@ -49,9 +49,11 @@ def score_of(method: str, score: str) -> str:
 
 
 def choose_methods(args: Namespace, extra: tuple[str, ...] = ()) -> list[str]:
-    """--methods, each once, in the order given; all where it is not given."""
+    """--methods, with spaces or commas between, each once, in the order given; all where it is not given."""
     known = [*ATTRIBUTIONS, *extra]
-    unknown = [name for name in args.methods or () if name not in known]
+    asked = [name.strip() for given in args.methods or () for name in given.split(",")]
+    unknown = [name for name in asked if name not in known]
     if unknown:
-        raise InputError(f"--methods knows no {unknown[0]!r}; it takes {', '.join(known)}")
-    return list(dict.fromkeys(args.methods or known))
+        near = did_you_mean(unknown[0], known)
+        raise InputError(f"--methods knows no {unknown[0]!r}; it takes {', '.join(known)}{near}")
+    return list(dict.fromkeys(asked or known))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
-from files import InputError, atomic_write
+from files import InputError, atomic_write, visible
 from zeroshot import default_bank, digest, weights_hash
 
 from . import processes
@@ -50,7 +50,7 @@ class Checkpoint:
         if not self.job.args.resume:
             return False
         found = processes.broadcast(self._read(self.final_path) if processes.process_rank() == 0 else None)
-        return self._load(found, accumulators) is not None
+        return self._load(self.final_path, found, accumulators) is not None
 
     def load_unfinished(self, accumulators: Sequence[Accumulator]) -> int:
         """How many images this process has seen in the resumed run; the accumulators get what it found."""
@@ -58,17 +58,18 @@ class Checkpoint:
             return 0
         found = problem = None
         try:
-            found = self._load(self._read(self.path), accumulators)
+            found = self._load(self.path, self._read(self.path), accumulators)
         except InputError as error:
             problem = str(error)
         processes.raise_everywhere(problem)
         return 0 if found is None else found["done"]
 
     @staticmethod
-    def _load(found: dict | None, accumulators: Sequence[Accumulator]) -> dict | None:
+    def _load(path: Path, found: dict | None, accumulators: Sequence[Accumulator]) -> dict | None:
         if found is not None:
-            for accumulator, state in zip(accumulators, found["accumulators"], strict=True):
-                load_state_dict(accumulator, state)
+            with _readable(path):
+                for accumulator, state in zip(accumulators, found["accumulators"], strict=True):
+                    load_state_dict(accumulator, state)
         return found
 
     def save_if_due(self, accumulators: Sequence[Accumulator], done: int) -> None:
@@ -112,12 +113,10 @@ class Checkpoint:
     def _read(self, path: Path) -> dict | None:
         if not path.exists():
             return None
-        try:
+        with _readable(path):
             found = torch.load(path, weights_only=True)
-            theirs = found["run"]
-        except Exception as error:  # torch raises many kinds
-            hint = "remove it, or start anew without --resume"
-            raise InputError(f"cannot read the state {path}; {hint}") from error
+            theirs = {**found["run"]}
+            found["accumulators"], found["done"] = list(found["accumulators"]), int(found["done"])
         for key, ours in self.fingerprint().items():
             if theirs.get(key) != ours:
                 shown = key.startswith("--") or key == "processes"
@@ -127,14 +126,25 @@ class Checkpoint:
         return found
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Any error inside becomes an InputError: torch raises many kinds, and a file may hold anything."""
+    try:
+        yield
+    except Exception as error:
+        hint = "remove it, or start anew without --resume"
+        raise InputError(f"cannot read the state {path}; {hint}") from error
+
+
 def print_resume_hint(job: Job) -> None:
     """One line if an earlier run stopped and this one does not resume it, or if --resume finds nothing."""
     folder, resume = job.checkpoint_folder, job.args.resume
     if folder.exists() and not resume:
         hint = f"{folder} is of a run that stopped; this one starts anew, --resume would go on"
-        print(f"note: {hint}", file=sys.stderr)
+        print(f"note: {visible(hint)}", file=sys.stderr)
     if resume and not folder.exists():
-        print(f"note: nothing to resume in {folder}; this run starts from the beginning", file=sys.stderr)
+        hint = f"nothing to resume in {folder}; this run starts from the beginning"
+        print(f"note: {visible(hint)}", file=sys.stderr)
 
 
 def fingerprint(job: Job, data: Dataset, title: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def text_pools(job: Job, names: list[str]) -> dict[str, Tensor]:
 
 def random_texts(texts: Tensor, seed: int) -> Tensor:
     """As many unit vectors as there are texts, with their mean and covariance: texts that say nothing."""
-    rows = texts.double().cpu()
+    rows = texts.cpu().double()
     mean, generator = rows.mean(dim=0), torch.Generator().manual_seed(seed)
     _, strength, directions = torch.linalg.svd(rows - mean, full_matrices=False)
     draws = torch.randn(len(rows), len(strength), dtype=torch.float64, generator=generator)

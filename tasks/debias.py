@@ -27,6 +27,7 @@ def run(job: Job) -> tuple[dict, list]:
     clip, args = job.clip, job.args
     test = open_split(job, "test")
     names, labels = class_problem(args.classes, test)
+    classes = classifier(clip, names, templates(clip))
     cue = look_for_cue(job)
     place = getattr(test, "place", None)
     group = None if labels is None or place is None else labels * (int(place.max()) + 1) + place
@@ -36,7 +37,6 @@ def run(job: Job) -> tuple[dict, list]:
     plan = Plan(args.remove, shape, cue.heads, draws, further)
     interventions = [plan.rows, plan.draws]
     every, outcomes = torch.cat(interventions), Outcomes(len(cue.texts), labels, group)
-    classes = classifier(clip, names, templates(clip))
     for scores, indices in score(job, test, cue, classes, outcomes, further=further):
         outcomes.update(scores.after(every), scores.label, indices)
     found, control = in_blocks(outcomes.rows(), interventions)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import report
 from baselines import BaselineError
@@ -41,8 +42,7 @@ def run(job: Job) -> tuple[dict, list]:
     if any(not text.strip() for text in args.text):
         raise InputError("--text is empty: give a text to look for")
     image = read_picture(Path(args.image))
-    clip = job.clip
-    methods = choose_methods(args)
+    methods, clip = choose_methods(args), job.clip
     texts = embed_texts(clip, args.text)
     pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
     cosine = similarity(clip.model, pixels, texts)
@@ -78,6 +78,7 @@ def draw_maps(
 ) -> tuple[list[dict[str, Image.Image]], dict[str, str]]:
     """(for each text, {"image": the image, method: its map over the image}; {method: why it is refused})."""
     drawn, refused = [], {}
+    bar = tqdm(total=len(texts) * len(methods), desc="maps", unit="map", leave=False)
     for text in texts:
         tiles = {"image": resized(image)}
         for method in methods:
@@ -88,7 +89,9 @@ def draw_maps(
                 if job.args.methods:
                     raise
                 refused[method] = str(error)
+            bar.update()
         drawn.append(tiles)
+    bar.close()
     return drawn, refused
 
 

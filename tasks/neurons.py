@@ -86,7 +86,9 @@ def run(job: Job) -> tuple[dict, list]:
         "neurons": found,
     }
     print_results(results)
-    pictures = {row["neuron"]: [data.picture(i) for i, _, _ in row["images"]] for row in found}
+    pictures = {}
+    for row in found:
+        pictures[row["neuron"]] = [report.thumbnail(data.picture(i)) for i, _, _ in row["images"]]
     return results, page(results, pictures)
 
 
@@ -113,7 +115,7 @@ class Activity:
         self.layer, self.kept = layer, kept
         self.maps = maps if maps.ndim == 3 else maps[:, None]
         n, r, d = self.maps.shape
-        self.gram = (self.maps @ self.maps.mT).double()  # [n, r, r] lengths of terms, from activations
+        self.gram = (self.maps @ self.maps.mT).cpu().double()  # [n, r, r] lengths of terms, from activations
         self.rows, self.activations, self.embedding = Moments(r, (n,)), Moments(1, (n,)), Moments(1, (d,))
         self.top = torch.zeros(n, 0, dtype=maps.dtype)  # [n, k] activations, the largest first
         self.images = torch.zeros(n, 0, dtype=torch.long)  # [n, k] where they were found
@@ -150,7 +152,7 @@ class Activity:
 
     def spread(self) -> Tensor:
         """[n] variance of each neuron's term over the embedding's; these need not sum to 1."""
-        return (self.rows.covariance * self.gram.cpu()).sum(dim=(1, 2)) / self.embedding.covariance.sum()
+        return (self.rows.covariance * self.gram).sum(dim=(1, 2)) / self.embedding.covariance.sum()
 
     def direction(self, j: int) -> Tensor:
         """[d] the map of neuron j; under attention pooling, the direction in which its term varies most.

@@ -95,7 +95,7 @@ def summarise(
         embedding.update(terms.embedding.float())
         for name in ("mlps", "stem", "own", "pool"):  # of these, only the mean is needed
             if getattr(terms, name) is not None:
-                sums.add(name, getattr(terms, name).sum(dim=0, dtype=torch.float64))
+                sums.add(name, getattr(terms, name).cpu().double().sum(dim=0))
         if update is not None:
             update(terms, indices)
     means = {"own": None} | {name: (total / len(data)).to(maps) for name, total in sums.sums.items()}
@@ -114,5 +114,5 @@ def centre(job: Job, data: Dataset) -> Tensor:
     few = Subset(data, subset(len(data), CENTRE_IMAGES, job.args.seed))
     total = Sums()
     for images, _ in one_pass(job, few, "centre", total):
-        total.add("embedding", decompose(job.clip.model, images).embedding.double().sum(dim=0))
+        total.add("embedding", decompose(job.clip.model, images).embedding.cpu().double().sum(dim=0))
     return (total["embedding"] / len(few)).float().to(job.clip.device)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from cue import THRESHOLD, CueVotes, subspace
 from decompose import Decomposition, decompose, head_maps
-from files import InputError
+from files import InputError, did_you_mean
 from forward import class_values, forward_without
 from zeroshot import embed_texts
 
@@ -96,7 +96,8 @@ def find_cue(job: Job) -> tuple[list[str], str]:
     if len(cue) == 1:
         known = ", ".join(sorted(set(bank.categories)))
         hint = "and one text has nothing to be told from: give a category or at least two texts"
-        raise InputError(f"--cue {cue[0]!r} is no category of {bank.path} ({known}), {hint}")
+        near = did_you_mean(cue[0], bank.categories)
+        raise InputError(f"--cue {cue[0]!r} is no category of {bank.path} ({known}), {hint}{near}")
     return list(cue), f"{cue[0]!r} and {len(cue) - 1} more"
 
 

@@ -21,7 +21,7 @@ from data import read_picture
 from decompose import decompose, head_maps
 from demo.images import DemoBirds
 from demo.truth import same_factors, same_factors_in_words
-from files import InputError
+from files import InputError, did_you_mean
 from roles import find_roles, in_own_space
 from zeroshot import embed_texts
 
@@ -32,9 +32,10 @@ from .job import Images, Job, open_split
 from .passes import one_pass
 from .reference import Kept, summarise
 from .tables import print_settings, table
-from .textspan import ROLE_IMAGES
+from .textspan import ROLE_IMAGES, one_category
 
 TILE, ACROSS, GAP = 150, 6, 8  # of the contact sheet
+SIZE = 144  # of pictures on the page
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -42,12 +43,12 @@ def run(job: Job) -> tuple[dict, list]:
     args = job.args
     check_options(args)
     query = None if args.image is None else read_picture(Path(args.image))
-    maps = head_maps(job.clip.model)
+    maps, data = head_maps(job.clip.model), open_split(job, "test")
+    asked = ask(job, query)  # what can fail goes before the passes over images
     heads = parse_heads(args.head, *maps.shape[:2], "--head") if args.role is None else heads_of(job)
-    data = open_split(job, "test")
-    score, measure = score_images(job, data, maps, heads, query)
+    score, measure = score_images(job, data, maps, heads, asked, by_text=query is None)
     order = score.argsort(descending=True, stable=True)[: args.top].tolist()
-    pictures = [data.picture(i) for i in order]
+    pictures = [report.thumbnail(data.picture(i), SIZE) for i in order]
     path = args.out / "retrieval" / "sheet.png"
     save_picture(sheet(query, list(zip(pictures, map(data.caption, order), strict=True))), path)
     where = print_settings(
@@ -79,34 +80,41 @@ def check_options(args: Namespace) -> None:
         raise InputError("--text is empty: give a text to look for")
 
 
-def score_images(
-    job: Job, data: Images, maps: Tensor, heads: list[Head], query: Image.Image | None
-) -> tuple[Tensor, str]:
-    """(how near each image is to the query [n], the measure in words); the query is an image or --text."""
+def ask(job: Job, query: Image.Image | None) -> Tensor:
+    """The embedding [d] of --text; or where the query is an image, its values [1, L, H, e]."""
     clip = job.clip
+    if query is None:
+        return embed_texts(clip, job.args.text)[0].cpu()
+    pixels = clip.preprocess(query)[None].to(clip.device, clip.dtype)
+    return decompose(clip.model, pixels).values.cpu()
+
+
+def score_images(
+    job: Job, data: Images, maps: Tensor, heads: list[Head], asked: Tensor, by_text: bool
+) -> tuple[Tensor, str]:
+    """(how near each image is to what `ask` returned [n], the measure in words)."""
     layer, head = (list(index) for index in zip(*heads, strict=True))
     written = Rows()
     for images, _ in one_pass(job, data, "images", written):
-        written.add(decompose(clip.model, images).values[:, layer, head].flatten(1))
+        written.add(decompose(job.clip.model, images).values[:, layer, head].flatten(1))
     kept = written.tensor()  # [n, h e]
     job.check_finite(kept)
     # From these heads' values, side by side, to the sum of their terms: [h e, d]
     A = maps[layer, head].flatten(0, 1).cpu()
     mean = kept.mean(dim=0)
-    if query is None:
-        text = embed_texts(clip, job.args.text)[0].cpu()
-        return (kept - mean) @ (A @ text), "dot product with the text"
-    pixels = clip.preprocess(query)[None].to(clip.device, clip.dtype)
-    asked = decompose(clip.model, pixels).values[:, layer, head].flatten(1).cpu()
-    return cosine(kept - mean, asked - mean, A), "cosine with the query"
+    if by_text:
+        return (kept - mean) @ (A @ asked), "dot product with the text"
+    return cosine(kept - mean, asked[:, layer, head].flatten(1) - mean, A), "cosine with the query"
 
 
 def heads_of(job: Job) -> list[Head]:
     """The heads of all layers whose role --role is, found on the reference images."""
     args, bank = job.args, job.load_bank()
     if args.role not in bank.categories:
-        choices = ", ".join(dict.fromkeys(bank.categories))
+        choices = ", ".join(dict.fromkeys(bank.categories)) + did_you_mean(args.role, bank.categories)
         raise InputError(f"--role {args.role!r} is no category of {bank.path}: {choices}")
+    if len(set(bank.categories)) < 2:
+        raise InputError(f"--role {args.role!r}: {one_category(bank)}")
     data = open_split(job, args.reference)
     kept = Kept(len(data), ROLE_IMAGES, args.seed, slice(None))
     maps = summarise(job, kept, data).maps
@@ -149,7 +157,7 @@ def page(query: Image.Image | None, pictures: list[Image.Image], found: list[dic
     """The query and what was found, for report.html."""
     captions = [f"{row['rank']}. {row['image']} ({row['score']:.2f})" for row in found]
     nearest = list(zip(pictures, captions, strict=True))
-    sections = [report.section("Nearest", report.pictures(nearest, size=144))]
+    sections = [report.section("Nearest", report.pictures(nearest, size=SIZE))]
     if query is not None:
         sections.insert(0, report.section("Query", report.pictures([(query, "the query")], size=160)))
     return sections

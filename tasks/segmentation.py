@@ -93,7 +93,8 @@ def examples(
         shown = labels[[i]].to(clip.device) if labels is not None else predict(clip, pixels, classes)
         box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
         mask = np.where(values == 0, 0, np.where(values == job.args.void, 128, 255)).astype(np.uint8)
-        tiles = [(image, "image"), (Image.fromarray(mask), "mask")]
+        small = [report.thumbnail(picture) for picture in (image.copy(), Image.fromarray(mask))]
+        tiles = [*zip(small, ("image", "mask"), strict=True)]
         for method in methods:
             heat = maps_of(method, job, pixels, torch.tensor([i]), classes, shown)
             tiles.append((overlay(image, heat, box, clipped(method), SIDE), method))

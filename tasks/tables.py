@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.utils.data import Dataset
 
+from files import visible
 from zeroshot import Clip, activation, templates
 
 from .job import Job
@@ -48,6 +49,7 @@ def mean_and_std(shares: Sequence[float]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as what they hold; the first is aligned to the left, the others to the right."""
+    header, *rows = [[*map(visible, row)] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (header, *rows)]
     title, *lines = ["  ".join(cells).rstrip() for cells in aligned]
@@ -68,7 +70,7 @@ def print_lines(lines: dict[str, str]) -> dict[str, str]:
     """Print the lines, their values below each other, and return them."""
     width = max(map(len, lines)) + 2
     for key, value in lines.items():
-        print(f"{key + ':':<{width}}{value}")
+        print(f"{key + ':':<{width}}{visible(value)}")
     return lines
 
 

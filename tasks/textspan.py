@@ -61,21 +61,29 @@ def run(job: Job) -> tuple[dict, list]:
             found.append(describe((layer, head), span, bank, spread, roles, layer - first))
             if span.indices:
                 most = strongest(values[:, layer - first, head], maps, span)
-                images[head_name((layer, head))] = [data.picture(kept.rows[i]) for i in most]
+                shown = [report.thumbnail(data.picture(kept.rows[i])) for i in most]
+                images[head_name((layer, head))] = shown
     rule = f"a category that explains over {THRESHOLD:.0%} of a head, and more than random texts do"
+    found_on = f"from {len(kept.rows):,} images; {rule}"
     where = print_settings(
         job,
         images=reference.description,
         bank=f"{bank.path.name}, {len(bank.texts):,} texts in {len(set(bank.categories))} categories",
         texts=f"{size} per head",
         sum=reference.sum_error(),
-        roles=f"from {len(kept.rows):,} images; {rule}",
+        roles=found_on if len(set(bank.categories)) > 1 else f"none: {one_category(bank)}",
     )
     results = {"settings": where, "heads": found}
     if job.clip.is_demo and set(truth.FACTOR_OF) <= set(bank.categories):
         results["agreement"] = truth.agreement(true_factors(job, first), found)
     print_results(results)
     return results, page(results, images)
+
+
+def one_category(bank: Bank) -> str:
+    """Why a bank of one category gives no roles."""
+    why = "a role is a category that explains more than random texts of the bank do"
+    return f"{why}, and {bank.path.name} holds one category; give it at least two `# category` lines"
 
 
 def strongest(values: Tensor, A: Tensor, span: TextSpan) -> list[int]:

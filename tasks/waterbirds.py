@@ -27,16 +27,16 @@ def run(job: Job) -> tuple[dict, list]:
     if args.data is not None:
         Waterbirds(args.data, "test", clip.preprocess)  # refuses other folders, which have no groups
     test = open_split(job, "test")
-    counts = count_groups(test)
-    cue = look_for_cue(job)
+    counts = count_groups(test, args.limit)
     kinds = test.kinds if clip.is_demo and args.data is None else ()
+    classes = classifier(clip, [*test.classes, *kinds], templates(clip))
+    cue = look_for_cue(job)
     shape = cue.reference.maps.shape[:2]
     further = without_heads_forward(job, cue.heads) if "forward" in args.remove else {}
     draws = random_heads(cue.heads, shape[1], args.draws, args.seed)
     plan = Plan(args.remove, shape, cue.heads, draws, further)
     interventions = [plan.rows, plan.chosen, plan.draws]
     every, groups = torch.cat(interventions), Groups(test)
-    classes = classifier(clip, [*test.classes, *kinds], templates(clip))
     for scores, indices in score(job, test, cue, classes, groups, further=further):
         groups.update(scores.after(every), indices)
     found, (ours,), drawn = in_blocks(groups.rows(), interventions)
@@ -50,13 +50,14 @@ def run(job: Job) -> tuple[dict, list]:
     return results, page(results, counts)
 
 
-def count_groups(test: DemoBirds | Waterbirds) -> dict[str, int]:
+def count_groups(test: DemoBirds | Waterbirds, limit: int | None) -> dict[str, int]:
     """{group: number of its images}; refused where a group has none."""
     found = Counter((2 * test.y + test.place).tolist())
     counts = {group: found[i] for i, group in enumerate(GROUPS)}
     missing = next((group for group, count in counts.items() if not count), None)
     if missing is not None:
         why = "and worst-group accuracy needs all four groups"
+        why += f": --limit {limit} drew too few, or there are none" if limit else ""
         raise InputError(f"the test images hold none of group {missing} (bird/place), {why}")
     return counts
 

@@ -676,6 +676,32 @@ def test_a_broken_state_is_refused(tmp_path, monkeypatch, capsys):
     assert "cannot read the state" in capsys.readouterr().err
 
 
+OTHERWISE = {
+    "a list": lambda state: [1, 2],
+    "a tensor": lambda state: torch.ones(3),
+    "a number for the run": lambda state: state | {"run": 3},
+    "no accumulators": lambda state: {name: state[name] for name in ("run", "done")},
+    "one accumulator fewer": lambda state: state | {"accumulators": state["accumulators"][1:]},
+    "other accumulators": lambda state: (
+        state | {"accumulators": [{"mean": 1.0} for _ in state["accumulators"]]}
+    ),
+    "words in place of a number": lambda state: state | {"done": "all"},
+    "nothing done": lambda state: {name: state[name] for name in ("run", "accumulators")},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_a_state_that_holds_something_else_is_refused(tmp_path, monkeypatch, capsys, kind):
+    run = a_checkpoint(tmp_path, monkeypatch, 0, 1, "--resume")
+    total = Sums()
+    total.add("right", 3)
+    run.save(run.path, [total], 2)
+    assert run.load_unfinished([Sums()]) == 2  # the control
+    torch.save(OTHERWISE[kind](torch.load(run.path, weights_only=True)), run.path)
+    with pytest.raises(InputError, match=r"cannot read the state .* without --resume"):
+        run.load_unfinished([Sums()])
+
+
 def test_a_run_that_does_not_resume_starts_anew_and_says_so(tmp_path, monkeypatch, capsys, alone):
     folder = stopped(tmp_path, monkeypatch)
     capsys.readouterr()
