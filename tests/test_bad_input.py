@@ -1412,6 +1412,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, li
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.slow
 def test_a_table_that_cannot_be_printed_for_want_of_space(printed: dict) -> None:
     """evaluate.py > FILE on a full disk."""
     code, lines, _ = printed["full"]
@@ -1419,6 +1420,7 @@ def test_a_table_that_cannot_be_printed_for_want_of_space(printed: dict) -> None
     one_clear_line("\n".join(lines), "No space left")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(printed: dict) -> None:
     """evaluate.py | head -1"""
     _, lines, out = printed["left"]
@@ -1535,6 +1537,7 @@ def test_no_memory_for_an_image(
     )
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1644,6 +1647,7 @@ def until(process: subprocess.Popen, pattern: bytes, seconds: float = 60) -> byt
     return said
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_mid_run(tmp_path: Path) -> None:
     """With workers and without, at the same time. A terminal sends it to the workers, too."""
     with contextlib.ExitStack() as stack:
@@ -1695,6 +1699,7 @@ def test_ctrl_c_while_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.signal(signal.SIGINT, inherited)
 
 
+@pytest.mark.slow
 def test_a_worker_does_not_speak_of_ctrl_c() -> None:
     """Nor does its thread that hands tensors over."""
     code = (
@@ -1708,6 +1713,7 @@ def test_a_worker_does_not_speak_of_ctrl_c() -> None:
 # Two runs into one folder.
 
 
+@pytest.mark.slow
 def test_two_runs_at_the_same_time(tmp_path: Path) -> None:
     argv = [*LITTLE, "--out", tmp_path]
     with running(*argv, "--seed", "1") as one, running(*argv, "--seed", "2") as other:

@@ -10,6 +10,8 @@ import demo
 from benchmarks import cue_study, decompose, scale
 from demo.images import DemoBirds
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def little(monkeypatch):

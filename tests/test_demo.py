@@ -153,6 +153,7 @@ def test_normalise_is_the_demos_image_transform():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_training_learns_and_writes_a_checkpoint_that_loads(tmp_path, capsys, monkeypatch):
     score = train.score
     monkeypatch.setattr(train, "score", lambda model, tokenizer, count: score(model, tokenizer, count=256))

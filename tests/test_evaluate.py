@@ -172,6 +172,7 @@ def test_the_random_control_draws_as_many_heads(table):
     assert control["worst"]["mean"] <= control["worst"]["max"] <= 1
 
 
+@pytest.mark.slow
 def test_the_demo_keeps_its_promise(tmp_path):
     """auto lifts the worst group by 20 points, above all draws; directions cost kinds at most 2 points."""
     code, results = run(tmp_path, "--task", "waterbirds", "--limit", "1500", "--batch-size", "250")

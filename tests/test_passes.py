@@ -284,6 +284,7 @@ def several(tmp_path, processes, jobs, before=""):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(tmp_path, alone):
     """131 images are no multiple of 2."""
     jobs = [["--task", task, *options, "--out", str(tmp_path / "out")] for task, options in JOBS.items()]
@@ -294,6 +295,7 @@ def test_two_processes_give_the_results_of_one(tmp_path, alone):
     assert done.stdout.count("a page to look at") == len(JOBS)  # one process speaks
 
 
+@pytest.mark.slow
 def test_one_process_shows_how_far_it_is(tmp_path):
     """This is not the first; tqdm asks when it is imported."""
     command = [
@@ -314,6 +316,7 @@ def test_one_process_shows_how_far_it_is(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_processes_that_were_stopped_go_on_together(tmp_path, alone):
     """The second process has 3 batches of each pass, and dies after the first of the reference."""
     jobs = [
@@ -341,6 +344,7 @@ def test_processes_that_were_stopped_go_on_together(tmp_path, alone):
     close(results(alone, "waterbirds"), results(tmp_path / "out", "waterbirds"), 1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_once(tmp_path, waterbirds):
     """After a pass all processes find the same; in the second job one process alone finds it."""
     broken = sorted(row["img_filename"] for row in waterbirds.rows if row["split"] == 2)[-1]
@@ -420,6 +424,7 @@ print(json.dumps(codes))
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     argv = [
         "--task",
