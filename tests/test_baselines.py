@@ -209,9 +209,8 @@ def forward(model, image):
             3, dim=1
         )
         s.q, s.k, s.v = ([t[:, h * s.e : (h + 1) * s.e] for h in range(s.H)] for t in (q, k, v))
-        s.A = torch.stack(
-            [(s.q[h] @ s.k[h].T / math.sqrt(s.e)).softmax(dim=1) for h in range(s.H)]
-        )  # [H, N, N]
+        # [H, N, N]
+        s.A = torch.stack([(s.q[h] @ s.k[h].T / math.sqrt(s.e)).softmax(dim=1) for h in range(s.H)])
         s.O = torch.cat([s.A[h] @ s.v[h] for h in range(s.H)], dim=1)  # [N, D]
         s.attention = layer_scale(
             block.ls_1, s.O @ block.attn.out_proj.weight.detach().T + block.attn.out_proj.bias.detach()
@@ -654,9 +653,8 @@ def test_rollout_of_the_last_block_alone_is_half_of_raw_attention():
 def test_gradcam_with_one_head_is_raw_attention_or_nothing():
     model = build(head_width=32)
     images, texts = pictures(model), sentences(model)
-    either = baselines.gradcam(model, images, texts) + baselines.gradcam(
-        model, images, -texts
-    )  # dot is odd in the text
+    # dot is odd in the text
+    either = baselines.gradcam(model, images, texts) + baselines.gradcam(model, images, -texts)
     raw = baselines.raw_attention(model, images, texts)
     ratio = (either / raw).flatten(1)
     assert (ratio.amax(1) / ratio.amin(1) - 1).max() < EXACT
@@ -884,9 +882,8 @@ def test_the_conserving_sum_gives_each_term_a_share_of_one_sign():
     whole.
     """
     a, b, R = torch.tensor([[3.0, 1.0]]), torch.tensor([[-2.0, 1.0]]), torch.tensor([[1.0, 1.0]])
-    R_a, R_b = baselines._add(
-        a.double(), b.double(), R.double(), True
-    )  # before the rescaling [3, 0.5] and [-2, 0.5]
+    # before the rescaling [3, 0.5] and [-2, 0.5]
+    R_a, R_b = baselines._add(a.double(), b.double(), R.double(), True)
     assert torch.allclose(
         torch.stack([R_a.sum(), R_b.sum()]),
         torch.tensor([2 * 3.5 / 5, 2 * 1.5 / 5]).double(),
@@ -961,9 +958,8 @@ def test_relevance_of_every_block_is_that_of_the_long_way(score, conserving):
     model = build()
     images, texts = pictures(model), sentences(model)
     truth = [relevances(forward(model, i), t, score, conserving) for i, t in zip(images, texts, strict=True)]
-    for layer, R_A, R in list(
-        relevance(model, images, texts, conserving=conserving, score=score)
-    ):  # none changes later
+    # none changes later
+    for layer, R_A, R in list(relevance(model, images, texts, conserving=conserving, score=score)):
         assert far(R_A, torch.stack([R_As[layer] for R_As, _ in truth])) < RELEVANCE
         assert far(R, torch.stack([Rs[layer] for _, Rs in truth])) < RELEVANCE
 
@@ -1044,9 +1040,8 @@ def watched(monkeypatch, model, conserving):
 @pytest.mark.parametrize(("conserving", "ratio"), [(True, 1), (False, 2)], ids=["conserving", "published"])
 def test_every_linear_map_of_the_model_has_its_ratio(monkeypatch, conserving, ratio):
     calls = watched(monkeypatch, build(width=64), conserving)  # wide, as in the theorem above
-    assert (
-        len(calls) >= 1 + 4 * 3
-    )  # the head; in each block queries, keys and values, the projection, and two in the MLP
+    # the head; in each block queries, keys and values, the projection, and two in the MLP
+    assert len(calls) >= 1 + 4 * 3
     for before, after, size in calls:
         assert float(((after - ratio * before) / size).abs().max()) < STABILISED
 
@@ -1054,9 +1049,8 @@ def test_every_linear_map_of_the_model_has_its_ratio(monkeypatch, conserving, ra
 def test_relevance_starts_at_one(monkeypatch):
     (before, after, _), *_ = watched(monkeypatch, build(), conserving=False)
     assert before.tolist() == [1, 1, 1]
-    assert (
-        far(after, torch.full_like(after, 2)) < STABILISED
-    )  # what the published rules make of it in the head
+    # what the published rules make of it in the head
+    assert far(after, torch.full_like(after, 2)) < STABILISED
 
 
 def test_published_relevance_grows_from_block_to_block():
@@ -1108,9 +1102,8 @@ def looking_at(model, images, patch):
     D = attn.embed_dim
     attn.in_proj_weight[:D] = 0
     attn.in_proj_bias[:D] = 1
-    attn.in_proj_weight[D : 2 * D] = 1000 * (
-        torch.linalg.pinv(y) @ only
-    )  # keys of that patch are large, all others are zero
+    # keys of that patch are large, all others are zero
+    attn.in_proj_weight[D : 2 * D] = 1000 * (torch.linalg.pinv(y) @ only)
     attn.in_proj_bias[D : 2 * D] = 0
     return model
 
@@ -1373,9 +1366,8 @@ def test_a_resnet_is_refused():
 
 
 def test_a_timm_tower_is_refused():
-    refused(
-        "TimmModel.*timm", with_tower(TimmModel("test_vit", embed_dim=24, pretrained=False))
-    )  # timm's own toy ViT
+    # timm's own toy ViT
+    refused("TimmModel.*timm", with_tower(TimmModel("test_vit", embed_dim=24, pretrained=False)))
 
 
 class OlderTower(nn.Module):

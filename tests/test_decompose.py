@@ -428,13 +428,11 @@ def test_a_value_bias_moves_only_its_head_and_what_comes_after():
     images, last = pictures(model), blocks(model)[-1]
     before, sigma_before, maps = decompose(model, images), by_hand(model, images).sigma, head_maps(model)
     with torch.no_grad():
-        last.attn.in_proj_bias[64 + 8 : 64 + 16] += (
-            step  # queries and keys are 32 wide each; head 1 of the values
-        )
+        # queries and keys are 32 wide each; head 1 of the values
+        last.attn.in_proj_bias[64 + 8 : 64 + 16] += step
     after, sigma_after = decompose(model, images), by_hand(model, images).sigma
-    moved = (
-        after.heads * sigma_after[:, :, None, None] - before.heads * sigma_before[:, :, None, None]
-    )  # undo the read-out's divisor
+    # undo the read-out's divisor
+    moved = after.heads * sigma_after[:, :, None, None] - before.heads * sigma_before[:, :, None, None]
     expected = torch.zeros_like(moved)
     expected[:, 2, 1] = step @ maps[2, 1]  # once: attention weights sum to one
     assert far(moved, expected) < EXACT
@@ -621,9 +619,8 @@ def test_a_heatmap_is_the_patches_summed_over_layers_and_heads(options):
 def test_one_patch_of_the_image_moves_the_heatmap_there_and_nowhere_else(at):
     model = build(layers=1)
     with torch.no_grad():
-        blocks(model)[0].attn.in_proj_weight[:64] = (
-            0  # no queries and keys: even attention, so that patches do not meet
-        )
+        # no queries and keys: even attention, so that patches do not meet
+        blocks(model)[0].attn.in_proj_weight[:64] = 0
         blocks(model)[0].attn.in_proj_bias[:64] = 0
     images, (row, column) = pictures(model), at
     bright = images.clone()
@@ -705,9 +702,8 @@ def test_a_batch_scores_as_single_images_do(call):
 
 
 def permute_patches(images, order):
-    tiles = (
-        images.unflatten(2, (2, 4)).unflatten(4, (3, 4)).transpose(3, 4).flatten(2, 3)
-    )  # [b, 3, 6 after the flatten, 4, 4]
+    # [b, 3, 6 after the flatten, 4, 4]
+    tiles = images.unflatten(2, (2, 4)).unflatten(4, (3, 4)).transpose(3, 4).flatten(2, 3)
     return tiles[:, :, order].unflatten(2, (2, 3)).transpose(3, 4).flatten(4).flatten(2, 3)
 
 
@@ -950,9 +946,8 @@ def test_the_stem_under_autocast_is_read_out_in_float32(convention):
 def test_the_attention_under_autocast_is_worked_out_in_float32():
     model = build(torch.float32)
     terms, seen = rounded_pass(model)
-    A, v = attention_matrices(
-        blocks(model)[0].attn, seen.y
-    )  # y was rounded by the pass; what is done with it is not
+    # y was rounded by the pass; what is done with it is not
+    A, v = attention_matrices(blocks(model)[0].attn, seen.y)
     expected = (A @ v)[:, :, 0] / std(model.visual.ln_post, seen.last)[:, :, None]
     assert far(terms.values[:, 0].double(), expected) < SINGLE
 

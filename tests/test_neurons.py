@@ -331,13 +331,11 @@ def test_a_neuron_at_its_mean_adds_the_mean_less_its_term(options):
     images = pictures(model, batch=3)
     split, hidden = neurons(model, images, layer), streams(model, images, layer)[0][:, j]
     divisor = hidden / split.activations[:, j]
-    at = (
-        split.activations[:, j].mean() * divisor
-    )  # the raw activation that is the mean once it reaches the embedding
+    # the raw activation that is the mean once it reaches the embedding
+    at = split.activations[:, j].mean() * divisor
     change = intervene(model, images, layer, j, value=at) - split.embedding
-    assert (
-        far(change, split.terms()[:, j].mean(dim=0) - split.terms()[:, j]) < 1e-8
-    )  # a difference of near numbers
+    # a difference of near numbers
+    assert far(change, split.terms()[:, j].mean(dim=0) - split.terms()[:, j]) < 1e-8
 
 
 @pytest.mark.parametrize("way", ["hold", "freeze"])
@@ -589,9 +587,8 @@ def test_the_images_kept_are_the_first_of_all_sorted(sizes, kept, seed):
     whole = some(sum(sizes), seed)
     activity = in_batches(whole, sizes, kept)
     for j in range(7):
-        order = sorted(range(sum(sizes)), key=lambda i, j=j: (-float(whole.activations[i, j]), i))[
-            :kept
-        ]  # of equals the earlier
+        # of equals the earlier
+        order = sorted(range(sum(sizes)), key=lambda i, j=j: (-float(whole.activations[i, j]), i))[:kept]
         assert activity.images[j].tolist() == order
         assert activity.top[j].tolist() == whole.activations[order, j].tolist()
 

@@ -147,9 +147,8 @@ def test_the_scale_of_what_is_written_does_not_matter(scale):
 @given(seed=SEEDS, names=st.permutations(range(9)))
 def test_the_names_of_the_labels_do_not_matter(seed, names):
     written, label = labelled(seed)
-    close(
-        explained(written, torch.tensor(names)[label]), explained(written, label)
-    )  # 4 of 9 names: the others have no image
+    # 4 of 9 names: the others have no image
+    close(explained(written, torch.tensor(names)[label]), explained(written, label))
 
 
 def test_joining_two_labels_matters():
@@ -179,9 +178,8 @@ def test_a_head_that_writes_nothing_has_no_share():
 
 
 @pytest.mark.parametrize("n", [60, 1000])
-@pytest.mark.parametrize(
-    "constant", [0.1, 0.3, 1.7, 1e-3, -0.3]
-)  # no binary fractions: a mean in float32 is off by rounding
+# no binary fractions: a mean in float32 is off by rounding
+@pytest.mark.parametrize("constant", [0.1, 0.3, 1.7, 1e-3, -0.3])
 def test_a_head_that_writes_a_constant_has_no_share(n, constant):
     written, label = labelled(0, n)
     written[:, 0, 1] = constant
@@ -189,9 +187,8 @@ def test_a_head_that_writes_a_constant_has_no_share(n, constant):
 
 
 def test_a_small_variance_around_a_large_constant_still_counts():
-    written, label = labelled(
-        0
-    )  # 1e-3 of the norm; float32 rounds at 6e-8, and so moves the share by some 1e-4
+    # 1e-3 of the norm; float32 rounds at 6e-8, and so moves the share by some 1e-4
+    written, label = labelled(0)
     far = torch.randint(900, 1100, (L, H, E), generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(explained(written + far, label), explained(written, label), rtol=0, atol=1e-3)
 
@@ -330,10 +327,8 @@ def test_categories_stand_in_the_order_in_which_they_come():
 def test_shares_are_epsilon_squared_of_the_terms_between_true_factors():
     values, maps, embedding, texts, categories, truth, _ = world()
     roles = find_roles(values, maps, embedding, texts, categories, bootstraps=0)
-    for (
-        category,
-        label,
-    ) in truth.items():  # texts and images are so clear here that every image gets its own factor's text
+    # texts and images are so clear here that every image gets its own factor's text
+    for category, label in truth.items():
         share = roles.share[roles.categories.index(category)]
         drop = [0, 1, 2, 4, 5]  # "nothing" has no variance to divide by
         close(share[:, drop], explicit(terms(values, maps)[:, :, drop], label)[1])

@@ -194,13 +194,8 @@ SHARP = [
     "chefer2021",
     "chefer2021-mm",
 ]
-BLUNT = [
-    "gradcam",
-    "lrp",
-    "lrp-conserving",
-    "legrad",
-    "grad-eclip",
-]  # see the bird less well on this model; chance is a quarter
+# see the bird less well on this model; chance is a quarter
+BLUNT = ["gradcam", "lrp", "lrp-conserving", "legrad", "grad-eclip"]
 
 
 @pytest.mark.parametrize("method", SHARP + BLUNT)
@@ -369,9 +364,8 @@ def test_every_figure_is_that_of_the_methods_themselves(tmp_path, clip, ten, pro
     with torch.no_grad():
         predicted = (clip.model.encode_image(images) @ classes.T).argmax(dim=1)
     shown = {"predicted": predicted, "true": true, "heron": torch.full((10,), KINDS.index("heron"))}[prompt]
-    assert (
-        len({tuple(x.tolist()) for x in (predicted, true, torch.full((10,), 6))}) == 3
-    )  # else the prompts could not be told apart
+    # else the prompts could not be told apart
+    assert len({tuple(x.tolist()) for x in (predicted, true, torch.full((10,), 6))}) == 3
     for method in MIXED:
         texts = classes[shown] - classes.mean(dim=0) if CONTRASTED[contrast](method) else classes[shown]
         if method.startswith("decomposition"):
@@ -512,9 +506,8 @@ def test_batch_size_and_workers_change_nothing(tmp_path, some_rows, change):
 def test_half_precision_gives_nearly_the_same(tmp_path, some_rows):
     rows = segment(tmp_path, *SOME, "--precision", "bf16")
     for method in ("decomposition", "chefer2021"):
-        assert rows[method]["mAP"] == pytest.approx(
-            some_rows[method]["mAP"], abs=0.02
-        )  # three digits of every activation
+        # three digits of every activation
+        assert rows[method]["mAP"] == pytest.approx(some_rows[method]["mAP"], abs=0.02)
         assert rows[method]["mAP"] != some_rows[method]["mAP"]
 
 
@@ -1085,9 +1078,8 @@ def test_an_image_of_any_kind_is_drawn_as_what_it_shows(tmp_path, mode):
     )
     expected = draw(tmp_path / "plain", save_as(tmp_path, same), "a duck", methods=["rollout"])
     for name, picture in expected.items():
-        assert (
-            np.abs(values(found[name]) - values(picture)).max() <= 3
-        )  # 16 bits are cut to 8, which may be off by one
+        # 16 bits are cut to 8, which may be off by one
+        assert np.abs(values(found[name]) - values(picture)).max() <= 3
 
 
 def save_as(tmp_path, array):
@@ -1300,10 +1292,8 @@ def test_the_sheet_shows_every_tile_six_in_a_row():
     tiles = {f"tile {k}": Image.new("RGB", (50, 25), (10 + 15 * k, 0, 200 - 10 * k)) for k in range(13)}
     picture = values(sheet("title", tiles))
     for k in range(13):
-        x, y = (
-            8 + k % 6 * 208 + 100,
-            32 + k // 6 * (100 + 24 + 8) + 22 + 50,
-        )  # the middle of a tile of 200 x 100
+        # the middle of a tile of 200 x 100
+        x, y = (8 + k % 6 * 208 + 100, 32 + k // 6 * (100 + 24 + 8) + 22 + 50)
         assert picture[y, x].tolist() == [10 + 15 * k, 0, 200 - 10 * k]
         assert (
             picture[y - 48, x - 98].tolist()
