@@ -653,7 +653,7 @@ def test_rollout_of_the_last_block_alone_is_half_of_raw_attention():
 def test_gradcam_with_one_head_is_raw_attention_or_nothing():
     model = build(head_width=32)
     images, texts = pictures(model), sentences(model)
-    # dot is odd in the text
+    # Dot is odd in the text.
     either = baselines.gradcam(model, images, texts) + baselines.gradcam(model, images, -texts)
     raw = baselines.raw_attention(model, images, texts)
     ratio = (either / raw).flatten(1)
@@ -882,7 +882,7 @@ def test_the_conserving_sum_gives_each_term_a_share_of_one_sign():
     whole.
     """
     a, b, R = torch.tensor([[3.0, 1.0]]), torch.tensor([[-2.0, 1.0]]), torch.tensor([[1.0, 1.0]])
-    # before the rescaling [3, 0.5] and [-2, 0.5]
+    # Before the rescaling [3, 0.5] and [-2, 0.5].
     R_a, R_b = baselines._add(a.double(), b.double(), R.double(), True)
     assert torch.allclose(
         torch.stack([R_a.sum(), R_b.sum()]),
@@ -958,7 +958,7 @@ def test_relevance_of_every_block_is_that_of_the_long_way(score, conserving):
     model = build()
     images, texts = pictures(model), sentences(model)
     truth = [relevances(forward(model, i), t, score, conserving) for i, t in zip(images, texts, strict=True)]
-    # none changes later
+    # None changes later.
     for layer, R_A, R in list(relevance(model, images, texts, conserving=conserving, score=score)):
         assert far(R_A, torch.stack([R_As[layer] for R_As, _ in truth])) < RELEVANCE
         assert far(R, torch.stack([Rs[layer] for _, Rs in truth])) < RELEVANCE
@@ -1040,7 +1040,7 @@ def watched(monkeypatch, model, conserving):
 @pytest.mark.parametrize(("conserving", "ratio"), [(True, 1), (False, 2)], ids=["conserving", "published"])
 def test_every_linear_map_of_the_model_has_its_ratio(monkeypatch, conserving, ratio):
     calls = watched(monkeypatch, build(width=64), conserving)  # wide, as in the theorem above
-    # the head; in each block queries, keys and values, the projection, and two in the MLP
+    # The head; in each block queries, keys and values, the projection, and two in the MLP.
     assert len(calls) >= 1 + 4 * 3
     for before, after, size in calls:
         assert float(((after - ratio * before) / size).abs().max()) < STABILISED
@@ -1049,7 +1049,7 @@ def test_every_linear_map_of_the_model_has_its_ratio(monkeypatch, conserving, ra
 def test_relevance_starts_at_one(monkeypatch):
     (before, after, _), *_ = watched(monkeypatch, build(), conserving=False)
     assert before.tolist() == [1, 1, 1]
-    # what the published rules make of it in the head
+    # What the published rules make of it in the head.
     assert far(after, torch.full_like(after, 2)) < STABILISED
 
 
@@ -1102,7 +1102,7 @@ def looking_at(model, images, patch):
     D = attn.embed_dim
     attn.in_proj_weight[:D] = 0
     attn.in_proj_bias[:D] = 1
-    # keys of that patch are large, all others are zero
+    # Keys of that patch are large, all others are zero.
     attn.in_proj_weight[D : 2 * D] = 1000 * (torch.linalg.pinv(y) @ only)
     attn.in_proj_bias[D : 2 * D] = 0
     return model

@@ -428,7 +428,7 @@ def test_by_default_the_directions_hold_95_percent_by_hand(shares, k):
 def test_the_same_vector_added_to_all_texts_does_not_matter(seed, wanted):
     texts = normal(seed, 5, D)
     a, b = subspace(texts, wanted), subspace(texts + 5 * normal(seed + 1, D), wanted)
-    # projectors, as in test_the_directions_are_the_principal_ones
+    # Projectors, as in test_the_directions_are_the_principal_ones.
     torch.testing.assert_close(a.T @ a, b.T @ b, rtol=0, atol=1e-6)
 
 

@@ -428,10 +428,10 @@ def test_a_value_bias_moves_only_its_head_and_what_comes_after():
     images, last = pictures(model), blocks(model)[-1]
     before, sigma_before, maps = decompose(model, images), by_hand(model, images).sigma, head_maps(model)
     with torch.no_grad():
-        # queries and keys are 32 wide each; head 1 of the values
+        # Queries and keys are 32 wide each; head 1 of the values.
         last.attn.in_proj_bias[64 + 8 : 64 + 16] += step
     after, sigma_after = decompose(model, images), by_hand(model, images).sigma
-    # undo the read-out's divisor
+    # Undo the read-out's divisor.
     moved = after.heads * sigma_after[:, :, None, None] - before.heads * sigma_before[:, :, None, None]
     expected = torch.zeros_like(moved)
     expected[:, 2, 1] = step @ maps[2, 1]  # once: attention weights sum to one
@@ -619,7 +619,7 @@ def test_a_heatmap_is_the_patches_summed_over_layers_and_heads(options):
 def test_one_patch_of_the_image_moves_the_heatmap_there_and_nowhere_else(at):
     model = build(layers=1)
     with torch.no_grad():
-        # no queries and keys: even attention, so that patches do not meet
+        # No queries and keys: even attention, so that patches do not meet.
         blocks(model)[0].attn.in_proj_weight[:64] = 0
         blocks(model)[0].attn.in_proj_bias[:64] = 0
     images, (row, column) = pictures(model), at

@@ -53,7 +53,7 @@ def test_factors_are_independent_of_each_other_on_a_balanced_split():
                 joint = np.zeros((8, 8))
                 np.add.at(joint, (facts[a], facts[b]), 1 / 20000)
                 product = np.outer(joint.sum(1), joint.sum(0))
-                # four standard errors of a cell at its largest, 1/16
+                # Four standard errors of a cell at its largest, 1/16.
                 assert abs(joint - product).max() < 0.008
 
 
@@ -71,7 +71,7 @@ def test_a_caption_says_what_is_true_and_only_what_it_states(index, seed, habits
     truth = captions.true_facts(FACTS)[index]
     text, stated = captions.write(truth, habits, np.random.default_rng(seed))
     for column, name in enumerate(captions.STATED):
-        # snowy is a colour, snowy peaks are a place
+        # Snowy is a colour, snowy peaks are a place.
         words = text.replace("snowy peaks", "peaks") if name == "colour" else text
         said = [
             v for v, phrases in enumerate(captions.PHRASES[name]) for p in phrases if f" {p} " in f" {words} "
@@ -179,7 +179,7 @@ def test_the_checkpoint_tells_kinds_places_colours_light_and_styles():
         "land-land": 0.95,
         "water-water": 0.95,
     }
-    # two standard errors of 512 at 0.9
+    # Two standard errors of 512 at 0.9.
     assert {name: scores[name] for name in floors if scores[name] < floors[name] - 0.03} == {}
     chance, _, _ = demo.load(weights=None)
     assert score(chance, tokenizer, count=512)["kind"] < 0.3

@@ -337,7 +337,7 @@ def test_accuracy_is_so_for_a_model_of_more_than_four_layers(tmp_path, folder, d
     ]
     assert found == pytest.approx(expected(deep_places))
     heads = [label for label in found if label.startswith("head ")]
-    # of the last four layers
+    # Of the last four layers.
     assert heads == [f"head {layer}.{head}" for layer in range(2, 6) for head in range(4)]
     assert found["head 4.1"] == found["base"]  # it writes nothing
     assert [label for label in found if label.startswith("attention of layer ")] == [
@@ -487,7 +487,7 @@ def test_without_texts_every_image_is_the_mean(curves, demo):
 def test_as_many_texts_as_a_head_is_wide_hold_the_whole_head(curves, completeness):
     whole = completeness.results["whole"]["last layers' heads, whole"]
     for pool in ("descriptions", "class prompts", "random vectors"):
-        # one image: texts are cleared of the mean's direction too
+        # One image: texts are cleared of the mean's direction too.
         assert abs(curves[pool][16] - whole) <= 1 / LIMIT + 1e-9
     assert curves["words"][16] < whole - 0.05  # three texts do not
 
@@ -521,7 +521,7 @@ def test_the_table_shows_the_curves(completeness, curves):
 def test_batch_size_and_workers_change_no_curve(tmp_path, curves, words):
     again = run(tmp_path, "--task", "completeness", *QUICK, "--words", str(words), *CHANGE).results["curves"]
     for pool, points in again.items():
-        # rounding may tip one image
+        # Rounding may tip one image.
         assert dict(map(tuple, points)) == pytest.approx(curves[pool], abs=1 / LIMIT + 1e-9)
 
 
@@ -864,7 +864,7 @@ def test_a_sheet_of_a_text_query_holds_the_images_alone():
 def test_a_sheet_keeps_the_shape_of_an_image():
     picture = sheet(Image.new("RGB", (300, 100), "red"), [])
     tile = np.asarray(picture.crop((8, 8, 158, 158)))
-    # a third of the height, over the whole width
+    # A third of the height, over the whole width.
     assert ((tile == (255, 0, 0)).all(axis=2).sum(axis=0) == 50).all()
 
 
@@ -980,7 +980,7 @@ def measured(embedding: Tensor, world: SimpleNamespace) -> dict[str, float]:
 
 def close(found: dict, wanted: dict) -> None:
     assert list(found) == list(wanted)
-    # the share is of float32 sums; counts of images are whole
+    # The share is of float32 sums; counts of images are whole.
     assert found == pytest.approx(wanted, abs=1e-4)
 
 

@@ -280,7 +280,7 @@ class Split:
     whole: Tensor  # [b, T, D]
     parts: Tensor  # [p, b, T, D]
     scale: Tensor | None = None  # [b, T, 1] one over the divisors of the norms so far
-    # whether a norm takes every part's own mean from it, or the whole's from the last part
+    # Whether a norm takes every part's own mean from it, or the whole's from the last part.
     centred: bool = True
 
     def __post_init__(self):
@@ -604,7 +604,7 @@ def test_each_term_is_that_of_the_long_way(family, part):
 def test_no_term_of_the_long_way_is_trivial(family):
     hand = truth_of(family)
     size = hand.embedding.abs().max()
-    # every head, every MLP
+    # Every head, every MLP.
     assert all((x[0] - x[1]).abs().amax(-1).min() > FAR * size for x in (hand.heads, hand.mlps))
     assert all(x.abs().amax(-1).min() > FAR * size for x in (hand.stem, hand.constant))
 

@@ -362,7 +362,7 @@ def test_clipping_leaves_a_map_without_negative_values_as_it_is():
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.01, 100), st.floats(-100, 100))
 def test_average_precision_does_not_see_scale_and_offset(seed, factor, offset):
-    # as large as the masks: resizing would make values that are equal up to rounding
+    # As large as the masks: resizing would make values that are equal up to rounding.
     maps, masks = problem(seed, grid=(9, 7))
     maps = maps.double()
     assert measured(factor * maps + offset, masks).mean_ap == pytest.approx(
@@ -373,7 +373,7 @@ def test_average_precision_does_not_see_scale_and_offset(seed, factor, offset):
 def test_average_precision_of_a_resized_map_hardly_sees_them():
     maps, masks = problem(8, b=4, grid=(8, 8), size=(64, 64))
     before, after = measured(maps.double(), masks).mean_ap, measured(0.3 * maps.double() + 7, masks).mean_ap
-    # two of a map's edges repeat values up to rounding: such pairs change places
+    # Two of a map's edges repeat values up to rounding: such pairs change places.
     assert before == pytest.approx(after, abs=1e-4)
 
 
@@ -495,7 +495,7 @@ def test_the_standard_error_is_numpys(b):
 
 def test_images_that_are_all_alike_have_no_spread():
     maps, masks = problem(21, b=1)
-    # the root of a rounded 0
+    # The root of a rounded 0.
     assert measured(maps.expand(7, -1, -1), masks.expand(7, -1, -1)).mean_ap_error < 1e-8
     assert measured(maps, masks).mean_ap_error == 0
 

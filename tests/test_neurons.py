@@ -331,10 +331,10 @@ def test_a_neuron_at_its_mean_adds_the_mean_less_its_term(options):
     images = pictures(model, batch=3)
     split, hidden = neurons(model, images, layer), streams(model, images, layer)[0][:, j]
     divisor = hidden / split.activations[:, j]
-    # the raw activation that is the mean once it reaches the embedding
+    # The raw activation that is the mean once it reaches the embedding.
     at = split.activations[:, j].mean() * divisor
     change = intervene(model, images, layer, j, value=at) - split.embedding
-    # a difference of near numbers
+    # A difference of near numbers.
     assert far(change, split.terms()[:, j].mean(dim=0) - split.terms()[:, j]) < 1e-8
 
 
@@ -587,7 +587,7 @@ def test_the_images_kept_are_the_first_of_all_sorted(sizes, kept, seed):
     whole = some(sum(sizes), seed)
     activity = in_batches(whole, sizes, kept)
     for j in range(7):
-        # of equals the earlier
+        # Of equals the earlier.
         order = sorted(range(sum(sizes)), key=lambda i, j=j: (-float(whole.activations[i, j]), i))[:kept]
         assert activity.images[j].tolist() == order
         assert activity.top[j].tolist() == whole.activations[order, j].tolist()

@@ -178,7 +178,7 @@ def test_a_head_that_writes_nothing_has_no_share():
 
 
 @pytest.mark.parametrize("n", [60, 1000])
-# no binary fractions: a mean in float32 is off by rounding
+# No binary fractions: a mean in float32 is off by rounding.
 @pytest.mark.parametrize("constant", [0.1, 0.3, 1.7, 1e-3, -0.3])
 def test_a_head_that_writes_a_constant_has_no_share(n, constant):
     written, label = labelled(0, n)
@@ -327,7 +327,7 @@ def test_categories_stand_in_the_order_in_which_they_come():
 def test_shares_are_epsilon_squared_of_the_terms_between_true_factors():
     values, maps, embedding, texts, categories, truth, _ = world()
     roles = find_roles(values, maps, embedding, texts, categories, bootstraps=0)
-    # texts and images are so clear here that every image gets its own factor's text
+    # Texts and images are so clear here that every image gets its own factor's text.
     for category, label in truth.items():
         share = roles.share[roles.categories.index(category)]
         drop = [0, 1, 2, 4, 5]  # "nothing" has no variance to divide by

@@ -194,7 +194,7 @@ SHARP = [
     "chefer2021",
     "chefer2021-mm",
 ]
-# see the bird less well on this model; chance is a quarter
+# See the bird less well on this model; chance is a quarter.
 BLUNT = ["gradcam", "lrp", "lrp-conserving", "legrad", "grad-eclip"]
 
 
@@ -364,7 +364,7 @@ def test_every_figure_is_that_of_the_methods_themselves(tmp_path, clip, ten, pro
     with torch.no_grad():
         predicted = (clip.model.encode_image(images) @ classes.T).argmax(dim=1)
     shown = {"predicted": predicted, "true": true, "heron": torch.full((10,), KINDS.index("heron"))}[prompt]
-    # else the prompts could not be told apart
+    # Else the prompts could not be told apart.
     assert len({tuple(x.tolist()) for x in (predicted, true, torch.full((10,), 6))}) == 3
     for method in MIXED:
         texts = classes[shown] - classes.mean(dim=0) if CONTRASTED[contrast](method) else classes[shown]
@@ -506,7 +506,7 @@ def test_batch_size_and_workers_change_nothing(tmp_path, some_rows, change):
 def test_half_precision_gives_nearly_the_same(tmp_path, some_rows):
     rows = segment(tmp_path, *SOME, "--precision", "bf16")
     for method in ("decomposition", "chefer2021"):
-        # three digits of every activation
+        # Three digits of every activation.
         assert rows[method]["mAP"] == pytest.approx(some_rows[method]["mAP"], abs=0.02)
         assert rows[method]["mAP"] != some_rows[method]["mAP"]
 
@@ -1292,7 +1292,7 @@ def test_the_sheet_shows_every_tile_six_in_a_row():
     tiles = {f"tile {k}": Image.new("RGB", (50, 25), (10 + 15 * k, 0, 200 - 10 * k)) for k in range(13)}
     picture = values(sheet("title", tiles))
     for k in range(13):
-        # the middle of a tile of 200 x 100
+        # The middle of a tile of 200 x 100.
         x, y = (8 + k % 6 * 208 + 100, 32 + k // 6 * (100 + 24 + 8) + 22 + 50)
         assert picture[y, x].tolist() == [10 + 15 * k, 0, 200 - 10 * k]
         assert (
