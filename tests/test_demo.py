@@ -164,6 +164,7 @@ def test_training_learns_and_writes_a_checkpoint_that_loads(tmp_path, capsys, mo
     assert "light 0." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_checkpoint_tells_kinds_places_colours_light_and_styles():
     """On the split that training watched; those of the test split are reported (python -m demo.score)."""
     from demo.score import score

@@ -1289,7 +1289,7 @@ def spans(tmp_path_factory):
             str(ROLES),
             "--batch-size 100 --workers 0",
         )
-    return SimpleNamespace(**vars(found), truth=truths[0])
+    return SimpleNamespace(**found._asdict(), truth=truths[0])
 
 
 def test_roles_agree_with_the_true_factor_in_most_clear_heads(spans):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small import run
+from small import run, words
 
 import tasks.heatmap
 import tasks.job
@@ -425,11 +425,11 @@ def test_a_method_that_does_not_support_the_model_is_refused_when_asked_for(refu
 
 
 def test_what_is_explained_is_said(tmp_path):
-    for prompt, words in (("true", "the true class"), ("gull", "'gull', whatever the image shows")):
+    for prompt, said in (("true", "the true class"), ("gull", "'gull', whatever the image shows")):
         _, results, _ = run(
             tmp_path, "--task segmentation --limit 1 --workers 0 --methods random", "--prompt", prompt
         )
-        assert results["settings"]["explained"] == words
+        assert results["settings"]["explained"] == said
 
 
 SOME = ["--limit 20 --methods decomposition chefer2021", "centred blob", "random"]
@@ -1186,6 +1186,5 @@ def test_what_cannot_be_drawn(refused, tmp_path, argv, fragments):
     (tmp_path / "notes.txt").write_text("words")
     (tmp_path / "folder").mkdir()
     given = {"IMAGE": "image.png", "TEXT": "notes.txt", "CUT": "cut.png", "FOLDER": "folder"}
-    refused(
-        ["--task heatmap", *[tmp_path / given[word] if word in given else word for word in argv]], *fragments
-    )
+    argv = [tmp_path / given[word] if word in given else word for word in words(*argv)]
+    refused(["--task heatmap", *argv], *fragments)
