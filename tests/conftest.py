@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from small import assert_refused
+from runs import assert_refused
 
 from demo.images import DemoBirds
 

@@ -12,14 +12,30 @@ from types import SimpleNamespace
 
 import pytest
 import releases
+import small
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from open_clip.coca_model import CoCa
-from open_clip.model import CLIP, convert_weights_to_lp
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from small import EXACT, FAR, TEXT_TOWER, VISION
+from small import (
+    CHANGES,
+    EXACT,
+    FAR,
+    ORDER,
+    TEXT_TOWER,
+    blocks,
+    build,
+    far,
+    found,
+    half,
+    half_trained,
+    noise,
+    permute_heads,
+    permute_patches,
+    permute_positions,
+)
 from torch import nn
 
 import baselines
@@ -81,39 +97,12 @@ both_rules = pytest.mark.parametrize("conserving", [False, True], ids=["publishe
 seeds = st.integers(0, 10**6)
 
 
-@torch.no_grad()
-def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, frozen=False, seed=0, **options):
-    """A CLIP of three blocks, four heads, 2 x 3 patches, with no parameter at its trivial value, in eval
-    mode.
-    """
-    vision = VISION | options
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = CLIP(24, vision, TEXT_TOWER, quick_gelu=quick_gelu, cast_dtype=cast_dtype)
-        for name, p in model.visual.named_parameters():
-            if p.ndim == 1:  # gamma, beta, biases, class embedding, layer scale
-                p.add_(0.3 * torch.randn_like(p))
-            elif "in_proj" in name:  # logits of about one: attention that is neither even nor on one token
-                p.copy_(1.5 * torch.randn_like(p) * p.shape[-1] ** -0.5)
-            else:
-                p.add_(0.2 * torch.randn_like(p))
-    return model.to(dtype).eval().requires_grad_(not frozen)
-
-
-def noise(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def pictures(model, batch=3, seed=1):
-    return noise(batch, 3, *model.visual.image_size, seed=seed).to(model.visual.conv1.weight)
+    return small.pictures(model, batch, seed)
 
 
 def sentences(model, batch=3, seed=2):
-    return noise(batch, 24, seed=seed).to(model.visual.conv1.weight)
-
-
-def blocks(model):
-    return model.visual.transformer.resblocks
+    return small.sentences(model, batch, seed)
 
 
 def mapped(method, model, batch=3, **options):
@@ -132,13 +121,6 @@ def every_layer(method, model):
     return {"legrad": {"layers": len(blocks(model))}}.get(
         method, {"start_layer": 0} if method in ("rollout", "chefer2021") else {}
     )
-
-
-@torch.no_grad()
-def far(a, b):
-    """max |a - b| / max |b|"""
-    assert a.shape == b.shape
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @torch.no_grad()
@@ -1150,21 +1132,6 @@ def test_the_patch_the_class_token_looks_at_is_where_it_is_in_the_image(at):
     assert raw[at] > 1 - EXACT
 
 
-def permute_patches(images, order):
-    tiles = images.unflatten(2, (2, 4)).unflatten(4, (3, 4)).transpose(3, 4).flatten(2, 3)  # [b, 3, 6, 4, 4]
-    return tiles[:, :, order].unflatten(2, (2, 3)).transpose(3, 4).flatten(4).flatten(2, 3)
-
-
-@torch.no_grad()
-def permute_positions(model, order):
-    position = model.visual.positional_embedding
-    position[1:] = position[1:][order]
-    return model
-
-
-ORDER = [4, 2, 0, 5, 3, 1]
-
-
 @every_method
 def test_permuting_patches_with_their_positions_permutes_the_map(method):
     images, texts = pictures(build()), sentences(build())
@@ -1181,17 +1148,6 @@ def test_permuting_patches_without_their_positions_does_not_permute_the_map(meth
     before = METHODS[method](build(), images, texts).flatten(1)
     after = METHODS[method](build(), permute_patches(images, ORDER), texts).flatten(1)
     assert far(after, before[:, ORDER]) > FAR
-
-
-@torch.no_grad()
-def permute_heads(model, order, projection=True):
-    for block in blocks(model):
-        attn = block.attn
-        attn.in_proj_weight.copy_(attn.in_proj_weight.unflatten(0, (3, 4, 8))[:, order].flatten(0, 2))
-        attn.in_proj_bias.copy_(attn.in_proj_bias.unflatten(0, (3, 4, 8))[:, order].flatten())
-        if projection:
-            attn.out_proj.weight.copy_(attn.out_proj.weight.unflatten(1, (4, 8))[:, order].flatten(1))
-    return model
 
 
 @every_method
@@ -1279,15 +1235,6 @@ def test_float32_agrees_with_no_other_text(method):
     model = build(torch.float32)
     a, b = mapped(method, model), METHODS[method](model, pictures(model), sentences(model, seed=9))
     assert (pearson(a, b) < AGREEMENT[method]) == (method not in BLIND)
-
-
-def half(dtype, mixed):
-    """A model all of half precision, or one as open_clip makes it, with norms left in float32."""
-    if not mixed:
-        return build(dtype)
-    model = build(torch.float32, cast_dtype=dtype)
-    convert_weights_to_lp(model, dtype)
-    return model
 
 
 @every_method
@@ -1601,47 +1548,6 @@ def test_relevance_has_no_default_rules():
 
 
 # The model is left as found.
-
-
-def found(model):
-    """All that a call might leave behind."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    modules = {
-        name: (
-            sorted(vars(m)),
-            [v for v in vars(m).values() if isinstance(v, bool | int | float | str)],
-            *(list(getattr(m, h)) for h in hooks),
-        )
-        for name, m in model.named_modules()
-    }
-    parameters = {
-        name: (p.requires_grad, p.dtype, p.tolist(), None if p.grad is None else p.grad.tolist())
-        for name, p in model.named_parameters()
-    }
-    return modules, parameters
-
-
-def half_trained():
-    """A model with modes, gradients and requirements mixed, a hook of the user's, and checkpointing."""
-    model = build(patch_dropout=0.5).train()
-    blocks(model)[1].eval()
-    model.visual.ln_post.eval()
-    model.visual.conv1.requires_grad_(False)
-    model.encode_image(pictures(model)).sum().backward()
-    blocks(model)[0].register_forward_hook(lambda module, args, output: None)
-    model.set_grad_checkpointing()
-    return model
-
-
-CHANGES = {
-    "mode": lambda model: model.eval(),
-    "checkpointing": lambda model: model.set_grad_checkpointing(False),
-    "hook": lambda model: model.visual.register_forward_hook(print),
-    "attribute": lambda model: setattr(model.visual, "forward", print),
-    "weight": lambda model: model.visual.proj.data.add_(1e-9),
-    "gradient": lambda model: model.zero_grad(),
-    "requirement": lambda model: model.visual.proj.requires_grad_(False),
-}
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

@@ -12,10 +12,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.model import CLIP, convert_weights_to_lp
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import ResidualAttentionBlock, Transformer
-from small import EXACT, FAR, HALF, INNER, SINGLE, TEXT_TOWER, VISION
+from small import (
+    EXACT,
+    FAR,
+    HALF,
+    INNER,
+    ORDER,
+    SINGLE,
+    blocks,
+    build,
+    far,
+    found,
+    half,
+    half_trained,
+    permute_heads,
+    permute_patches,
+    permute_positions,
+    pictures,
+    sentences,
+)
 from torch import nn
 
 from decompose import Decomposition, DecompositionError, check, decompose, head_maps, heatmap, token_scores
@@ -57,47 +74,6 @@ CALLS = {
     "head_maps": lambda model, images, texts: head_maps(model),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-
-
-@torch.no_grad()
-def build(dtype=torch.float64, quick_gelu=False, cast_dtype=None, **options):
-    """A CLIP of three blocks, four heads, 2 x 3 patches, no parameter at its trivial value, in eval mode."""
-    vision = VISION | options
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = CLIP(24, vision, TEXT_TOWER, quick_gelu=quick_gelu, cast_dtype=cast_dtype)
-        for name, p in model.visual.named_parameters():
-            if p.ndim == 1:  # gamma, beta, biases, class embedding
-                p.add_(0.3 * torch.randn_like(p))
-            elif "in_proj" in name:  # logits of about one: attention that is neither even nor on one token
-                p.copy_(1.5 * torch.randn_like(p) * p.shape[-1] ** -0.5)
-            else:
-                p.add_(0.2 * torch.randn_like(p))
-    return model.to(dtype).eval()
-
-
-def pictures(model, batch=2, seed=1):
-    sizes = model.visual.image_size
-    return torch.randn(
-        batch, 3, *sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(model.visual.conv1.weight)
-
-
-def sentences(model, count=5):
-    return torch.randn(count, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
-        model.visual.conv1.weight
-    )
-
-
-def blocks(model):
-    return model.visual.transformer.resblocks
-
-
-@torch.no_grad()
-def far(a, b):
-    """max |a - b| / max |b|"""
-    assert a.shape == b.shape
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def fields(terms):
@@ -619,16 +595,6 @@ def test_a_heatmap_of_one_layer_is_that_of_its_token_scores():
 # Invariances.
 
 
-@torch.no_grad()
-def permute_heads(model, order):
-    for block in blocks(model):
-        attn = block.attn
-        attn.in_proj_weight.copy_(attn.in_proj_weight.unflatten(0, (3, 4, 8))[:, order].flatten(0, 2))
-        attn.in_proj_bias.copy_(attn.in_proj_bias.unflatten(0, (3, 4, 8))[:, order].flatten())
-        attn.out_proj.weight.copy_(attn.out_proj.weight.unflatten(1, (4, 8))[:, order].flatten(1))
-    return model
-
-
 def test_permuting_the_heads_permutes_their_terms():
     order = [2, 0, 3, 1]
     before, after = (
@@ -671,22 +637,6 @@ def test_a_batch_scores_as_single_images_do(call):
     )
 
 
-def permute_patches(images, order):
-    # [b, 3, 6 after the flatten, 4, 4]
-    tiles = images.unflatten(2, (2, 4)).unflatten(4, (3, 4)).transpose(3, 4).flatten(2, 3)
-    return tiles[:, :, order].unflatten(2, (2, 3)).transpose(3, 4).flatten(4).flatten(2, 3)
-
-
-@torch.no_grad()
-def permute_positions(model, order):
-    position = model.visual.positional_embedding
-    position[1:] = position[1:][order]
-    return model
-
-
-ORDER = [4, 2, 0, 5, 3, 1]
-
-
 def test_permuting_patches_leaves_the_heads_if_their_positions_go_with_them():
     images = pictures(build())
     before = decompose(build(), images).heads
@@ -715,48 +665,9 @@ def test_scores_are_linear_in_the_texts():
 # The model is left as found.
 
 
-def found(model):
-    """All that a call might leave behind."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    modules = {name: (m.training, *(list(getattr(m, h)) for h in hooks)) for name, m in model.named_modules()}
-    parameters = {
-        name: (p.requires_grad, p.dtype, p.tolist(), None if p.grad is None else p.grad.tolist())
-        for name, p in model.named_parameters()
-    }
-    return modules, parameters
-
-
-def half_trained():
-    """A model with modes, gradients and requirements mixed, and a hook of the user's."""
-    model = build(patch_dropout=0.5, **INNER).train()
-    blocks(model)[1].eval()
-    model.visual.ln_post.eval()
-    model.visual.conv1.requires_grad_(False)
-    model.encode_image(pictures(model)).sum().backward()
-    blocks(model)[0].register_forward_hook(lambda module, args, output: None)
-    return model
-
-
-CHANGES = {
-    "mode": lambda model: model.eval(),
-    "hook": lambda model: model.visual.register_forward_hook(print),
-    "weight": lambda model: model.visual.proj.data.add_(1e-9),
-    "gradient": lambda model: model.zero_grad(),
-    "requirement": lambda model: model.visual.proj.requires_grad_(False),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_model_left_otherwise_would_be_noticed(change):
-    model = half_trained()
-    before = found(model)
-    change(model)
-    assert found(model) != before
-
-
 @every_call
 def test_the_model_is_left_as_found(call):
-    model = half_trained()
+    model = half_trained(**INNER)
     before = found(model)
     call(model, pictures(model), sentences(model))
     assert found(model) == before
@@ -764,7 +675,7 @@ def test_the_model_is_left_as_found(call):
 
 @pytest.mark.parametrize("name", ["decompose", "token_scores", "heatmap", "check"])
 def test_the_model_is_left_as_found_when_its_forward_raises(name):
-    model = half_trained()
+    model = half_trained(**INNER)
     before = found(model)
     with pytest.raises(RuntimeError):
         CALLS[name](model, torch.zeros(2, 3, 16, 16, dtype=torch.float64), sentences(model))
@@ -772,7 +683,7 @@ def test_the_model_is_left_as_found_when_its_forward_raises(name):
 
 
 def test_the_model_is_left_as_found_when_the_check_fails():
-    model = half_trained()
+    model = half_trained(**INNER)
     before = found(model)
     with pytest.raises(DecompositionError, match="do not sum"):
         check(model, pictures(model), tolerance=-1.0)
@@ -780,7 +691,7 @@ def test_the_model_is_left_as_found_when_the_check_fails():
 
 
 def test_the_model_is_left_as_found_when_the_search_for_the_culprit_raises():
-    model, calls = half_trained(), []
+    model, calls = half_trained(**INNER), []
 
     def second_time(module, args, output):
         calls.append(1)
@@ -932,15 +843,6 @@ def test_a_heatmap_under_autocast_is_the_sum_of_its_token_scores_and_head_maps_a
     )
     assert far(under_autocast(lambda: heatmap(model, images, texts)), scores) < SINGLE
     assert far(under_autocast(lambda: head_maps(model)), head_maps(model)) < SINGLE
-
-
-def half(dtype, mixed, **options):
-    """A model all of half precision, or one as open_clip makes it, with norms left in float32."""
-    if not mixed:
-        return build(dtype, **options)
-    model = build(torch.float32, cast_dtype=dtype, **options)
-    convert_weights_to_lp(model, dtype)
-    return model
 
 
 @both_conventions

@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from runs import Ran, run
 from safetensors.torch import save_file
-from small import EXACT, FAR, Ran, run
+from small import EXACT, FAR
 from test_decompose import OPTIONS, build, by_hand, far, sentences
 from test_decompose import pictures as noise
 from test_roles import epsilon_squared

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import words
+from runs import words
 from torch.utils.data import Subset
 
 import demo

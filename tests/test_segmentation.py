@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small import run, words
+from runs import run, words
 
 import tasks.heatmap
 import tasks.job
