@@ -37,6 +37,7 @@ from tasks.job import Job
 from tasks.reference import Kept, Reference
 from tasks.removal import Plan, Scores, auto_heads, random_heads
 from tasks.retrieval import cosine, heads_of, sheet
+from tasks.waterbirds import random_control
 from textspan import Moments, reconstruct, textspan
 from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
@@ -1180,6 +1181,13 @@ def test_random_heads_are_as_many_from_each_layer_and_never_the_chosen(chosen):
     assert heads == {(layer, h) for layer, _ in chosen for h in range(8)} - (
         set(chosen) if len(chosen) == 1 else set()
     )
+
+
+def test_the_chosen_heads_are_above_those_draws_whose_worst_group_is_lower():
+    drawn = [{"worst": worst, "average": 0.9} for worst in (0.4, 0.5, 0.6, 0.7)]
+    found = random_control({"worst": 0.6}, drawn)
+    assert found["below the chosen heads"] == 2 / 4  # not the one that is equal
+    assert found["worst"] == pytest.approx({"mean": 0.55, "std": np.std([4, 5, 6, 7]) / 10, "max": 0.7})
 
 
 def test_random_heads_are_fixed_by_the_seed():

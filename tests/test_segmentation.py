@@ -5,6 +5,7 @@ any shape.
 import functools
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from runs import run, words
 
+import report
 import tasks.heatmap
 import tasks.job
 import tasks.segmentation
@@ -595,6 +597,33 @@ def test_a_void_value_is_left_out(tmp_path, birds):
     assert segment(tmp_path, "--data", birds, "--void 7 --methods rollout") == segment(
         tmp_path, "--data", birds, "--methods rollout"
     )
+
+
+def test_the_mask_of_an_example_shows_foreground_white_and_void_grey(tmp_path, birds, monkeypatch):
+    drawn, page = {}, tasks.segmentation.page
+    monkeypatch.setattr(
+        tasks.segmentation, "page", lambda rows, pictures: drawn.update(pictures) or page(rows, pictures)
+    )
+    root = shutil.copytree(birds, tmp_path / "data")
+    for path in (root / "masks").rglob("*.png"):
+        mask = Image.open(path)
+        mask.paste(7, (0, 0, mask.width, 3))
+        mask.save(path)
+    segment(tmp_path, "--data", root, "--void 7 --methods random")
+    for tiles in drawn.values():
+        shown = np.asarray({caption: picture for picture, caption in tiles}["mask"])
+        assert set(np.unique(shown)) == {0, 128, 255}
+        assert (shown[:3] == 128).all()
+        assert not (shown[3:] == 128).any()
+    assert len(drawn) == tasks.segmentation.EXAMPLES
+
+
+def test_the_whiskers_are_the_interval_that_their_title_says():
+    rows = {"rollout": {"score": "-", "text": "-", "pixel accuracy": 0.8, "mIoU": 0.5}}
+    rows["rollout"] |= {"mAP": 0.6, "mAP standard error": 0.05}
+    document = report.page("segmentation", {}, tasks.segmentation.page(rows, {}))
+    assert "± 1.96 standard errors" in document
+    assert "60.0 [50.2, 69.8]" in document
 
 
 def test_a_mat_file_gives_the_figures_of_the_same_folder(tmp_path, birds):
