@@ -570,12 +570,8 @@ def test_arguments(
     refused(build(world, tmp_path), tmp_path, capsys, *words)
 
 
-def test_batches_beyond_any_memory_are_refused_or_as_large_as_the_data(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    ran = call([*CHECK, *QUICK, "--batch-size", 10**30, "--out", tmp_path], capsys)
-    if ran.code:
-        one_clear_line(ran.stderr, "--batch-size")
+def test_batches_beyond_any_memory_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    refused([*CHECK, *QUICK, "--batch-size", 10**30], tmp_path, capsys, "--batch-size")
 
 
 # Files.
@@ -873,6 +869,9 @@ def test_an_image_with_broken_exif_is_named_or_read(
     ran = call([*argv, "--out", tmp_path / "results"], capsys)
     if ran.code:
         one_clear_line(ran.stderr, "bad.jpg")
+        assert not (tmp_path / "results" / "ablation" / "results.json").exists()
+    else:
+        assert strict_json(tmp_path / "results" / "ablation" / "results.json")["images"] == 7
 
 
 def a_pipe(data: Path) -> None:

@@ -27,7 +27,6 @@ from small import (
     ORDER,
     TEXT_TOWER,
     VISION,
-    VISION,
     blocks,
     build,
     far,

@@ -202,19 +202,6 @@ def test_the_interventions_change_the_predictions(table):
     assert base not in others
 
 
-@pytest.mark.parametrize("change", [["--batch-size", "33"], ["--workers", "2"]])
-def test_batch_size_and_workers_change_nothing(tmp_path, table, change):
-    _, again = run(tmp_path, "--task", "waterbirds", *QUICK, *change)
-    assert again["heads"] == table["heads"]
-    assert list(again["rows"]) == list(table["rows"])
-    for label, row in table["rows"].items():
-        assert again["rows"][label].pop("groups") == pytest.approx(row["groups"])
-        assert again["rows"][label] == pytest.approx(
-            {key: value for key, value in row.items() if key != "groups"}
-        )
-    assert again["random"]["worst"] == pytest.approx(table["random"]["worst"])
-
-
 def test_another_seed_draws_other_images(tmp_path, table):
     _, other = run(tmp_path, "--task", "waterbirds", *QUICK, "--seed", "1")
     assert other["rows"]["base"] != table["rows"]["base"]
