@@ -207,10 +207,12 @@ def test_texts_that_are_not_embedded_are_refused(call, texts):
 
 
 @every_textual_call
-def test_one_text_without_its_axis_is_refused(call):
+def test_one_text_without_its_axis_or_none_at_all_is_refused(call):
     model = plain.build()
     message = told(call, model, pictures(model), sentences(model)[0])
     assert message == "texts must be [t, 24], embeddings as encode_text gives, got [24]"
+    message = told(call, model, pictures(model), sentences(model)[:0])
+    assert message == "texts must be [t, 24], embeddings as encode_text gives, got [0, 24]"
 
 
 @every_call
@@ -222,24 +224,12 @@ def test_images_that_are_no_tensor_are_refused(call, images):
 
 
 @every_call
-def test_one_image_without_its_axis_is_refused_and_told_how_to_add_it(call):
+def test_one_image_without_its_axis_or_none_at_all_is_refused_and_told_what_to_add(call):
     model = plain.build()
     message = told(call, model, pictures(model)[0], sentences(model))
     assert message == "images must be [b, 3, rows, columns] (x[None] for one image x), got [3, 8, 12]"
-
-
-@every_call
-def test_no_images_at_all_are_refused(call):
-    model = plain.build()
     message = told(call, model, pictures(model)[:0], sentences(model))
     assert message == "images must be [b, 3, rows, columns] (x[None] for one image x), got [0, 3, 8, 12]"
-
-
-@every_textual_call
-def test_no_texts_at_all_are_refused(call):
-    model = plain.build()
-    message = told(call, model, pictures(model), sentences(model)[:0])
-    assert message == "texts must be [t, 24], embeddings as encode_text gives, got [0, 24]"
 
 
 MODELS = {

@@ -350,19 +350,13 @@ def reference(world: SimpleNamespace) -> Reference:
 
 
 @pytest.mark.parametrize("which", ["demo", "deep_places"])
-def test_every_ablation_changes_class_scores_by_what_the_terms_lose(which, request):
+def test_every_ablation_changes_class_scores_by_what_the_terms_lose_and_no_two_alike(which, request):
     world = request.getfixturevalue(which)
     found = ablations(world.test, reference(world), world.classes, world.maps @ world.classes.T)
     by_hand = ablated(world.test, world.train, world.maps)
     assert list(found) == list(by_hand)
     for label, scores in found.items():
         torch.testing.assert_close(scores, by_hand[label] @ world.classes.T, **SCORES)
-
-
-@pytest.mark.parametrize("which", ["demo", "deep_places"])
-def test_no_two_ablations_are_the_same(which, request):
-    world = request.getfixturevalue(which)
-    found = ablations(world.test, reference(world), world.classes, world.maps @ world.classes.T)
     nothing = (
         {("base", "head 4.1")}
         if which == "deep_places"
@@ -593,17 +587,13 @@ def test_random_vectors_are_unit_vectors_as_many_as_the_texts():
     torch.testing.assert_close(found.norm(dim=1), torch.ones(50))
 
 
-def test_random_vectors_have_the_mean_and_the_covariance_of_the_texts():
+def test_random_vectors_have_the_mean_and_the_covariance_of_the_texts_and_even_ones_neither():
     texts = cloud()
     found = random_texts(texts, seed=1)
     # Of 4000 rows of spread 0.2, the mean is off by 0.003 and the variance by sqrt(2 / 4000) = 2 % of itself;
     # bringing rows to unit length moves both further, by the order of the variance, 0.04.
     assert (found.mean(dim=0) - texts.mean(dim=0)).norm() < 0.03
     assert (torch.cov(found.T) - torch.cov(texts.T)).norm() < 0.1 * torch.cov(texts.T).norm()
-
-
-def test_vectors_drawn_evenly_have_neither():
-    texts = cloud()
     even = F.normalize(
         torch.randn(texts.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1
     )
@@ -611,12 +601,9 @@ def test_vectors_drawn_evenly_have_neither():
     assert (torch.cov(even.T) - torch.cov(texts.T)).norm() > 2 * torch.cov(texts.T).norm()
 
 
-def test_random_vectors_lie_where_the_texts_lie():
+def test_random_vectors_lie_where_the_texts_lie_and_are_none_of_them():
     texts = torch.cat([cloud(40), torch.zeros(40, 3, dtype=torch.float64)], dim=1)
     assert random_texts(texts, seed=0)[:, 6:].abs().max() < 1e-12
-
-
-def test_random_vectors_are_none_of_the_texts():
     texts = cloud(200)
     assert (random_texts(texts, seed=0) @ texts.T).max() < 1 - 1e-6
 
@@ -635,15 +622,12 @@ def test_the_seed_of_the_run_draws_the_random_vectors(clip, pools):
     assert list(found) == ["descriptions", "class prompts", "random vectors"]
 
 
-def test_completeness_refuses_words_that_the_model_does_not_know(refused, tmp_path):
-    (tmp_path / "words.txt").write_text("zebra\n")
-    refused(["--task completeness", *QUICK, "--words", str(tmp_path / "words.txt")], "'zebra'")
-
-
-def test_completeness_refuses_a_list_of_words_that_is_not_there(refused, tmp_path):
+def test_completeness_refuses_words_that_the_model_does_not_know_or_that_are_not_there(refused, tmp_path):
     refused(
         ["--task completeness", *QUICK, "--words", str(tmp_path / "words.txt")], "words.txt", "cannot read"
     )
+    (tmp_path / "words.txt").write_text("zebra\n")
+    refused(["--task completeness", *QUICK, "--words", str(tmp_path / "words.txt")], "'zebra'")
 
 
 # ---- retrieval ---------------------------------------------------------------------------------------------
@@ -880,14 +864,11 @@ def test_retrieval_refuses(refused, argv, fragments):
     refused(["--task retrieval", *argv], *fragments)
 
 
-def test_retrieval_refuses_a_query_that_is_no_image(refused, tmp_path):
+def test_retrieval_refuses_a_query_that_is_no_image_or_a_folder(refused, tmp_path):
     (tmp_path / "query.png").write_text("no image")
     refused(
         ["--task retrieval --head 3.4", "--image", str(tmp_path / "query.png")], "query.png", "not an image"
     )
-
-
-def test_retrieval_refuses_a_folder_for_a_query(refused, tmp_path):
     refused(["--task retrieval --head 3.4", "--image", str(tmp_path)], str(tmp_path))
 
 
@@ -1296,15 +1277,11 @@ def spans(tmp_path_factory):
     return SimpleNamespace(**found._asdict(), truth=truths[0])
 
 
-def test_roles_agree_with_the_true_factor_in_most_clear_heads(spans):
+def test_roles_agree_with_the_true_factor_in_most_clear_heads_and_those_dealt_at_random_do_not(spans):
     counts = spans.results["agreement"]
     assert counts["heads"] == 32
     assert counts["clear heads"] >= 16
     assert counts["roles from categories"] >= 0.8 * counts["clear heads"]
-
-
-def test_roles_agree_more_often_than_roles_dealt_at_random(spans):
-    counts = spans.results["agreement"]
     assert counts["roles dealt at random"] < 0.5 * counts["roles from categories"]
     assert counts["roles dealt at random"] < counts["roles from greedy texts"]
 

@@ -566,12 +566,8 @@ def terms_of(family):
 
 
 @every_family
-def test_the_long_way_ends_at_the_stock_embedding(family):
+def test_the_long_way_ends_at_the_stock_embedding_with_parts_that_sum_to_it(family):
     assert far(truth_of(family).embedding, stock(model_of(family), pictures(model_of(family)))) < EXACT
-
-
-@every_family
-def test_the_parts_of_the_long_way_sum_to_its_embedding(family):
     hand = truth_of(family)
     total = (
         hand.stem
@@ -584,12 +580,8 @@ def test_the_parts_of_the_long_way_sum_to_its_embedding(family):
 
 
 @every_family
-def test_the_embedding_is_what_the_stock_tower_returns(family):
+def test_the_terms_sum_to_what_the_stock_tower_returns(family):
     assert far(terms_of(family).embedding, stock(model_of(family), pictures(model_of(family)))) < EXACT
-
-
-@every_family
-def test_the_terms_sum_to_the_embedding(family):
     assert terms_of(family).error() < EXACT
 
 
@@ -625,30 +617,21 @@ def test_a_head_is_its_values_through_its_map(family):
 
 
 @every_family
-def test_the_values_are_those_of_the_long_way(family):
+def test_values_and_own_part_of_a_head_are_those_of_the_long_way(family):
     ours, truth = terms_of(family).values, truth_of(family).values
     assert (truth is None) == (family in ATTENDED)
     assert far(ours, terms_of(family).heads if truth is None else truth) < EXACT
-
-
-@every_family
-def test_what_the_class_token_says_of_itself_is_that_of_the_long_way(family):
     ours, truth = terms_of(family).own, truth_of(family).own
     assert (ours is None) == (truth is None)
     assert ours is None or far(ours, truth) < EXACT
 
 
 @every_family
-def test_each_source_token_is_that_of_the_long_way(family):
+def test_source_tokens_and_heatmap_are_those_of_the_long_way(family):
     model = model_of(family)
     texts = sentences(model)
     assert far(token_scores(model, pictures(model), texts), truth_of(family).sources @ texts.T) < EXACT
-
-
-@every_family
-def test_a_heatmap_is_the_patches_of_the_long_way_row_by_row(family):
-    model = model_of(family)
-    texts, sources = sentences(model), truth_of(family).sources.sum((1, 2))
+    sources = truth_of(family).sources.sum((1, 2))
     patches = (sources[:, -6:] @ texts.T).mT.unflatten(2, (2, 3))
     assert far(heatmap(model, pictures(model), texts), patches) < EXACT
 
@@ -1343,7 +1326,7 @@ def test_a_tower_that_resembles_a_vit_is_refused(name, tower):
     [
         (
             lambda: with_tower("test_vit", "avg", "mlp"),
-            "its projection has a Mlp; expected linear maps alone",
+            "TimmModel .VisionTransformer.: its projection has a Mlp; expected linear maps alone",
         ),
         (partial(VIT, "avgmax"), "it reads out by pooling 'avgmax'; expected 'token', 'avg' or 'map'"),
         (partial(VIT, "max"), "it reads out by pooling 'max'; expected 'token', 'avg' or 'map'"),
@@ -1354,7 +1337,10 @@ def test_a_tower_that_resembles_a_vit_is_refused(name, tower):
         (partial(QUERIES, attentional_pool="cascade"), "it pools by two attentions .attn_pool_contrastive."),
         (partial(EVA, "token", **BOTH_NORMS), "it has norms both before and after its pooling"),
         (partial(EVA, "avg", **BOTH_NORMS), "it has norms both before and after its pooling"),
-        (partial(native, pool_type="none"), "it reads out by pooling 'none'; expected 'tok' or 'avg'"),
+        (
+            partial(native, pool_type="none"),
+            "VisionTransformer: it reads out by pooling 'none'; expected 'tok' or 'avg'",
+        ),
         (gated, "attention EvaAttention is gated: what a head writes is no linear map of its values"),
         (with_attention_of_timm, "attention Attention has no in_proj_weight and out_proj"),
         (
@@ -1428,7 +1414,7 @@ def test_pooling_attention_that_goes_another_way_is_refused():
     refused("scaled_dot_product_attention", model, FORWARD)
 
 
-def test_an_mlp_of_another_kind_has_no_neurons_but_a_term():
+def test_an_mlp_of_another_kind_or_norm_has_no_neurons_but_a_term():
     model = SIGLIP()
     blocks(model)[1].mlp = nn.Sequential(nn.Linear(48, 48), nn.GELU()).double()
     assert decompose(model, pictures(model)).error() < EXACT
@@ -1438,10 +1424,6 @@ def test_an_mlp_of_another_kind_has_no_neurons_but_a_term():
         match="the MLP of block 1 is Sequential; expected fc2 or w2 as its last linear map",
     ):
         neurons(model, pictures(model), -1)
-
-
-def test_an_mlp_with_another_norm_has_no_neurons_but_a_term():
-    model = SIGLIP()
     blocks(model)[0].mlp.norm = RmsNorm(192).double()
     assert decompose(model, pictures(model)).error() < EXACT
     with pytest.raises(

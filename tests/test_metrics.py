@@ -230,13 +230,10 @@ def test_scaling_is_in_float64_whatever_the_map_is_in():
     assert_close(scale(maps, (9, 7)), scale(maps.double(), (9, 7)), rtol=0, atol=0)
 
 
-def test_clipping_comes_after_resizing_and_before_scaling():
+def test_a_map_is_clipped_after_resizing_and_before_scaling():
     maps = torch.tensor([[[-1.0, 1.0]]])  # resized: -1, -.5, .5, 1
     assert scale(maps, (1, 4), clip=True).tolist() == [[[0, 0, 0.5, 1]]]
     assert scale(maps, (1, 4)).tolist() == [[[0, 0.25, 0.75, 1]]]
-
-
-def test_a_map_without_a_positive_value_is_constant_when_clipped():
     maps = torch.tensor([[[-3.0, -1.0]]])
     assert scale(maps, (1, 2), clip=True).tolist() == [[[0.5, 0.5]]]
     assert scale(maps, (1, 2)).tolist() == [[[0, 1]]]
@@ -266,15 +263,9 @@ def test_maps_with_many_ties_are_counted_right():
     assert figures(measured(maps, masks)) == pytest.approx(naive_measures(maps, masks), abs=1e-12)
 
 
-def test_a_perfect_map():
+def test_perfect_and_inverted_and_constant_maps():
     assert one([0, 1, 1, 0], [0, 1, 1, 0]) == (1, 1, 1)
-
-
-def test_an_inverted_map_has_nothing_right_but_an_average_precision_of_a_half():
     assert one([1, 0, 0, 1], [0, 1, 1, 0]) == (0, 0, 0.5)
-
-
-def test_a_constant_map_is_all_background():
     assert one([3, 3, 3, 3, 3], [0, 1, 0, 0, 1]) == pytest.approx((3 / 5, (3 / 5 + 0) / 2, 0.5))
 
 
@@ -370,14 +361,11 @@ def test_average_precision_does_not_see_scale_and_offset(seed, factor, offset):
     )
 
 
-def test_average_precision_of_a_resized_map_hardly_sees_them():
+def test_average_precision_sees_the_sign_but_hardly_scale_and_offset_of_a_resized_map():
     maps, masks = problem(8, b=4, grid=(8, 8), size=(64, 64))
     before, after = measured(maps.double(), masks).mean_ap, measured(0.3 * maps.double() + 7, masks).mean_ap
     # Two of a map's edges repeat values up to rounding: such pairs change places.
     assert before == pytest.approx(after, abs=1e-4)
-
-
-def test_average_precision_sees_the_sign():
     maps, masks = problem(8)
     assert abs(measured(-maps, masks).mean_ap - measured(maps, masks).mean_ap) > 0.02
 
@@ -417,14 +405,10 @@ def test_masks_of_different_sizes_can_come_in_batches_of_their_own():
     )
 
 
-def test_the_order_of_images_changes_nothing():
+def test_the_order_of_images_changes_nothing_unless_masks_stay():
     maps, masks = problem(13, b=8)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     assert_same_sums(measured(maps[order], masks[order]), measured(maps, masks))
-
-
-def test_maps_given_to_other_masks_change_the_sums():
-    maps, masks = problem(13, b=8)
     assert sums(measured(maps.roll(1, 0), masks)) != sums(measured(maps, masks))
 
 
@@ -498,10 +482,6 @@ def test_images_that_are_all_alike_have_no_spread():
     # The root of a rounded 0.
     assert measured(maps.expand(7, -1, -1), masks.expand(7, -1, -1)).mean_ap_error < 1e-8
     assert measured(maps, masks).mean_ap_error == 0
-
-
-def test_a_spread_of_nothing_is_no_root_of_a_negative_number():
-    maps, masks = problem(21, b=1)
     for n in range(2, 30):  # rounding falls either way
         error = measured(maps.expand(n, -1, -1), masks.expand(n, -1, -1)).mean_ap_error
         assert isinstance(error, float)

@@ -388,12 +388,9 @@ def test_each_row_says_what_it_explains(tmp_path):
         assert [(row["score"], row["text"]) for row in rows.values()] == cells
 
 
-def test_without_methods_every_method_has_its_row(tmp_path):
+def test_every_method_has_its_row_or_those_given_each_once_in_their_order(tmp_path):
     rows = segment(tmp_path, "--limit 2")
     assert list(rows) == ["decomposition", "decomposition-abs", *METHODS, "centred blob", "random"]
-
-
-def test_methods_come_in_the_order_given_each_once(tmp_path):
     rows = segment(tmp_path, "--limit 2 --methods rollout decomposition rollout")
     assert list(rows) == ["rollout", "decomposition"]
 
@@ -410,7 +407,9 @@ def test_a_new_entry_alone_says_what_the_table_shows(monkeypatch):
     assert [contrasted(name, "all") for name in ("new", "blind")] == [True, False]
 
 
-def test_a_method_that_does_not_support_the_model_is_left_out_and_named(tmp_path, monkeypatch):
+def test_a_method_that_does_not_support_the_model_is_left_out_and_named_or_refused_when_asked_for(
+    tmp_path, monkeypatch, refused
+):
     monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
     code, results, out = run(tmp_path, "--task segmentation --limit 1 --workers 0")
     assert code == 0
@@ -418,10 +417,6 @@ def test_a_method_that_does_not_support_the_model_is_left_out_and_named(tmp_path
     assert {"decomposition", "lrp", "random"} < set(results["rows"])
     assert results["refused"] == {"gradcam": "this method does not read such a model"}
     assert "Without gradcam: this method does not read such a model" in out
-
-
-def test_a_method_that_does_not_support_the_model_is_refused_when_asked_for(refused, monkeypatch):
-    monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
     argv = ["--limit 1 --workers 0 --methods decomposition gradcam"]
     refused(["--task segmentation", *argv], "this method does not read such a model")
 
@@ -1112,13 +1107,10 @@ def test_negative_heat_is_cold_where_it_is_clipped():
     assert np.abs(clipped[:200, :200] - cold[:200, :200]).max() <= 1
 
 
-def test_the_scale_of_a_map_does_not_show():
+def test_the_scale_of_a_map_does_not_show_and_the_image_is_left_as_it_was():
     picture, heat = noise(64, 64), torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
     small, large = (values(overlay(picture, factor * heat, (0, 0, 64, 64))) for factor in (1e-4, 1e4))
     assert np.abs(small - large).max() <= 1
-
-
-def test_the_image_is_left_as_it_was():
     picture = noise(64, 64)
     overlay(picture, torch.rand(1, 8, 8), (0, 0, 64, 64))
     assert np.array_equal(values(picture), values(noise(64, 64)))
