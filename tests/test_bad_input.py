@@ -391,7 +391,13 @@ ARGUMENTS = [
         "--pretrained needs --model",
         "demo-vit",
     ),
-    case("a model without weights", plain(*CHECK, "--model", "ViT-B-16"), "--pretrained", "none", "openai"),
+    case(
+        "a model without weights",
+        plain(*CHECK, "--model", "ViT-B-16"),
+        "--pretrained",
+        "none",
+        "laion2b_s34b_b88k",
+    ),
     case("an unknown model", plain(*CHECK, "--model", "ViT-B-61"), "'ViT-B-61'", "ViT-B-16"),
     case("a model without a name", plain(*CHECK, "--model", ""), "no model ''"),
     case("all models for a task of one", plain("--task", "textspan", "--model", "all"), "no model 'all'"),
@@ -400,6 +406,7 @@ ARGUMENTS = [
         plain(*CHECK, "--model", "ViT-B-16", "--pretrained", "laion9b"),
         "'laion9b'",
         "openai",
+        "laion2b_s34b_b88k",
     ),
     case(
         "a folder as weights",
@@ -412,6 +419,7 @@ ARGUMENTS = [
         "two sources of weights",
         plain(*CHECK, "--model", "local-dir:x", "--pretrained", "y"),
         "local-dir:x",
+        "brings its own weights",
         "leave out --pretrained",
     ),
     case(
@@ -455,6 +463,7 @@ ARGUMENTS = [
     case(
         "the paper's heads of another model",
         plain("--task", "waterbirds", "--heads", "paper"),
+        "ViT-L-14",
         "demo-vit",
         "auto or a list",
     ),

@@ -644,14 +644,10 @@ def test_a_mat_file_gives_the_figures_of_the_same_folder(tmp_path, birds):
     [
         (["--methods magic"], ["'magic'", "decomposition", "rollout", "centred blob", "random"]),
         (["--prompt zebra"], ["'zebra'", "8 classes", "sparrow, cardinal"]),
-        (["--prompt sparow"], ["'sparow'", "near it: sparrow"]),
         (["--classes duck"], ["--classes", "at least two", "duck"]),
         (["--classes no/such/file.txt"], ["cannot read no/such/file.txt"]),
         (["--classes duck gull duck"], ["'duck' twice"]),
-        (["--classes duck gull --prompt true"], ["'sparrow'", "2 --classes"]),
         (["--classes zebra gull"], ["'zebra'", "not one of them"]),
-        (["--data no/such/data"], ["no/such/data", "images/ and masks/"]),
-        (["--void 0"], ["--void 0", "background"]),
         (["--void -1"], ["--void", "'-1'"]),
         (["--contrast some"], ["--contrast", "'some'"]),
         (["--score distance"], ["--score", "'distance'"]),
@@ -723,53 +719,6 @@ def test_a_broken_file_is_named(refused, flat, folder, damage, workers):
         ["--task segmentation", "--data", flat, *LISTED, "--workers", workers],
         f"{folder}/3.png",
         "not an image",
-    )
-
-
-@pytest.mark.parametrize(
-    ("mask", "fragments"),
-    [
-        (Image.new("L", (64, 63)), ["64 x 63", "64 x 64", "3.png"]),
-        (
-            Image.fromarray(np.arange(64 * 64, dtype=np.int64).reshape(64, 64).astype(np.uint8)),
-            ["3.png", "256 values", "--void"],
-        ),
-        (Image.new("RGB", (64, 64), (200, 0, 0)), ["3.png", "colours"]),
-    ],
-)
-def test_a_mask_that_cannot_be_used_is_named(refused, flat, mask, fragments):
-    mask.save(flat / "masks" / "3.png")
-    refused(["--task segmentation", "--data", flat, *LISTED], *fragments)
-
-
-def test_a_mask_of_nothing_but_void_is_named(refused, flat):
-    Image.new("L", (64, 64), 7).save(flat / "masks" / "3.png")
-    refused(["--task segmentation", "--data", flat, *LISTED, "--void 7"], "3.png", "no labelled pixel")
-
-
-def test_a_missing_mask_is_named(refused, flat):
-    (flat / "masks" / "3.png").unlink()
-    refused(["--task segmentation", "--data", flat, *LISTED], "images/3.png", "masks/3.png")
-
-
-@pytest.mark.parametrize("missing", ["images", "masks"])
-def test_a_missing_folder_is_named(refused, flat, missing):
-    (flat / missing).rename(flat / "elsewhere")
-    refused(["--task segmentation", "--data", flat, *LISTED], "no folder", f"data/{missing}")
-
-
-def test_a_folder_of_no_images_is_named(refused, tmp_path):
-    for folder in ("images", "masks"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-    refused(["--task segmentation", "--data", tmp_path / "data", *LISTED], "no images", "data/images")
-
-
-def test_a_single_class_leaves_nothing_to_tell_it_from(refused, tmp_path):
-    """Its contrast with the mean over classes would be zero everywhere."""
-    bird, mask, _ = cut_out(1, 28)[0]
-    save_pair(tmp_path / "data", "duck/1", *in_corner(bird, mask, (0, 0)))
-    refused(
-        ["--task segmentation", "--data", tmp_path / "data", "--workers 0 --methods decomposition"], "two"
     )
 
 
