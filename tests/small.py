@@ -110,10 +110,13 @@ def found(model):
         for name, m in model.named_modules()
     }
     parameters = {
-        name: (p.requires_grad, p.dtype, p.tolist(), None if p.grad is None else p.grad.tolist())
-        for name, p in model.named_parameters()
+        name: (p.requires_grad, p.dtype, bits(p), bits(p.grad)) for name, p in model.named_parameters()
     }
     return modules, parameters
+
+
+def bits(tensor):
+    return None if tensor is None else tensor.detach().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def half_trained(**options):

@@ -905,15 +905,11 @@ def test_relevance_goes_from_the_last_block_to_the_first_with_the_axes_of_the_do
     assert shapes == {((3, 4, 7, 7), (3, 7, 32))}
 
 
-def test_relevance_explains_dot_by_default():
+def test_relevance_explains_dot_by_default_from_the_row_of_the_class_token():
     model = build()
     ours = list(relevance(model, pictures(model), sentences(model), conserving=True))
     dot = list(relevance(model, pictures(model), sentences(model), conserving=True, score="dot"))
     assert all(torch.equal(a[2], b[2]) for a, b in zip(ours, dot, strict=True))
-
-
-def test_only_the_row_of_the_class_token_is_relevant_in_the_last_attention():
-    model = build()
     (_, last, _), (_, before, _), *_ = relevance(model, pictures(model), sentences(model), conserving=True)
     assert not last[:, :, 1:].any()
     assert before[:, :, 1:].abs().max() > FAR  # the other rows do come in one block below

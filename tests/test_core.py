@@ -272,12 +272,16 @@ def test_other_families_refuse_the_same_inputs(family):
 # What is printed.
 
 
-def test_a_decomposition_prints_its_shapes_and_no_numbers():
+def test_a_decomposition_and_neurons_print_their_shapes_and_no_numbers():
     model = plain.build()
     printed = repr(decompose(model, pictures(model)))
     assert printed == (
         "Decomposition(embedding [2, 24], stem [2, 24], heads [2, 3, 4, 24], mlps [2, 3, 24], "
         "constant [2, 24], values [2, 3, 4, 8], own [2, 3, 4, 8])"
+    )
+    printed = repr(neurons(model, pictures(model), 1))
+    assert printed == (
+        "Neurons(embedding [2, 24], term [2, 24], activations [2, 64], maps [64, 24], constant [2, 24])"
     )
 
 
@@ -289,14 +293,6 @@ def test_what_a_decomposition_has_not_is_not_printed():
     assert "pool [2, 48]" in pooled
     assert "own" not in pooled
     assert "pool" not in averaged
-
-
-def test_neurons_print_their_shapes_and_no_numbers():
-    model = plain.build()
-    printed = repr(neurons(model, pictures(model), 1))
-    assert printed == (
-        "Neurons(embedding [2, 24], term [2, 24], activations [2, 64], maps [64, 24], constant [2, 24])"
-    )
 
 
 # The sum is proved.
@@ -395,19 +391,13 @@ def slightly_wrong(dtype):
     return model
 
 
-def test_an_error_that_float64_does_not_explain_is_an_error():
+def test_an_error_that_float64_does_not_explain_is_none_in_float32_unless_larger():
     model = slightly_wrong(torch.float64)
     assert 1e-7 < decompose(model, pictures(model), tolerance=1e-5).error() < 1e-5
     with pytest.raises(DecompositionError, match=r"tolerance 1\.0e-09 \(torch\.float64\)"):
         decompose(model, pictures(model))
-
-
-def test_the_same_error_is_none_in_float32():
     model = slightly_wrong(torch.float32)
     decompose(model, pictures(model))
-
-
-def test_a_larger_error_is_one_in_float32():
     model = plain.build(torch.float32)
     changed_while_running(*PLACES["out-projection"](model), size=1e-2)
     with pytest.raises(DecompositionError, match=r"tolerance 1\.0e-04 \(torch\.float32\)"):

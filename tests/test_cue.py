@@ -285,15 +285,11 @@ def test_float32_is_summed_in_float64():
     )
 
 
-def test_embeddings_may_differ_in_type_from_the_texts():
+def test_embeddings_and_their_centre_may_differ_in_type_from_the_texts():
     texts, maps, embedding, values = world(0)
     close(
         explained(texts.float(), maps, embedding, values), explained(texts, maps, embedding.float(), values)
     )
-
-
-def test_the_centre_may_differ_in_type_from_the_texts():
-    texts, maps, embedding, values = world(0)
     centre = embedding.mean(dim=0)
     found = explained(texts.float(), maps, embedding, values, centre=centre)
     close(found, explained(texts.float(), maps, embedding, values, centre=centre.float()))

@@ -360,7 +360,7 @@ def test_the_values_do_not_depend_on_the_convention_and_the_maps_not_on_the_stre
     assert torch.equal(head_maps(model), before)
 
 
-def test_the_values_of_the_plain_block_are_attention_times_values_over_sigma():
+def test_values_and_maps_of_the_plain_block_by_hand():
     model = build()
     x, truth = model.visual._embeds(pictures(model)), []
     for block in blocks(model):
@@ -369,10 +369,6 @@ def test_the_values_of_the_plain_block_are_attention_times_values_over_sigma():
         x = block(x)
     truth = torch.stack(truth, 1) / by_hand(model, pictures(model)).sigma[:, :, None, None]
     assert far(decompose(model, pictures(model)).values, truth) < EXACT
-
-
-def test_a_head_map_of_the_plain_block_is_its_columns_of_the_out_projection_read_out():
-    model = build()
     visual, out = model.visual, blocks(model)[1].attn.out_proj.weight  # [D, H e]
     columns = out[:, 16:24].T  # head 2
     expected = (columns - columns.mean(-1, keepdim=True)) * visual.ln_post.weight @ visual.proj

@@ -130,7 +130,7 @@ def working_bmm(monkeypatch):
 
 @every_option
 @pytest.mark.usefixtures("working_bmm")
-def test_own_is_the_part_that_token_scores_give_the_class_token(options):
+def test_own_is_the_first_source_of_the_long_way_and_of_token_scores(options):
     model = build(**options)
     images, texts = noise(model), sentences(model)
     terms, scores = decompose(model, images), token_scores(model, images, texts)
@@ -138,12 +138,6 @@ def test_own_is_the_part_that_token_scores_give_the_class_token(options):
     assert far(said(terms.own), scores[:, :, :, 0]) < EXACT
     assert far(said(terms.values), scores[:, :, :, 0]) > FAR
     assert far(said(terms.values - terms.own), scores[:, :, :, 1:].sum(dim=3)) < EXACT
-
-
-@every_option
-@pytest.mark.usefixtures("working_bmm")
-def test_own_is_the_first_source_of_the_long_way(options):
-    model = build(**options)
     images = noise(model)
     own = torch.einsum("bLHe,LHed->bLHd", decompose(model, images).own, head_maps(model))
     sources = by_hand(model, images).sources
@@ -454,6 +448,8 @@ def test_accuracy_is_that_of_heads_reconstructed_from_their_first_texts(curves, 
 def test_accuracy_depends_on_the_number_of_texts_and_on_the_pool(curves):
     assert len(set(curves["descriptions"].values())) > 3
     assert curves["descriptions"] != curves["class prompts"] != curves["random vectors"]
+    assert {curves["words"][m] for m in (4, 6, 8, 10, 12, 16)} == {curves["words"][4]}
+    assert curves["words"][2] != curves["words"][4]  # the third text
 
 
 def test_without_texts_every_image_is_the_mean(curves, demo):
@@ -480,11 +476,6 @@ def test_whole_heads_are_the_embedding_with_all_else_at_its_mean(completeness, d
             ),
         }
     )
-
-
-def test_a_pool_of_fewer_texts_stays_as_it_is_past_its_last(curves):
-    assert {curves["words"][m] for m in (4, 6, 8, 10, 12, 16)} == {curves["words"][4]}
-    assert curves["words"][2] != curves["words"][4]  # the third text
 
 
 def test_the_table_shows_the_curves(completeness, curves):
@@ -1122,11 +1113,8 @@ def test_debias_refuses(refused, argv, fragments):
     refused(["--task debias", *argv], *fragments)
 
 
-def test_debias_refuses_a_flat_folder_without_classes(refused, flat):
+def test_debias_refuses_a_folder_without_two_classes(refused, flat, folder):
     refused(["--task debias", "--data", str(flat)], "--classes", "two names")
-
-
-def test_debias_refuses_one_folder_without_classes(refused, folder):
     refused(["--task debias", "--data", str(folder / "val" / "lake")], "--classes")
 
 

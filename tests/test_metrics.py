@@ -192,11 +192,8 @@ def test_the_arguments_are_left_as_they_were():
 # Resizing and scaling.
 
 
-def test_two_values_spread_over_four_pixels():
-    assert scale(torch.tensor([[[0.0, 1.0]]]), (1, 4)).tolist() == [[[0, 0.25, 0.75, 1]]]
-
-
 def test_both_axes_are_resized_each_by_its_own_factor():
+    assert scale(torch.tensor([[[0.0, 1.0]]]), (1, 4)).tolist() == [[[0, 0.25, 0.75, 1]]]
     found = scale(torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]), (3, 4))
     by_hand = [[x + y for x in (0, 0.25, 0.75, 1)] for y in (0, 1, 2)]  # 0 to 3: columns add 1, rows add 2
     assert_close(found[0], torch.tensor(by_hand).double() / 3, **EXACT)
@@ -269,15 +266,12 @@ def test_perfect_and_inverted_and_constant_maps():
     assert one([3, 3, 3, 3, 3], [0, 1, 0, 0, 1]) == pytest.approx((3 / 5, (3 / 5 + 0) / 2, 0.5))
 
 
-def test_an_image_that_is_all_foreground():
+def test_an_image_that_is_all_foreground_or_has_none():
     # The pixel at 0 is missed: foreground 2 of 3, background 0 of 1. Ranked: 1, .75 and .25, 0 for
     # foreground; positives first.
     assert one([0, 0.75, 1], [1, 1, 1]) == pytest.approx(
         (2 / 3, (2 / 3 + 0) / 2, (1 / 2 + 2 / 3 + 3 / 6) / 3)
     )
-
-
-def test_an_image_without_foreground():
     # Ranked as (score, is it right): background 1 yes, 0 yes; foreground 0 no, 1 no.
     assert one([0, 1], [0, 0]) == pytest.approx((1 / 2, (1 / 2 + 0) / 2, 1 / 2))
 
@@ -312,12 +306,9 @@ def test_mean_average_precision_is_a_mean_over_images_and_not_over_pixels():
 # Pixels that are not labelled.
 
 
-def test_a_pixel_without_a_label_counts_nowhere():
+def test_a_pixel_without_a_label_counts_nowhere_but_in_the_mean_and_the_range():
     assert one([0, 1, 1, 0.25], [0, 1, -1, -7]) == (1, 1, 1)
     assert one([0, 1, 1, 0.25], [0, 1, 0, 1])[0] == 1 / 2
-
-
-def test_a_pixel_without_a_label_still_takes_part_in_the_mean_and_the_range():
     # Scaled by all pixels: 0, .2, .4, 1 with mean .4, so the third is background; then 0, .5, 1, 1 with mean
     # .625.
     assert one([0, 0.2, 0.4, 1.0], [0, 0, 1, -1])[0] == pytest.approx(2 / 3)
@@ -335,13 +326,10 @@ def test_average_precision_without_some_labels_is_that_of_the_others():
 # Clipping.
 
 
-def test_clipping_moves_the_threshold():
+def test_clipping_moves_the_threshold_where_values_are_negative():
     # Scaled 0, .8, .9, 1 with mean .675; clipped 0, 0, .5, 1 with mean .375.
     assert one([-8, 0, 1, 2], [0, 0, 1, 1])[0] == pytest.approx(3 / 4)
     assert one([-8, 0, 1, 2], [0, 0, 1, 1], clip=True)[0] == 1
-
-
-def test_clipping_leaves_a_map_without_negative_values_as_it_is():
     maps, masks = problem(7)
     assert sums(measured(maps.abs(), masks, clip=True)) == sums(measured(maps.abs(), masks))
     assert sums(measured(maps, masks, clip=True)) != sums(measured(maps, masks))

@@ -703,7 +703,7 @@ def numbers(ran):
     return [int(row["neuron"].split(".")[1]) for row in ran.results["neurons"]]
 
 
-def test_the_neurons_shown_are_those_of_largest_spread(ran, truth):
+def test_the_neurons_shown_are_those_of_largest_spread_with_mean_and_variance_in_the_embedding(ran, truth):
     seen = truth.seen["train"]
     spread = seen.terms.double().var(0).sum(1) / seen.embedding.double().var(0).sum()
     assert numbers(ran) == spread.argsort(descending=True)[:5].tolist()
@@ -711,9 +711,6 @@ def test_the_neurons_shown_are_those_of_largest_spread(ran, truth):
     assert [row["spread"] for row in ran.results["neurons"]] == pytest.approx(
         spread[numbers(ran)].tolist(), rel=1e-4
     )
-
-
-def test_mean_and_variance_are_of_the_activation_as_it_reaches_the_embedding(ran, truth):
     mine = truth.seen["train"].activations[:, numbers(ran)].double()
     assert [row["mean"] for row in ran.results["neurons"]] == pytest.approx(mine.mean(0).tolist(), rel=1e-4)
     assert [row["variance"] for row in ran.results["neurons"]] == pytest.approx(
@@ -756,11 +753,10 @@ def without(truth, chosen):
     return right.double().mean().item()
 
 
-def test_the_base_is_the_stock_model(ran, truth):
+def test_accuracies_are_of_the_stock_model_and_of_embeddings_with_those_terms_at_their_reference_mean(
+    ran, truth
+):
     assert ran.results["accuracy"]["base"] == pytest.approx(without(truth, []))
-
-
-def test_accuracies_are_of_embeddings_with_those_terms_at_their_reference_mean(ran, truth):
     assert [row["accuracy without it"] for row in ran.results["neurons"]] == pytest.approx(
         [without(truth, [j]) for j in numbers(ran)]
     )

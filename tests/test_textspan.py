@@ -109,22 +109,23 @@ def test_with_a_rank_the_texts_are_first_projected_onto_the_top_uncentred_direct
     close(span.directions, rows)
 
 
-def test_a_head_narrower_than_the_space_gives_the_naive_picks_too():
-    C, texts = head(0, d=10, width=3), bank(0, 20, 10)
-    for rank in (None, 2, 3, 4):  # 4: its width and the mean
-        assert textspan(C, texts, 2, rank).indices == naive(C, texts, 2, rank)[0]
+@pytest.mark.parametrize(
+    ("shape", "size", "ranks"),
+    [
+        ({"d": 10, "width": 3}, 2, (None, 2, 3, 4)),  # narrower than the space; 4: its width and the mean
+        ({"n": 4, "d": 10, "width": 10}, 3, (None, 4)),  # fewer images than dimensions
+    ],
+)
+def test_heads_of_other_shapes_give_the_naive_picks_too(shape, size, ranks):
+    C, texts = head(0, **shape), bank(0, 20, 10)
+    for rank in ranks:
+        assert textspan(C, texts, size, rank).indices == naive(C, texts, size, rank)[0]
 
 
 def test_a_head_that_writes_along_the_last_axes_only_gives_the_naive_picks_too():
     C, texts = head(0), bank(0)
     C[:, :3] = 0
     assert textspan(C, texts, 3, None).indices == naive(C, texts, 3, None)[0]
-
-
-def test_fewer_images_than_dimensions_give_the_naive_picks_too():
-    C, texts = head(0, n=4, d=10, width=10), bank(0, 20, 10)
-    for rank in (None, 4):
-        assert textspan(C, texts, 3, rank).indices == naive(C, texts, 3, rank)[0]
 
 
 def test_a_rank_of_the_whole_space_changes_nothing_and_a_lower_one_matters():
@@ -353,12 +354,9 @@ def test_merging_into_empty_moments_copies():
     same_moments(part, moments_of([head(0)]))
 
 
-def test_merging_empty_moments_changes_nothing():
+def test_empty_moments_and_empty_updates_change_nothing():
     same_moments(moments_of([head(0)]).merge(Moments(6)), moments_of([head(0)]))
     same_moments(Moments(6).merge(Moments(6)), Moments(6))
-
-
-def test_an_empty_update_changes_nothing():
     same_moments(Moments(6).update(torch.empty(0, 6)), Moments(6))
     same_moments(moments_of([head(0)]).update(torch.empty(0, 6)), moments_of([head(0)]))
 
