@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import words
 from safetensors.torch import load_file, save_file
 
 import demo
@@ -17,10 +18,11 @@ from tasks.heads import parse_heads
 from tasks.tables import wilson
 from zeroshot import classifier, load_clip, templates
 
-QUICK = ["--limit", "160", "--batch-size", "80", "--workers", "0", "--draws", "5"]
+QUICK = ["--limit 160 --batch-size 80 --workers 0 --draws 5"]
 
 
 def run(tmp_path, *argv):
+    argv = words(*argv)
     code = main([*argv, "--out", str(tmp_path / "results")])
     task = argv[argv.index("--task") + 1]
     path = tmp_path / "results" / task / "results.json"
@@ -80,7 +82,7 @@ def broken(waterbirds, tmp_path):
 
 
 def test_check_reports_an_error_below_the_tolerance(tmp_path, capsys):
-    code, results = run(tmp_path, "--task", "check", "--limit", "8", "--workers", "0")
+    code, results = run(tmp_path, "--task check --limit 8 --workers 0")
     assert code == 0
     assert len(results["errors"]) == 3
     assert all(
@@ -91,7 +93,7 @@ def test_check_reports_an_error_below_the_tolerance(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    code, results = run(tmp_path_factory.mktemp("run"), "--task", "waterbirds", *QUICK)
+    code, results = run(tmp_path_factory.mktemp("run"), "--task waterbirds", *QUICK)
     assert code == 0
     return results
 
@@ -174,7 +176,7 @@ def test_the_random_control_draws_as_many_heads(table):
 @pytest.mark.slow
 def test_the_demo_keeps_its_promise(tmp_path):
     """auto lifts the worst group by 20 points, above all draws; directions cost kinds at most 2 points."""
-    code, results = run(tmp_path, "--task", "waterbirds", "--limit", "1500", "--batch-size", "250")
+    code, results = run(tmp_path, "--task waterbirds --limit 1500 --batch-size 250")
     rows, random = results["rows"], results["random"]
     assert code == 0
     assert 0.25 <= rows["base"]["worst"] <= 0.60
@@ -189,7 +191,7 @@ def test_the_demo_keeps_its_promise(tmp_path):
 
 def test_without_another_set_to_draw_there_is_no_control(tmp_path, capsys):
     code, results = run(
-        tmp_path, "--task", "waterbirds", *QUICK, "--heads", ",".join(f"3.{h}" for h in range(8))
+        tmp_path, "--task waterbirds", *QUICK, "--heads", ",".join(f"3.{h}" for h in range(8))
     )
     assert code == 0
     assert results["random"] is None
@@ -202,36 +204,26 @@ def test_the_interventions_change_the_predictions(table):
 
 
 def test_another_seed_draws_other_images(tmp_path, table):
-    _, other = run(tmp_path, "--task", "waterbirds", *QUICK, "--seed", "1")
+    _, other = run(tmp_path, "--task waterbirds", *QUICK, "--seed 1")
     assert other["rows"]["base"] != table["rows"]["base"]
 
 
 def test_a_cue_can_be_given_as_texts(tmp_path):
     code, results = run(
-        tmp_path, "--task", "waterbirds", *QUICK, "--cue", "in a forest", "on the ocean", "at the beach"
+        tmp_path, "--task waterbirds", *QUICK, "--cue", "in a forest", "on the ocean", "at the beach"
     )
     assert code == 0
     assert "'in a forest' and 2 more" in results["settings"]["cue"]
 
 
 def test_heads_given_by_hand_are_the_ones_ablated(tmp_path):
-    _, results = run(tmp_path, "--task", "waterbirds", *QUICK, "--heads", "3.7,0.2", "--remove", "heads")
+    _, results = run(tmp_path, "--task waterbirds", *QUICK, "--heads 3.7,0.2 --remove heads")
     assert results["heads"] == [[0, 2], [3, 7]]
     assert list(results["rows"]) == ["base", "heads mean-ablated", "  + MLPs and stem"]
 
 
 def test_removing_the_cue_everywhere_needs_no_heads(tmp_path):
-    argv = [
-        "--task",
-        "waterbirds",
-        *QUICK,
-        "--remove",
-        "embedding",
-        "--cue",
-        "a bird",
-        "one bird",
-        "the bird",
-    ]
+    argv = ["--task waterbirds", *QUICK, "--remove embedding", "--cue", "a bird", "one bird", "the bird"]
     code, results = run(tmp_path, *argv)
     assert code == 0
     assert list(results["rows"]) == ["base", "cue's directions everywhere"]
@@ -240,7 +232,7 @@ def test_removing_the_cue_everywhere_needs_no_heads(tmp_path):
 
 
 def test_textspan_names_every_head(tmp_path, capsys):
-    code, results = run(tmp_path, "--task", "textspan", *QUICK)
+    code, results = run(tmp_path, "--task textspan", *QUICK)
     assert code == 0
     assert [head["head"] for head in results["heads"]] == [
         f"{layer}.{head}" for layer in range(4) for head in range(8)
@@ -256,13 +248,13 @@ def test_textspan_names_every_head(tmp_path, capsys):
 
 def test_the_real_folder_and_a_local_checkpoint_run_as_the_demo_does(tmp_path, waterbirds, capsys):
     """The checkpoint is the demo's own, given as a user would give another model's."""
-    argv = ["--data", str(waterbirds), "--workers", "0", "--draws", "3", "--heads", "3.1"]
-    code, results = run(tmp_path, "--task", "waterbirds", *argv)
+    argv = ["--data", str(waterbirds), "--workers 0 --draws 3 --heads 3.1"]
+    code, results = run(tmp_path, "--task waterbirds", *argv)
     assert code == 0
     assert results["settings"]["test"].endswith("test split, 12 images")
     assert "kinds" not in results["rows"]["base"]
     assert "authors" not in results["settings"]["means"]
-    _, authors = run(tmp_path, "--task", "waterbirds", *argv, "--reference", "test")
+    _, authors = run(tmp_path, "--task waterbirds", *argv, "--reference test")
     assert "the authors' way" in authors["settings"]["means"]
 
 
@@ -288,46 +280,25 @@ def tiny(tmp_path_factory):
 def test_any_open_clip_model_runs_with_its_own_tokenizer_and_the_general_bank(
     tmp_path, tiny, waterbirds, file
 ):
-    argv = [
-        "--model",
-        "tiny-vit",
-        "--pretrained",
-        str(tiny / file),
-        "--data",
-        str(waterbirds),
-        "--workers",
-        "0",
-    ]
-    code, results = run(tmp_path, "--task", "waterbirds", *argv, "--heads", "5.0,2.1", "--draws", "3")
+    argv = ["--model tiny-vit", "--pretrained", str(tiny / file), "--data", str(waterbirds), "--workers 0"]
+    code, results = run(tmp_path, "--task waterbirds", *argv, "--heads 5.0,2.1 --draws 3")
     assert code == 0
     assert "  + earlier layers" in results["rows"]
     assert "80 templates" in results["settings"]["prompts"]
     assert file in results["settings"]["model"]
-    code, results = run(tmp_path, "--task", "textspan", *argv, "--texts", "3")
+    code, results = run(tmp_path, "--task textspan", *argv, "--texts 3")
     assert code == 0
     assert {head["head"][0] for head in results["heads"]} == set("2345")  # the last four layers
 
 
 def test_random_weights_are_enough_to_check(tmp_path, tiny):
-    code, results = run(
-        tmp_path,
-        "--task",
-        "check",
-        "--model",
-        "tiny-vit",
-        "--pretrained",
-        "none",
-        "--limit",
-        "4",
-        "--workers",
-        "0",
-    )
+    code, results = run(tmp_path, "--task check --model tiny-vit --pretrained none --limit 4 --workers 0")
     assert code == 0
     assert "none" in results["settings"]["model"]
 
 
 def test_half_precision_is_checked_with_its_own_tolerance(tmp_path):
-    code, results = run(tmp_path, "--task", "check", "--precision", "bf16", "--limit", "8", "--workers", "0")
+    code, results = run(tmp_path, "--task check --precision bf16 --limit 8 --workers 0")
     assert code == 0
     assert 1e-5 < max(results["errors"].values()) < 3e-2
 
