@@ -701,13 +701,6 @@ def test_the_model_is_left_as_found_when_the_search_for_the_culprit_raises():
     assert found(model) == before
 
 
-def test_the_forward_pass_runs_once():
-    model, calls = build(), []
-    model.visual.register_forward_hook(lambda module, args, output: calls.append(1))
-    decompose(model, pictures(model))
-    assert len(calls) == 1
-
-
 def failed_check(model, images, texts):
     with pytest.raises(DecompositionError, match="do not sum"):
         check(model, images, tolerance=-1.0)
@@ -1015,11 +1008,6 @@ def refused(reason, model, images=None):
     for call in CALLS.values():
         with pytest.raises(DecompositionError, match=reason):
             call(model, images, torch.zeros(5, 24, dtype=torch.float64))
-
-
-def test_a_plain_vit_is_not_refused():
-    for call in CALLS.values():
-        call(build(), pictures(build()), sentences(build()))
 
 
 def test_the_average_pooling_of_older_releases_is_refused():
