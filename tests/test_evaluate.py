@@ -18,7 +18,7 @@ from tasks.heads import parse_heads
 from tasks.tables import wilson
 from zeroshot import classifier, load_clip, templates
 
-QUICK = ["--limit 160 --batch-size 80 --workers 0 --draws 5"]
+QUICK = ["--limit 96 --batch-size 48 --workers 0 --draws 5"]
 
 
 def run(tmp_path, *argv):
@@ -102,7 +102,7 @@ def table(tmp_path_factory):
 def by_hand():
     """The same images by the plainest route: all terms of all images, in embedding space."""
     clip = load_clip(device="cpu")
-    sets = {split: DemoBirds(split, clip.preprocess, 160, seed=0) for split in ("train", "test")}
+    sets = {split: DemoBirds(split, clip.preprocess, 96, seed=0) for split in ("train", "test")}
     terms = {
         split: decompose(clip.model, torch.stack([data[i][0] for i in range(len(data))]))
         for split, data in sets.items()

@@ -38,7 +38,7 @@ from textspan import Moments
 from zeroshot import load_clip, weights_hash
 
 ROOT = Path(__file__).parent.parent
-FAST = ["--limit 131 --batch-size 32 --workers 0"]
+FAST = ["--limit 67 --batch-size 16 --workers 0"]
 
 
 # Accumulators. Each is made, and filled with the images [start, stop) of one stream.
@@ -282,7 +282,7 @@ def several(tmp_path, processes, jobs, before=""):
 
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(tmp_path, alone):
-    """131 images are no multiple of 2."""
+    """67 images are no multiple of 2."""
     jobs = [["--task", task, *options, "--out", str(tmp_path / "out")] for task, options in JOBS.items()]
     done = several(tmp_path, 2, jobs)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -439,14 +439,14 @@ def test_what_is_saved_is_not_done_again(tmp_path, monkeypatch, alone, capsys):
         passes, "batches", lambda data, *more: seen.append((len(data), more[-1])) or batches(data, *more)
     )
     assert save_always(tmp_path, "--resume") == 0
-    assert seen == [(131 - 2 * 32, 2 * 32), (131, 0)]  # to do, done
+    assert seen == [(67 - 2 * 16, 2 * 16), (67, 0)]  # to do, done
     assert results(tmp_path, "waterbirds") == alone("waterbirds")
 
 
 OTHERS = {
     "seed": (["--seed 1"], "--seed differs: '0' then, '1' now"),
-    "batch": (["--batch-size 16"], "--batch-size differs: '32' then, '16' now"),
-    "images": (["--limit 130"], "differs"),
+    "batch": (["--batch-size 8"], "--batch-size differs: '16' then, '8' now"),
+    "images": (["--limit 66"], "differs"),
 }
 
 
