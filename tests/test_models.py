@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from functools import lru_cache
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -38,7 +39,8 @@ listed = lru_cache(models.listed)
 
 @pytest.mark.slow
 def test_116_of_open_clips_144_configurations_can_be_decomposed_at_full_size():
-    names = open_clip.list_models()
+    # Other tests add names of their own to open_clip.list_models().
+    names = [path.stem for path in (Path(open_clip.__file__).parent / "model_configs").glob("*.json")]
     if len(names) != 144:
         pytest.skip(f"counted on open_clip 3.3's 144 configurations, this release has {len(names)}")
     kinds = Counter(listed(name).refusal.split(",")[0] for name in names)
