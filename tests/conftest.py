@@ -1,11 +1,20 @@
 """For all tests: the demo world is small, and a picture of it is drawn once."""
 
+from functools import partial
+
 import pytest
 import torch
+from runs import assert_refused
 
 from demo.images import DemoBirds
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """refused(arguments, *fragments of the one line)"""
+    return partial(assert_refused, tmp_path, capsys)
 
 
 @pytest.fixture(scope="session", autouse=True)

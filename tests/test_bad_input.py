@@ -391,7 +391,13 @@ ARGUMENTS = [
         "--pretrained needs --model",
         "demo-vit",
     ),
-    case("a model without weights", plain(*CHECK, "--model", "ViT-B-16"), "--pretrained", "none", "openai"),
+    case(
+        "a model without weights",
+        plain(*CHECK, "--model", "ViT-B-16"),
+        "--pretrained",
+        "none",
+        "laion2b_s34b_b88k",
+    ),
     case("an unknown model", plain(*CHECK, "--model", "ViT-B-61"), "'ViT-B-61'", "ViT-B-16"),
     case("a model without a name", plain(*CHECK, "--model", ""), "no model ''"),
     case("all models for a task of one", plain("--task", "textspan", "--model", "all"), "no model 'all'"),
@@ -400,6 +406,7 @@ ARGUMENTS = [
         plain(*CHECK, "--model", "ViT-B-16", "--pretrained", "laion9b"),
         "'laion9b'",
         "openai",
+        "laion2b_s34b_b88k",
     ),
     case(
         "a folder as weights",
@@ -412,6 +419,7 @@ ARGUMENTS = [
         "two sources of weights",
         plain(*CHECK, "--model", "local-dir:x", "--pretrained", "y"),
         "local-dir:x",
+        "brings its own weights",
         "leave out --pretrained",
     ),
     case(
@@ -455,6 +463,7 @@ ARGUMENTS = [
     case(
         "the paper's heads of another model",
         plain("--task", "waterbirds", "--heads", "paper"),
+        "ViT-L-14",
         "demo-vit",
         "auto or a list",
     ),
@@ -570,12 +579,8 @@ def test_arguments(
     refused(build(world, tmp_path), tmp_path, capsys, *words)
 
 
-def test_batches_beyond_any_memory_are_refused_or_as_large_as_the_data(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    ran = call([*CHECK, *QUICK, "--batch-size", 10**30, "--out", tmp_path], capsys)
-    if ran.code:
-        one_clear_line(ran.stderr, "--batch-size")
+def test_batches_beyond_any_memory_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    refused([*CHECK, *QUICK, "--batch-size", 10**30], tmp_path, capsys, "--batch-size")
 
 
 # Files.
@@ -873,6 +878,9 @@ def test_an_image_with_broken_exif_is_named_or_read(
     ran = call([*argv, "--out", tmp_path / "results"], capsys)
     if ran.code:
         one_clear_line(ran.stderr, "bad.jpg")
+        assert not (tmp_path / "results" / "ablation" / "results.json").exists()
+    else:
+        assert strict_json(tmp_path / "results" / "ablation" / "results.json")["images"] == 7
 
 
 def a_pipe(data: Path) -> None:
@@ -1423,6 +1431,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, li
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.slow
 def test_a_table_that_cannot_be_printed_for_want_of_space(printed: dict) -> None:
     """evaluate.py > FILE on a full disk."""
     code, lines, _ = printed["full"]
@@ -1430,6 +1439,7 @@ def test_a_table_that_cannot_be_printed_for_want_of_space(printed: dict) -> None
     one_clear_line("\n".join(lines), "No space left")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(printed: dict) -> None:
     """evaluate.py | head -1"""
     _, lines, out = printed["left"]
@@ -1546,6 +1556,7 @@ def test_no_memory_for_an_image(
     )
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1655,6 +1666,7 @@ def until(process: subprocess.Popen, pattern: bytes, seconds: float = 60) -> byt
     return said
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_mid_run(tmp_path: Path) -> None:
     """With workers and without, at the same time. A terminal sends it to the workers, too."""
     with contextlib.ExitStack() as stack:
@@ -1706,6 +1718,7 @@ def test_ctrl_c_while_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.signal(signal.SIGINT, inherited)
 
 
+@pytest.mark.slow
 def test_a_worker_does_not_speak_of_ctrl_c() -> None:
     """Nor does its thread that hands tensors over."""
     code = (
@@ -1719,6 +1732,7 @@ def test_a_worker_does_not_speak_of_ctrl_c() -> None:
 # Two runs into one folder.
 
 
+@pytest.mark.slow
 def test_two_runs_at_the_same_time(tmp_path: Path) -> None:
     """The first works; the other is told so in a line, or comes when the first has ended."""
     argv = [*LITTLE, "--out", tmp_path]

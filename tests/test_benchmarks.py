@@ -5,10 +5,13 @@ import json
 import sys
 
 import pytest
+from runs import words
 
 import demo
 from benchmarks import cue_study, decompose, scale
 from demo.images import DemoBirds
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -18,33 +21,18 @@ def little(monkeypatch):
 
 
 def run(name, monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *argv])
+    monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *words(*argv)])
     importlib.import_module(f"benchmarks.{name}").main()
     return capsys.readouterr().out
 
 
 def test_textspan(monkeypatch, capsys):
-    small = [
-        "--heads",
-        "2",
-        "--images",
-        "60",
-        "--texts",
-        "40",
-        "--size",
-        "3",
-        "--dim",
-        "16",
-        "--head-width",
-        "8",
-        "--rounds",
-        "1",
-    ]
-    assert "the same picks in 1 of 1" in run("textspan", monkeypatch, capsys, *small)
+    small = "--heads 2 --images 60 --texts 40 --size 3 --dim 16 --head-width 8 --rounds 1"
+    assert "the same picks in 1 of 1" in run("textspan", monkeypatch, capsys, small)
 
 
 def test_tasks(monkeypatch, capsys):
-    out = run("tasks", monkeypatch, capsys, "--model", "ViT-S-32-alt", "--batch-size", "2", "--rounds", "1")
+    out = run("tasks", monkeypatch, capsys, "--model ViT-S-32-alt --batch-size 2 --rounds 1")
     assert all(
         f"  {task}" in out
         for task in ("textspan", "waterbirds", "debias", "completeness", "retrieval", "neurons", "ablation")
@@ -55,17 +43,13 @@ def test_decompose(monkeypatch, capsys):
     monkeypatch.setattr(
         decompose, "JOBS", {job: decompose.JOBS[job] for job in ("encode_image", "decompose")}
     )
-    out = run(
-        "decompose", monkeypatch, capsys, "--models", "ViT-S-32-alt", "--batch-size", "1", "--rounds", "1"
-    )
+    out = run("decompose", monkeypatch, capsys, "--models ViT-S-32-alt --batch-size 1 --rounds 1")
     assert "  decompose     time x" in out
     assert "peak memory x" in out
 
 
 def test_baselines(monkeypatch, capsys):
-    out = run(
-        "baselines", monkeypatch, capsys, "--models", "ViT-S-32-alt", "--batch-size", "1", "--rounds", "1"
-    )
+    out = run("baselines", monkeypatch, capsys, "--models ViT-S-32-alt --batch-size 1 --rounds 1")
     assert "grad-eclip" in out
 
 
@@ -91,7 +75,7 @@ def test_cue_study(monkeypatch, capsys):
 
 
 def test_map_variants(monkeypatch, capsys):
-    assert "oracle" in run("map_variants", monkeypatch, capsys, "--limit", "40")
+    assert "oracle" in run("map_variants", monkeypatch, capsys, "--limit 40")
 
 
 def test_scale():

@@ -207,10 +207,12 @@ def test_texts_that_are_not_embedded_are_refused(call, texts):
 
 
 @every_textual_call
-def test_one_text_without_its_axis_is_refused(call):
+def test_one_text_without_its_axis_or_none_at_all_is_refused(call):
     model = plain.build()
     message = told(call, model, pictures(model), sentences(model)[0])
     assert message == "texts must be [t, 24], embeddings as encode_text gives, got [24]"
+    message = told(call, model, pictures(model), sentences(model)[:0])
+    assert message == "texts must be [t, 24], embeddings as encode_text gives, got [0, 24]"
 
 
 @every_call
@@ -222,24 +224,12 @@ def test_images_that_are_no_tensor_are_refused(call, images):
 
 
 @every_call
-def test_one_image_without_its_axis_is_refused_and_told_how_to_add_it(call):
+def test_one_image_without_its_axis_or_none_at_all_is_refused_and_told_what_to_add(call):
     model = plain.build()
     message = told(call, model, pictures(model)[0], sentences(model))
     assert message == "images must be [b, 3, rows, columns] (x[None] for one image x), got [3, 8, 12]"
-
-
-@every_call
-def test_no_images_at_all_are_refused(call):
-    model = plain.build()
     message = told(call, model, pictures(model)[:0], sentences(model))
     assert message == "images must be [b, 3, rows, columns] (x[None] for one image x), got [0, 3, 8, 12]"
-
-
-@every_textual_call
-def test_no_texts_at_all_are_refused(call):
-    model = plain.build()
-    message = told(call, model, pictures(model), sentences(model)[:0])
-    assert message == "texts must be [t, 24], embeddings as encode_text gives, got [0, 24]"
 
 
 MODELS = {
@@ -282,12 +272,16 @@ def test_other_families_refuse_the_same_inputs(family):
 # What is printed.
 
 
-def test_a_decomposition_prints_its_shapes_and_no_numbers():
+def test_a_decomposition_and_neurons_print_their_shapes_and_no_numbers():
     model = plain.build()
     printed = repr(decompose(model, pictures(model)))
     assert printed == (
         "Decomposition(embedding [2, 24], stem [2, 24], heads [2, 3, 4, 24], mlps [2, 3, 24], "
         "constant [2, 24], values [2, 3, 4, 8], own [2, 3, 4, 8])"
+    )
+    printed = repr(neurons(model, pictures(model), 1))
+    assert printed == (
+        "Neurons(embedding [2, 24], term [2, 24], activations [2, 64], maps [64, 24], constant [2, 24])"
     )
 
 
@@ -299,14 +293,6 @@ def test_what_a_decomposition_has_not_is_not_printed():
     assert "pool [2, 48]" in pooled
     assert "own" not in pooled
     assert "pool" not in averaged
-
-
-def test_neurons_print_their_shapes_and_no_numbers():
-    model = plain.build()
-    printed = repr(neurons(model, pictures(model), 1))
-    assert printed == (
-        "Neurons(embedding [2, 24], term [2, 24], activations [2, 64], maps [64, 24], constant [2, 24])"
-    )
 
 
 # The sum is proved.
@@ -405,19 +391,13 @@ def slightly_wrong(dtype):
     return model
 
 
-def test_an_error_that_float64_does_not_explain_is_an_error():
+def test_an_error_that_float64_does_not_explain_is_none_in_float32_unless_larger():
     model = slightly_wrong(torch.float64)
     assert 1e-7 < decompose(model, pictures(model), tolerance=1e-5).error() < 1e-5
     with pytest.raises(DecompositionError, match=r"tolerance 1\.0e-09 \(torch\.float64\)"):
         decompose(model, pictures(model))
-
-
-def test_the_same_error_is_none_in_float32():
     model = slightly_wrong(torch.float32)
     decompose(model, pictures(model))
-
-
-def test_a_larger_error_is_one_in_float32():
     model = plain.build(torch.float32)
     changed_while_running(*PLACES["out-projection"](model), size=1e-2)
     with pytest.raises(DecompositionError, match=r"tolerance 1\.0e-04 \(torch\.float32\)"):

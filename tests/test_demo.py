@@ -53,9 +53,8 @@ def test_factors_are_independent_of_each_other_on_a_balanced_split():
                 joint = np.zeros((8, 8))
                 np.add.at(joint, (facts[a], facts[b]), 1 / 20000)
                 product = np.outer(joint.sum(1), joint.sum(0))
-                assert (
-                    abs(joint - product).max() < 0.008
-                )  # four standard errors of a cell at its largest, 1/16
+                # Four standard errors of a cell at its largest, 1/16.
+                assert abs(joint - product).max() < 0.008
 
 
 def test_no_two_splits_share_a_seed():
@@ -72,9 +71,8 @@ def test_a_caption_says_what_is_true_and_only_what_it_states(index, seed, habits
     truth = captions.true_facts(FACTS)[index]
     text, stated = captions.write(truth, habits, np.random.default_rng(seed))
     for column, name in enumerate(captions.STATED):
-        words = (
-            text.replace("snowy peaks", "peaks") if name == "colour" else text
-        )  # snowy is a colour, snowy peaks are a place
+        # Snowy is a colour, snowy peaks are a place.
+        words = text.replace("snowy peaks", "peaks") if name == "colour" else text
         said = [
             v for v, phrases in enumerate(captions.PHRASES[name]) for p in phrases if f" {p} " in f" {words} "
         ]
@@ -153,6 +151,7 @@ def test_normalise_is_the_demos_image_transform():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_training_learns_and_writes_a_checkpoint_that_loads(tmp_path, capsys, monkeypatch):
     score = train.score
     monkeypatch.setattr(train, "score", lambda model, tokenizer, count: score(model, tokenizer, count=256))
@@ -165,6 +164,7 @@ def test_training_learns_and_writes_a_checkpoint_that_loads(tmp_path, capsys, mo
     assert "light 0." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_checkpoint_tells_kinds_places_colours_light_and_styles():
     """On the split that training watched; those of the test split are reported (python -m demo.score)."""
     from demo.score import score
@@ -180,8 +180,7 @@ def test_the_checkpoint_tells_kinds_places_colours_light_and_styles():
         "land-land": 0.95,
         "water-water": 0.95,
     }
-    assert {
-        name: scores[name] for name in floors if scores[name] < floors[name] - 0.03
-    } == {}  # two standard errors of 512 at 0.9
+    # Two standard errors of 512 at 0.9.
+    assert {name: scores[name] for name in floors if scores[name] < floors[name] - 0.03} == {}
     chance, _, _ = demo.load(weights=None)
     assert score(chance, tokenizer, count=512)["kind"] < 0.3

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from dataclasses import replace
 from itertools import combinations
@@ -16,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from runs import Ran, run
 from safetensors.torch import save_file
-from test_decompose import EXACT, FAR, OPTIONS, build, by_hand, far, sentences
+from small import EXACT, FAR
+from test_decompose import OPTIONS, build, by_hand, far, sentences
 from test_decompose import pictures as noise
-from test_folders import refused
 from test_roles import epsilon_squared
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from decompose import Decomposition, decompose, head_maps, token_scores
 from demo import scenes
 from demo.images import DemoBirds
 from demo.truth import agreement, same_factors
-from evaluate import main, parse_args
+from evaluate import parse_args
 from roles import find_roles
 from tasks.ablation import ablations
 from tasks.completeness import random_texts
@@ -38,29 +37,20 @@ from tasks.job import Job
 from tasks.reference import Kept, Reference
 from tasks.removal import Plan, Scores, auto_heads, random_heads
 from tasks.retrieval import cosine, heads_of, sheet
+from tasks.waterbirds import random_control
 from textspan import Moments, reconstruct, textspan
 from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
 LIMIT = 96
-QUICK = ["--limit", str(LIMIT), "--batch-size", "48", "--workers", "0"]
+QUICK = ["--limit", str(LIMIT), "--batch-size 48 --workers 0"]
 # Class scores are of float32, which rounds at 6e-8, and sums of some hundred terms of norm near 1; a wrong
 # term shows at 1e-2.
 SCORES = {"rtol": 0, "atol": 1e-4}
 
 
-def run(folder: Path, *argv: str) -> SimpleNamespace:
-    """Exit code, results.json and what was printed of a task."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = main([*argv, "--out", str(folder / "results")])
-    path = folder / "results" / argv[argv.index("--task") + 1] / "results.json"
-    return SimpleNamespace(
-        code=code, results=json.loads(path.read_text()) if code == 0 else None, out=out.getvalue()
-    )
-
-
-def retrieve(tmp_path: Path, folder: Path, *more: str) -> SimpleNamespace:
-    """The same, of a retrieval among the images of a folder."""
-    return run(tmp_path, "--task", "retrieval", "--data", str(folder), "--workers", "0", *more)
+def retrieve(tmp_path: Path, folder: Path, *more: str) -> Ran:
+    """A retrieval among the images of a folder."""
+    return run(tmp_path, "--task retrieval", "--data", str(folder), "--workers 0", *more)
 
 
 # The same by hand.
@@ -140,7 +130,7 @@ def working_bmm(monkeypatch):
 
 @every_option
 @pytest.mark.usefixtures("working_bmm")
-def test_own_is_the_part_that_token_scores_give_the_class_token(options):
+def test_own_is_the_first_source_of_the_long_way_and_of_token_scores(options):
     model = build(**options)
     images, texts = noise(model), sentences(model)
     terms, scores = decompose(model, images), token_scores(model, images, texts)
@@ -148,12 +138,6 @@ def test_own_is_the_part_that_token_scores_give_the_class_token(options):
     assert far(said(terms.own), scores[:, :, :, 0]) < EXACT
     assert far(said(terms.values), scores[:, :, :, 0]) > FAR
     assert far(said(terms.values - terms.own), scores[:, :, :, 1:].sum(dim=3)) < EXACT
-
-
-@every_option
-@pytest.mark.usefixtures("working_bmm")
-def test_own_is_the_first_source_of_the_long_way(options):
-    model = build(**options)
     images = noise(model)
     own = torch.einsum("bLHe,LHed->bLHd", decompose(model, images).own, head_maps(model))
     sources = by_hand(model, images).sources
@@ -285,8 +269,7 @@ def deep(tmp_path_factory) -> SimpleNamespace:
         "# birds\n" + "\n".join(lines[: len(words)]) + "\n# houses\n" + "\n".join(lines[len(words) :])
     )
     argv = [
-        "--model",
-        "deep-vit",
+        "--model deep-vit",
         "--pretrained",
         str(root / "deep.safetensors"),
         "--text-bank",
@@ -316,7 +299,7 @@ def expected(world: SimpleNamespace) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("run"), "--task", "ablation", *QUICK)
+    return run(tmp_path_factory.mktemp("run"), "--task ablation", *QUICK)
 
 
 def test_accuracy_is_that_of_embeddings_with_the_terms_at_their_mean(ablation, demo):
@@ -326,20 +309,19 @@ def test_accuracy_is_that_of_embeddings_with_the_terms_at_their_mean(ablation, d
 
 
 def test_accuracy_is_so_on_a_folder_of_other_classes(tmp_path, folder, places):
-    found = run(tmp_path, "--task", "ablation", "--data", str(folder), "--workers", "0").results["accuracy"]
+    found = run(tmp_path, "--task ablation", "--data", str(folder), "--workers 0").results["accuracy"]
     assert found == pytest.approx(expected(places))
     assert len(set(found.values())) > 4  # the ablations differ
 
 
 def test_accuracy_is_so_for_a_model_of_more_than_four_layers(tmp_path, folder, deep, deep_places):
-    found = run(tmp_path, "--task", "ablation", "--data", str(folder), "--workers", "0", *deep.argv).results[
+    found = run(tmp_path, "--task ablation", "--data", str(folder), "--workers 0", *deep.argv).results[
         "accuracy"
     ]
     assert found == pytest.approx(expected(deep_places))
     heads = [label for label in found if label.startswith("head ")]
-    assert heads == [
-        f"head {layer}.{head}" for layer in range(2, 6) for head in range(4)
-    ]  # of the last four layers
+    # Of the last four layers.
+    assert heads == [f"head {layer}.{head}" for layer in range(2, 6) for head in range(4)]
     assert found["head 4.1"] == found["base"]  # it writes nothing
     assert [label for label in found if label.startswith("attention of layer ")] == [
         f"attention of layer {i}" for i in range(6)
@@ -362,19 +344,13 @@ def reference(world: SimpleNamespace) -> Reference:
 
 
 @pytest.mark.parametrize("which", ["demo", "deep_places"])
-def test_every_ablation_changes_class_scores_by_what_the_terms_lose(which, request):
+def test_every_ablation_changes_class_scores_by_what_the_terms_lose_and_no_two_alike(which, request):
     world = request.getfixturevalue(which)
     found = ablations(world.test, reference(world), world.classes, world.maps @ world.classes.T)
     by_hand = ablated(world.test, world.train, world.maps)
     assert list(found) == list(by_hand)
     for label, scores in found.items():
         torch.testing.assert_close(scores, by_hand[label] @ world.classes.T, **SCORES)
-
-
-@pytest.mark.parametrize("which", ["demo", "deep_places"])
-def test_no_two_ablations_are_the_same(which, request):
-    world = request.getfixturevalue(which)
-    found = ablations(world.test, reference(world), world.classes, world.maps @ world.classes.T)
     nothing = (
         {("base", "head 4.1")}
         if which == "deep_places"
@@ -385,16 +361,11 @@ def test_no_two_ablations_are_the_same(which, request):
     assert same == nothing
 
 
-CHANGE = ["--batch-size", "33", "--workers", "2"]
-
-
-def test_batch_size_and_workers_change_no_accuracy(tmp_path, ablation):
-    again = run(tmp_path, "--task", "ablation", *QUICK, *CHANGE).results
-    assert again["accuracy"] == pytest.approx(ablation.results["accuracy"])
+CHANGE = ["--batch-size 33 --workers 2"]
 
 
 def test_means_come_from_the_reference_split(tmp_path, ablation, demo):
-    found = run(tmp_path, "--task", "ablation", *QUICK, "--reference", "test").results
+    found = run(tmp_path, "--task ablation", *QUICK, "--reference test").results
     world = SimpleNamespace(**{**vars(demo), "train": demo.test})
     assert found["accuracy"] == pytest.approx(expected(world))
     assert found["accuracy"] != ablation.results["accuracy"]
@@ -439,7 +410,7 @@ def words(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def completeness(tmp_path_factory, words):
-    return run(tmp_path_factory.mktemp("run"), "--task", "completeness", *QUICK, "--words", str(words))
+    return run(tmp_path_factory.mktemp("run"), "--task completeness", *QUICK, "--words", str(words))
 
 
 @pytest.fixture(scope="module")
@@ -477,6 +448,8 @@ def test_accuracy_is_that_of_heads_reconstructed_from_their_first_texts(curves, 
 def test_accuracy_depends_on_the_number_of_texts_and_on_the_pool(curves):
     assert len(set(curves["descriptions"].values())) > 3
     assert curves["descriptions"] != curves["class prompts"] != curves["random vectors"]
+    assert {curves["words"][m] for m in (4, 6, 8, 10, 12, 16)} == {curves["words"][4]}
+    assert curves["words"][2] != curves["words"][4]  # the third text
 
 
 def test_without_texts_every_image_is_the_mean(curves, demo):
@@ -488,9 +461,8 @@ def test_without_texts_every_image_is_the_mean(curves, demo):
 def test_as_many_texts_as_a_head_is_wide_hold_the_whole_head(curves, completeness):
     whole = completeness.results["whole"]["last layers' heads, whole"]
     for pool in ("descriptions", "class prompts", "random vectors"):
-        assert (
-            abs(curves[pool][16] - whole) <= 1 / LIMIT + 1e-9
-        )  # one image: texts are cleared of the mean's direction too
+        # One image: texts are cleared of the mean's direction too.
+        assert abs(curves[pool][16] - whole) <= 1 / LIMIT + 1e-9
     assert curves["words"][16] < whole - 0.05  # three texts do not
 
 
@@ -506,11 +478,6 @@ def test_whole_heads_are_the_embedding_with_all_else_at_its_mean(completeness, d
     )
 
 
-def test_a_pool_of_fewer_texts_stays_as_it_is_past_its_last(curves):
-    assert {curves["words"][m] for m in (4, 6, 8, 10, 12, 16)} == {curves["words"][4]}
-    assert curves["words"][2] != curves["words"][4]  # the third text
-
-
 def test_the_table_shows_the_curves(completeness, curves):
     found = rows(completeness.out, "texts per head")
     assert found == [
@@ -521,15 +488,14 @@ def test_the_table_shows_the_curves(completeness, curves):
 
 
 def test_batch_size_and_workers_change_no_curve(tmp_path, curves, words):
-    again = run(tmp_path, "--task", "completeness", *QUICK, "--words", str(words), *CHANGE).results["curves"]
+    again = run(tmp_path, "--task completeness", *QUICK, "--words", str(words), *CHANGE).results["curves"]
     for pool, points in again.items():
-        assert dict(map(tuple, points)) == pytest.approx(
-            curves[pool], abs=1 / LIMIT + 1e-9
-        )  # rounding may tip one image
+        # Rounding may tip one image.
+        assert dict(map(tuple, points)) == pytest.approx(curves[pool], abs=1 / LIMIT + 1e-9)
 
 
 def test_texts_caps_the_texts_and_words_are_not_needed(tmp_path, curves):
-    found = run(tmp_path, "--task", "completeness", *QUICK, "--texts", "5").results["curves"]
+    found = run(tmp_path, "--task completeness", *QUICK, "--texts 5").results["curves"]
     assert list(found) == ["descriptions", "class prompts", "random vectors"]
     assert [m for m, _ in found["descriptions"]] == [0, 1, 2, 4]
     for pool, points in found.items():
@@ -539,17 +505,7 @@ def test_texts_caps_the_texts_and_words_are_not_needed(tmp_path, curves):
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """Of five reference images, on which a head has four directions."""
-    return run(
-        tmp_path_factory.mktemp("run"),
-        "--task",
-        "completeness",
-        "--limit",
-        "5",
-        "--workers",
-        "0",
-        "--reference",
-        "train",
-    )
+    return run(tmp_path_factory.mktemp("run"), "--task completeness --limit 5 --workers 0 --reference train")
 
 
 def test_a_head_has_no_more_texts_than_directions(few, clip, pools):
@@ -566,14 +522,14 @@ def test_a_head_has_no_more_texts_than_directions(few, clip, pools):
 
 
 def test_one_reference_image_leaves_nothing_but_its_own_terms(tmp_path, folder):
-    found = run(tmp_path, "--task", "completeness", "--limit", "1", "--workers", "0", "--data", str(folder))
+    found = run(tmp_path, "--task completeness --limit 1 --workers 0", "--data", str(folder))
     assert found.code == 0
     assert all(len({accuracy for _, accuracy in points}) == 1 for points in found.results["curves"].values())
 
 
 @pytest.fixture(scope="module")
 def deep_curves(tmp_path_factory, folder, deep):
-    argv = ["--task", "completeness", "--data", str(folder), "--workers", "0", *deep.argv]
+    argv = ["--task completeness", "--data", str(folder), "--workers 0", *deep.argv]
     return run(tmp_path_factory.mktemp("run"), *argv)
 
 
@@ -622,17 +578,13 @@ def test_random_vectors_are_unit_vectors_as_many_as_the_texts():
     torch.testing.assert_close(found.norm(dim=1), torch.ones(50))
 
 
-def test_random_vectors_have_the_mean_and_the_covariance_of_the_texts():
+def test_random_vectors_have_the_mean_and_the_covariance_of_the_texts_and_even_ones_neither():
     texts = cloud()
     found = random_texts(texts, seed=1)
     # Of 4000 rows of spread 0.2, the mean is off by 0.003 and the variance by sqrt(2 / 4000) = 2 % of itself;
     # bringing rows to unit length moves both further, by the order of the variance, 0.04.
     assert (found.mean(dim=0) - texts.mean(dim=0)).norm() < 0.03
     assert (torch.cov(found.T) - torch.cov(texts.T)).norm() < 0.1 * torch.cov(texts.T).norm()
-
-
-def test_vectors_drawn_evenly_have_neither():
-    texts = cloud()
     even = F.normalize(
         torch.randn(texts.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1
     )
@@ -640,12 +592,9 @@ def test_vectors_drawn_evenly_have_neither():
     assert (torch.cov(even.T) - torch.cov(texts.T)).norm() > 2 * torch.cov(texts.T).norm()
 
 
-def test_random_vectors_lie_where_the_texts_lie():
+def test_random_vectors_lie_where_the_texts_lie_and_are_none_of_them():
     texts = torch.cat([cloud(40), torch.zeros(40, 3, dtype=torch.float64)], dim=1)
     assert random_texts(texts, seed=0)[:, 6:].abs().max() < 1e-12
-
-
-def test_random_vectors_are_none_of_the_texts():
     texts = cloud(200)
     assert (random_texts(texts, seed=0) @ texts.T).max() < 1 - 1e-6
 
@@ -664,24 +613,12 @@ def test_the_seed_of_the_run_draws_the_random_vectors(clip, pools):
     assert list(found) == ["descriptions", "class prompts", "random vectors"]
 
 
-def test_completeness_refuses_words_that_the_model_does_not_know(tmp_path, capsys):
+def test_completeness_refuses_words_that_the_model_does_not_know_or_that_are_not_there(refused, tmp_path):
+    refused(
+        ["--task completeness", *QUICK, "--words", str(tmp_path / "words.txt")], "words.txt", "cannot read"
+    )
     (tmp_path / "words.txt").write_text("zebra\n")
-    refused(
-        tmp_path,
-        capsys,
-        ["--task", "completeness", *QUICK, "--words", str(tmp_path / "words.txt")],
-        "'zebra'",
-    )
-
-
-def test_completeness_refuses_a_list_of_words_that_is_not_there(tmp_path, capsys):
-    refused(
-        tmp_path,
-        capsys,
-        ["--task", "completeness", *QUICK, "--words", str(tmp_path / "words.txt")],
-        "words.txt",
-        "cannot read",
-    )
+    refused(["--task completeness", *QUICK, "--words", str(tmp_path / "words.txt")], "'zebra'")
 
 
 # ---- retrieval ---------------------------------------------------------------------------------------------
@@ -705,9 +642,8 @@ def check_ranking(found: dict, world: SimpleNamespace, score: Tensor, top: int =
     order = score.argsort(descending=True)[:top].tolist()
     assert [row["image"] for row in found["found"]] == [world.data.caption(i) for i in order]
     assert [row["rank"] for row in found["found"]] == list(range(1, top + 1))
-    assert [row["score"] for row in found["found"]] == pytest.approx(
-        score[order].tolist(), abs=1e-4
-    )  # float32, and lengths near 1
+    # float32, and lengths near 1
+    assert [row["score"] for row in found["found"]] == pytest.approx(score[order].tolist(), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -725,7 +661,7 @@ by_heads = pytest.mark.parametrize("asked", HEADS)
 
 @by_heads
 def test_images_are_ranked_by_the_cosine_of_what_the_heads_write(tmp_path, demo, photo, asked):
-    found = run(tmp_path, "--task", "retrieval", *QUICK, "--head", asked, "--image", str(photo[0]))
+    found = run(tmp_path, "--task retrieval", *QUICK, "--head", asked, "--image", str(photo[0]))
     assert found.code == 0
     assert found.results["heads"] == [list(head) for head in HEADS[asked]]
     check_ranking(found.results, demo, scored(demo, HEADS[asked], photo[1], "image"))
@@ -733,7 +669,7 @@ def test_images_are_ranked_by_the_cosine_of_what_the_heads_write(tmp_path, demo,
 
 @by_heads
 def test_images_are_ranked_by_what_the_heads_write_along_the_text(tmp_path, clip, demo, asked):
-    found = run(tmp_path, "--task", "retrieval", *QUICK, "--head", asked, "--text", "at the beach")
+    found = run(tmp_path, "--task retrieval", *QUICK, "--head", asked, "--text", "at the beach")
     check_ranking(
         found.results, demo, scored(demo, HEADS[asked], embed_texts(clip, ["at the beach"])[0], "text")
     )
@@ -755,7 +691,7 @@ def test_two_heads_are_compared_by_their_sum_and_not_head_by_head(demo, photo):
 @pytest.mark.parametrize("query", ["image", "text"])
 def test_a_role_is_all_heads_that_have_it(tmp_path, clip, demo, photo, query):
     asked = ["--image", str(photo[0])] if query == "image" else ["--text", "at the beach"]
-    found = run(tmp_path, "--task", "retrieval", *QUICK, "--role", "places", *asked)
+    found = run(tmp_path, "--task retrieval", *QUICK, "--role places", *asked)
     bank = load_bank(default_bank(clip))
     texts = embed_texts(clip, bank.texts)
     roles = find_roles(
@@ -772,8 +708,8 @@ def test_a_role_is_all_heads_that_have_it(tmp_path, clip, demo, photo, query):
 
 def test_heads_of_a_role_are_explained_by_its_texts(clip, demo):
     """By the plainest route: of the true places, which the images of the demo have."""
-    options = ["--role", "places", "--limit", str(LIMIT), "--batch-size", "80", "--workers", "0"]
-    job = Job(parse_args(["--task", "retrieval", *options]))
+    options = f"--task retrieval --role places --limit {LIMIT} --batch-size 80 --workers 0"
+    job = Job(parse_args(options.split()))
     job.clip = clip
     place = DemoBirds("train", clip.preprocess, LIMIT).facts["place"].numpy()
     share = {
@@ -787,21 +723,19 @@ def test_heads_of_a_role_are_explained_by_its_texts(clip, demo):
 
 
 def test_as_many_are_printed_as_top_says(tmp_path, demo, photo):
-    found = run(
-        tmp_path, "--task", "retrieval", *QUICK, "--head", "3.4", "--image", str(photo[0]), "--top", "5"
-    )
+    found = run(tmp_path, "--task retrieval", *QUICK, "--head 3.4", "--image", str(photo[0]), "--top 5")
     check_ranking(found.results, demo, scored(demo, [(3, 4)], photo[1], "image"), top=5)
     wanted = [[str(row["rank"]), f"{row['score']:.3f}", row["image"]] for row in found.results["found"]]
     assert rows(found.out, "nearest") == wanted
 
 
 def test_there_are_no_more_images_than_there_are(tmp_path, folder):
-    found = retrieve(tmp_path, folder, "--head", "3.4", "--text", "a duck", "--top", "99").results["found"]
+    found = retrieve(tmp_path, folder, "--head 3.4", "--text", "a duck", "--top 99").results["found"]
     assert len(found) == 40
 
 
 def test_batch_size_and_workers_change_no_ranking(tmp_path, demo, photo):
-    found = run(tmp_path, "--task", "retrieval", *QUICK, *CHANGE, "--head", "3.4", "--image", str(photo[0]))
+    found = run(tmp_path, "--task retrieval", *QUICK, *CHANGE, "--head 3.4", "--image", str(photo[0]))
     check_ranking(found.results, demo, scored(demo, [(3, 4)], photo[1], "image"))
 
 
@@ -823,13 +757,13 @@ def test_a_photo_that_lies_on_its_side_is_still_the_nearest_to_itself(tmp_path, 
         image, exif = Image.open(path), Image.Exif()
         exif[0x0112] = 6 if i == 7 else 1  # turned by a quarter, or upright
         image.save(data / f"{i}.png", exif=exif)
-    found = retrieve(tmp_path, data, "--head", "3.4", "--image", str(data / "7.png"))
+    found = retrieve(tmp_path, data, "--head 3.4", "--image", str(data / "7.png"))
     assert found.results["found"][0] == {"rank": 1, "score": pytest.approx(1, abs=1e-4), "image": "7.png"}
 
 
 def test_a_deep_model_and_its_heads(tmp_path, folder, deep, deep_places):
     path = folder / "val" / deep_places.data.files[4]
-    found = retrieve(tmp_path, folder, *deep.argv, "--head", "5.0,1.3", "--image", str(path)).results
+    found = retrieve(tmp_path, folder, *deep.argv, "--head 5.0,1.3", "--image", str(path)).results
     check_ranking(
         found, deep_places, scored(deep_places, [(1, 3), (5, 0)], deep_places.test.heads[4:5], "image")
     )
@@ -838,7 +772,7 @@ def test_a_deep_model_and_its_heads(tmp_path, folder, deep, deep_places):
 
 def test_the_sheet_is_written_and_shows_what_was_found(tmp_path, folder):
     path = next((folder / "val").rglob("3.png"))
-    found = retrieve(tmp_path, folder, "--head", "3.4", "--image", str(path), "--top", "8")
+    found = retrieve(tmp_path, folder, "--head 3.4", "--image", str(path), "--top 8")
     picture = Image.open(tmp_path / "results" / "retrieval" / "sheet.png").convert("RGB")
     assert picture.size == (6 * 158 + 8, 2 * 190 + 8)  # nine tiles in two rows of six
     assert str(tmp_path / "results" / "retrieval" / "sheet.png") in found.out
@@ -868,9 +802,8 @@ def test_a_sheet_of_a_text_query_holds_the_images_alone():
 def test_a_sheet_keeps_the_shape_of_an_image():
     picture = sheet(Image.new("RGB", (300, 100), "red"), [])
     tile = np.asarray(picture.crop((8, 8, 158, 158)))
-    assert (
-        (tile == (255, 0, 0)).all(axis=2).sum(axis=0) == 50
-    ).all()  # a third of the height, over the whole width
+    # A third of the height, over the whole width.
+    assert ((tile == (255, 0, 0)).all(axis=2).sum(axis=0) == 50).all()
 
 
 def test_pairs_that_agree_are_counted_by_hand(demo):
@@ -900,53 +833,38 @@ QUERY = ["--text", "a duck"]
 @pytest.mark.parametrize(
     ("argv", "fragments"),
     [
-        (QUERY, ["either --head", "--role"]),
-        (["--head", "3.4", "--role", "places", *QUERY], ["either --head", "--role"]),
-        (["--head", "3.4"], ["either --image", "--text"]),
-        (["--head", "3.4", "--image", "no.png", *QUERY], ["either --image", "--text"]),
-        (["--head", "3.4", *QUERY, *QUERY], ["one --text"]),
-        (["--head", "4.0", *QUERY], ["no head 4.0", "layers 0 to 3", "heads 0 to 7"]),
-        (["--head", "0.8", *QUERY], ["no head 0.8"]),
-        (["--head", "-1.0", *QUERY], []),
-        (["--head", "3", *QUERY], ["--head takes", "'3'"]),
-        (["--head", "auto", *QUERY], ["--head takes one or a list", "'auto'"]),
-        (["--role", "numbers", *QUERY], ["'numbers'", "no category", "places"]),
-        (["--role", "birds", *QUERY, *QUICK], ["no head has the role 'birds'", "30%"]),
-        (["--head", "3.4", "--image", "no/such.png"], ["no image no/such.png"]),
-        (["--head", "3.4", "--text", "a zebra", *QUICK], ["'zebra'"]),
-        (["--head", "3.4", "--data", "no/such/folder", *QUERY], ["no/such/folder"]),
-        (["--head", "3.4", "--top", "0", *QUERY], ["--top"]),
+        (["--head 3.4"], ["either --image", "--text"]),
+        (["--head 3.4", *QUERY, *QUERY], ["one --text"]),
+        (["--head 4.0", *QUERY], ["no head 4.0", "layers 0 to 3", "heads 0 to 7"]),
+        (["--head -1.0", *QUERY], []),
+        (["--head 3", *QUERY], ["--head takes", "'3'"]),
+        (["--role birds", *QUERY, *QUICK], ["no head has the role 'birds'", "30%"]),
+        (["--head 3.4 --image no/such.png"], ["no image no/such.png"]),
+        (["--head 3.4", "--text", "a zebra", *QUICK], ["'zebra'"]),
+        (["--head 3.4 --data no/such/folder", *QUERY], ["no/such/folder"]),
+        (["--head 3.4 --top 0", *QUERY], ["--top"]),
     ],
 )
-def test_retrieval_refuses(tmp_path, capsys, argv, fragments):
-    refused(tmp_path, capsys, ["--task", "retrieval", *argv], *fragments)
+def test_retrieval_refuses(refused, argv, fragments):
+    refused(["--task retrieval", *argv], *fragments)
 
 
-def test_retrieval_refuses_a_query_that_is_no_image(tmp_path, capsys):
+def test_retrieval_refuses_a_query_that_is_no_image_or_a_folder(refused, tmp_path):
     (tmp_path / "query.png").write_text("no image")
     refused(
-        tmp_path,
-        capsys,
-        ["--task", "retrieval", "--head", "3.4", "--image", str(tmp_path / "query.png")],
-        "query.png",
-        "not an image",
+        ["--task retrieval --head 3.4", "--image", str(tmp_path / "query.png")], "query.png", "not an image"
     )
-
-
-def test_retrieval_refuses_a_folder_for_a_query(tmp_path, capsys):
-    refused(
-        tmp_path, capsys, ["--task", "retrieval", "--head", "3.4", "--image", str(tmp_path)], str(tmp_path)
-    )
+    refused(["--task retrieval --head 3.4", "--image", str(tmp_path)], str(tmp_path))
 
 
 # ---- debias ------------------------------------------------------------------------------------------------
 
-DRAWS = ["--draws", "4"]
+DRAWS = ["--draws 4"]
 
 
 @pytest.fixture(scope="module")
 def debias(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("run"), "--task", "debias", *QUICK, *DRAWS)
+    return run(tmp_path_factory.mktemp("run"), "--task debias", *QUICK, *DRAWS)
 
 
 @pytest.fixture(scope="module")
@@ -985,9 +903,8 @@ def measured(embedding: Tensor, world: SimpleNamespace) -> dict[str, float]:
 
 def close(found: dict, wanted: dict) -> None:
     assert list(found) == list(wanted)
-    assert found == pytest.approx(
-        wanted, abs=1e-4
-    )  # the share is of float32 sums; counts of images are whole
+    # The share is of float32 sums; counts of images are whole.
+    assert found == pytest.approx(wanted, abs=1e-4)
 
 
 def replaced(world: SimpleNamespace, heads: list, project: Tensor | None = None) -> Tensor:
@@ -1052,7 +969,7 @@ def test_random_heads_are_measured_by_hand_as_often_as_asked(debias, birds):
 
 
 def test_debias_agrees_with_waterbirds_on_the_same_images(tmp_path, debias):
-    other = run(tmp_path, "--task", "waterbirds", *QUICK, *DRAWS).results
+    other = run(tmp_path, "--task waterbirds", *QUICK, *DRAWS).results
     assert debias.results["heads"] == other["heads"]
     assert list(debias.results["rows"]) == list(other["rows"])
     for label, row in debias.results["rows"].items():
@@ -1080,21 +997,21 @@ def test_the_table_shows_the_rows(debias):
 
 
 def test_batch_size_and_workers_change_nothing_of_debias(tmp_path, debias):
-    again = run(tmp_path, "--task", "debias", *QUICK, *DRAWS, *CHANGE).results
+    again = run(tmp_path, "--task debias", *QUICK, *DRAWS, *CHANGE).results
     assert again["heads"] == debias.results["heads"]
     for label, row in debias.results["rows"].items():
         close(again["rows"][label], row)
 
 
 def test_the_order_of_the_classes_changes_no_figure(tmp_path, debias):
-    again = run(tmp_path, "--task", "debias", *QUICK, *DRAWS, "--classes", "waterbird", "landbird").results
+    again = run(tmp_path, "--task debias", *QUICK, *DRAWS, "--classes waterbird landbird").results
     for label, row in debias.results["rows"].items():
         close(again["rows"][label], row)
 
 
 def test_more_classes_than_the_labels_have_are_still_scored(tmp_path, clip, birds):
     names = ["crow", "waterbird", "landbird"]
-    found = run(tmp_path, "--task", "debias", *QUICK, *DRAWS, "--classes", *names).results["rows"]["base"]
+    found = run(tmp_path, "--task debias", *QUICK, *DRAWS, "--classes", *names).results["rows"]["base"]
     world = SimpleNamespace(**{**vars(birds), "classes": classifier(clip, names, templates(clip))})
     predicted = (world.test.embedding @ world.classes.T).argmax(dim=1)
     assert found["average"] == pytest.approx(float((predicted == 2 - world.data.y).double().mean()))
@@ -1102,13 +1019,11 @@ def test_more_classes_than_the_labels_have_are_still_scored(tmp_path, clip, bird
     assert found["cue"] == pytest.approx(measured(world.test.embedding, world)["cue"], abs=1e-4)
 
 
-FOLDER = ["--workers", "0", *DRAWS, "--heads", "3.0,3.1"]
+FOLDER = ["--workers 0", *DRAWS, "--heads 3.0,3.1"]
 
 
 def test_a_folder_of_classes_has_accuracies_but_no_groups(tmp_path, folder, places):
-    found = run(tmp_path, "--task", "debias", "--data", str(folder), *FOLDER, "--cue", "light").results[
-        "rows"
-    ]
+    found = run(tmp_path, "--task debias", "--data", str(folder), *FOLDER, "--cue light").results["rows"]
     assert list(found["base"]) == ["changed", "cue", "average", "worst class"]
     for label, embedding in (
         ("base", places.test.embedding),
@@ -1125,8 +1040,8 @@ def test_a_folder_of_classes_has_accuracies_but_no_groups(tmp_path, folder, plac
 @pytest.mark.parametrize("which", ["folder", "flat"])
 def test_classes_that_the_folders_do_not_name_have_no_accuracies(tmp_path, clip, request, places, which):
     root = request.getfixturevalue(which)
-    argv = ["--task", "debias", "--data", str(root), *FOLDER, "--classes", "landbird", "waterbird"]
-    found = run(tmp_path, *argv, *(["--reference", "val"] if which == "folder" else []))
+    argv = ["--task debias", "--data", str(root), *FOLDER, "--classes landbird waterbird"]
+    found = run(tmp_path, *argv, *(["--reference val"] if which == "folder" else []))
     assert found.code == 0
     assert all(
         list(row) == ["changed", "cue"] for row in [*found.results["rows"].values(), *found.results["random"]]
@@ -1145,18 +1060,16 @@ def test_classes_that_the_folders_do_not_name_have_no_accuracies(tmp_path, clip,
 
 
 def test_some_of_the_folders_names_are_not_labels(tmp_path, folder):
-    argv = ["--task", "debias", "--data", str(folder), *FOLDER, "--classes", "lake", "forest"]
+    argv = ["--task debias", "--data", str(folder), *FOLDER, "--classes lake forest"]
     assert "average" not in run(tmp_path, *argv).results["rows"]["base"]
 
 
 def test_all_heads_of_their_layers_leave_no_random_control(tmp_path, folder):
     argv = [
-        "--task",
-        "debias",
+        "--task debias",
         "--data",
         str(folder),
-        "--workers",
-        "0",
+        "--workers 0",
         "--heads",
         ",".join(f"3.{h}" for h in range(8)),
     ]
@@ -1167,17 +1080,12 @@ def test_all_heads_of_their_layers_leave_no_random_control(tmp_path, folder):
 
 def test_a_deep_model_without_its_earlier_layers(tmp_path, folder, deep, deep_places):
     argv = [
-        "--task",
-        "debias",
+        "--task debias",
         "--data",
         str(folder),
-        "--workers",
-        "0",
+        "--workers 0",
         *deep.argv,
-        "--heads",
-        "1.2,5.0",
-        "--cue",
-        "birds",
+        "--heads 1.2,5.0 --cue birds",
         *DRAWS,
     ]
     found = run(tmp_path, *argv).results["rows"]
@@ -1196,24 +1104,18 @@ def test_a_deep_model_without_its_earlier_layers(tmp_path, folder, deep, deep_pl
 @pytest.mark.parametrize(
     ("argv", "fragments"),
     [
-        (["--classes", "duck"], ["--classes", "two names", "duck"]),
-        (["--classes", "duck", "crow", "duck"], ["each once", "duck, crow, duck"]),
-        (["--classes", "duck", "zebra", *QUICK], ["'zebra'"]),
+        (["--classes duck crow duck"], ["each once", "duck, crow, duck"]),
         (["--cue", "in fog"], ["'in fog'", "places"]),
         (["--cue", "in fog", "in fog", *QUICK], ["do not differ"]),
-        (["--heads", "9.9", *QUICK], ["no head 9.9"]),
     ],
 )
-def test_debias_refuses(tmp_path, capsys, argv, fragments):
-    refused(tmp_path, capsys, ["--task", "debias", *argv], *fragments)
+def test_debias_refuses(refused, argv, fragments):
+    refused(["--task debias", *argv], *fragments)
 
 
-def test_debias_refuses_a_flat_folder_without_classes(tmp_path, capsys, flat):
-    refused(tmp_path, capsys, ["--task", "debias", "--data", str(flat)], "--classes", "two names")
-
-
-def test_debias_refuses_one_folder_without_classes(tmp_path, capsys, folder):
-    refused(tmp_path, capsys, ["--task", "debias", "--data", str(folder / "val" / "lake")], "--classes")
+def test_debias_refuses_a_folder_without_two_classes(refused, flat, folder):
+    refused(["--task debias", "--data", str(flat)], "--classes", "two names")
+    refused(["--task debias", "--data", str(folder / "val" / "lake")], "--classes")
 
 
 # What debias shares with waterbirds.
@@ -1234,6 +1136,13 @@ def test_random_heads_are_as_many_from_each_layer_and_never_the_chosen(chosen):
     assert heads == {(layer, h) for layer, _ in chosen for h in range(8)} - (
         set(chosen) if len(chosen) == 1 else set()
     )
+
+
+def test_the_chosen_heads_are_above_those_draws_whose_worst_group_is_lower():
+    drawn = [{"worst": worst, "average": 0.9} for worst in (0.4, 0.5, 0.6, 0.7)]
+    found = random_control({"worst": 0.6}, drawn)
+    assert found["below the chosen heads"] == 2 / 4  # not the one that is equal
+    assert found["worst"] == pytest.approx({"mean": 0.55, "std": np.std([4, 5, 6, 7]) / 10, "max": 0.7})
 
 
 def test_random_heads_are_fixed_by_the_seed():
@@ -1341,27 +1250,19 @@ def spans(tmp_path_factory):
         )
         found = run(
             tmp_path_factory.mktemp("run"),
-            "--task",
-            "textspan",
+            "--task textspan",
             "--limit",
             str(ROLES),
-            "--batch-size",
-            "100",
-            "--workers",
-            "0",
+            "--batch-size 100 --workers 0",
         )
-    return SimpleNamespace(**vars(found), truth=truths[0])
+    return SimpleNamespace(**found._asdict(), truth=truths[0])
 
 
-def test_roles_agree_with_the_true_factor_in_most_clear_heads(spans):
+def test_roles_agree_with_the_true_factor_in_most_clear_heads_and_those_dealt_at_random_do_not(spans):
     counts = spans.results["agreement"]
     assert counts["heads"] == 32
     assert counts["clear heads"] >= 16
     assert counts["roles from categories"] >= 0.8 * counts["clear heads"]
-
-
-def test_roles_agree_more_often_than_roles_dealt_at_random(spans):
-    counts = spans.results["agreement"]
     assert counts["roles dealt at random"] < 0.5 * counts["roles from categories"]
     assert counts["roles dealt at random"] < counts["roles from greedy texts"]
 
@@ -1468,9 +1369,7 @@ def test_every_head_has_the_role_that_explains_most_of_it(spans, clip):
 
 
 def test_every_head_of_a_deep_model_has_its_own_shares(tmp_path, folder, deep, deep_places):
-    found = run(
-        tmp_path, "--task", "textspan", "--data", str(folder), "--workers", "0", *deep.argv, "--texts", "2"
-    )
+    found = run(tmp_path, "--task textspan", "--data", str(folder), "--workers 0", *deep.argv, "--texts 2")
     heads = found.results["heads"]
     assert [head["head"] for head in heads] == [
         f"{layer}.{number}" for layer in range(2, 6) for number in range(4)
@@ -1501,16 +1400,5 @@ def test_a_bank_of_other_categories_has_no_agreement(tmp_path):
     (tmp_path / "bank.txt").write_text(
         "# places\nat the beach\nin the forest\non the open sea\n# light\nat night\nat sunset\nin fog\n"
     )
-    argv = [
-        "--task",
-        "textspan",
-        "--limit",
-        "40",
-        "--workers",
-        "0",
-        "--text-bank",
-        str(tmp_path / "bank.txt"),
-        "--texts",
-        "2",
-    ]
+    argv = ["--task textspan --limit 40 --workers 0", "--text-bank", str(tmp_path / "bank.txt"), "--texts 2"]
     assert "agreement" not in run(tmp_path, *argv).results

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from runs import assert_refused as refused
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from data import ImageFolder, InputError, Waterbirds, read_picture
@@ -24,31 +25,6 @@ def run(tmp_path: Path, *argv: str) -> tuple[int, dict]:
     return code, json.loads(
         (tmp_path / "results" / argv[argv.index("--task") + 1] / "results.json").read_text()
     )
-
-
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture, argv: list[str], *fragments: str) -> str:
-    """One line, exit code 2, and what was there before still there."""
-    folder = tmp_path / "results" / argv[argv.index("--task") + 1]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text("earlier results")
-    capsys.readouterr()
-    try:
-        code = main([*argv, "--out", str(tmp_path / "results")])
-    except SystemExit as error:  # argparse
-        code = error.code
-    stderr = [line.split("\r")[-1] for line in capsys.readouterr().err.splitlines()]
-    lines = [line for line in stderr if line.startswith("evaluate.py: ")]
-    assert code == 2
-    assert len(lines) == 1
-    assert [
-        line for line in stderr[stderr.index(lines[0]) :] if line.strip()
-    ] == lines  # nothing of it on further lines
-    assert "Traceback" not in "".join(stderr)
-    for fragment in fragments:
-        assert fragment in lines[0]
-    assert (folder / "results.json").read_text() == "earlier results"
-    assert [path.name for path in folder.iterdir()] == ["results.json"]
-    return lines[0]
 
 
 def colour(image: Image.Image) -> tuple[int, int, int]:

@@ -12,10 +12,8 @@ from torch.testing import assert_close
 
 from metrics import Segmentation, average_precision, scale
 
-EXACT = {
-    "rtol": 0,
-    "atol": 1e-12,
-}  # float64 sums of some thousand numbers up to 1: only the order of adding differs
+# float64 sums of some thousand numbers up to 1: only the order of adding differs
+EXACT = {"rtol": 0, "atol": 1e-12}
 
 
 # The independent route: numpy, plain loops, one pixel or one threshold at a time.
@@ -194,11 +192,8 @@ def test_the_arguments_are_left_as_they_were():
 # Resizing and scaling.
 
 
-def test_two_values_spread_over_four_pixels():
-    assert scale(torch.tensor([[[0.0, 1.0]]]), (1, 4)).tolist() == [[[0, 0.25, 0.75, 1]]]
-
-
 def test_both_axes_are_resized_each_by_its_own_factor():
+    assert scale(torch.tensor([[[0.0, 1.0]]]), (1, 4)).tolist() == [[[0, 0.25, 0.75, 1]]]
     found = scale(torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]), (3, 4))
     by_hand = [[x + y for x in (0, 0.25, 0.75, 1)] for y in (0, 1, 2)]  # 0 to 3: columns add 1, rows add 2
     assert_close(found[0], torch.tensor(by_hand).double() / 3, **EXACT)
@@ -232,13 +227,10 @@ def test_scaling_is_in_float64_whatever_the_map_is_in():
     assert_close(scale(maps, (9, 7)), scale(maps.double(), (9, 7)), rtol=0, atol=0)
 
 
-def test_clipping_comes_after_resizing_and_before_scaling():
+def test_a_map_is_clipped_after_resizing_and_before_scaling():
     maps = torch.tensor([[[-1.0, 1.0]]])  # resized: -1, -.5, .5, 1
     assert scale(maps, (1, 4), clip=True).tolist() == [[[0, 0, 0.5, 1]]]
     assert scale(maps, (1, 4)).tolist() == [[[0, 0.25, 0.75, 1]]]
-
-
-def test_a_map_without_a_positive_value_is_constant_when_clipped():
     maps = torch.tensor([[[-3.0, -1.0]]])
     assert scale(maps, (1, 2), clip=True).tolist() == [[[0.5, 0.5]]]
     assert scale(maps, (1, 2)).tolist() == [[[0, 1]]]
@@ -268,27 +260,18 @@ def test_maps_with_many_ties_are_counted_right():
     assert figures(measured(maps, masks)) == pytest.approx(naive_measures(maps, masks), abs=1e-12)
 
 
-def test_a_perfect_map():
+def test_perfect_and_inverted_and_constant_maps():
     assert one([0, 1, 1, 0], [0, 1, 1, 0]) == (1, 1, 1)
-
-
-def test_an_inverted_map_has_nothing_right_but_an_average_precision_of_a_half():
     assert one([1, 0, 0, 1], [0, 1, 1, 0]) == (0, 0, 0.5)
-
-
-def test_a_constant_map_is_all_background():
     assert one([3, 3, 3, 3, 3], [0, 1, 0, 0, 1]) == pytest.approx((3 / 5, (3 / 5 + 0) / 2, 0.5))
 
 
-def test_an_image_that_is_all_foreground():
+def test_an_image_that_is_all_foreground_or_has_none():
     # The pixel at 0 is missed: foreground 2 of 3, background 0 of 1. Ranked: 1, .75 and .25, 0 for
     # foreground; positives first.
     assert one([0, 0.75, 1], [1, 1, 1]) == pytest.approx(
         (2 / 3, (2 / 3 + 0) / 2, (1 / 2 + 2 / 3 + 3 / 6) / 3)
     )
-
-
-def test_an_image_without_foreground():
     # Ranked as (score, is it right): background 1 yes, 0 yes; foreground 0 no, 1 no.
     assert one([0, 1], [0, 0]) == pytest.approx((1 / 2, (1 / 2 + 0) / 2, 1 / 2))
 
@@ -323,12 +306,9 @@ def test_mean_average_precision_is_a_mean_over_images_and_not_over_pixels():
 # Pixels that are not labelled.
 
 
-def test_a_pixel_without_a_label_counts_nowhere():
+def test_a_pixel_without_a_label_counts_nowhere_but_in_the_mean_and_the_range():
     assert one([0, 1, 1, 0.25], [0, 1, -1, -7]) == (1, 1, 1)
     assert one([0, 1, 1, 0.25], [0, 1, 0, 1])[0] == 1 / 2
-
-
-def test_a_pixel_without_a_label_still_takes_part_in_the_mean_and_the_range():
     # Scaled by all pixels: 0, .2, .4, 1 with mean .4, so the third is background; then 0, .5, 1, 1 with mean
     # .625.
     assert one([0, 0.2, 0.4, 1.0], [0, 0, 1, -1])[0] == pytest.approx(2 / 3)
@@ -346,13 +326,10 @@ def test_average_precision_without_some_labels_is_that_of_the_others():
 # Clipping.
 
 
-def test_clipping_moves_the_threshold():
+def test_clipping_moves_the_threshold_where_values_are_negative():
     # Scaled 0, .8, .9, 1 with mean .675; clipped 0, 0, .5, 1 with mean .375.
     assert one([-8, 0, 1, 2], [0, 0, 1, 1])[0] == pytest.approx(3 / 4)
     assert one([-8, 0, 1, 2], [0, 0, 1, 1], clip=True)[0] == 1
-
-
-def test_clipping_leaves_a_map_without_negative_values_as_it_is():
     maps, masks = problem(7)
     assert sums(measured(maps.abs(), masks, clip=True)) == sums(measured(maps.abs(), masks))
     assert sums(measured(maps, masks, clip=True)) != sums(measured(maps, masks))
@@ -364,24 +341,19 @@ def test_clipping_leaves_a_map_without_negative_values_as_it_is():
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.01, 100), st.floats(-100, 100))
 def test_average_precision_does_not_see_scale_and_offset(seed, factor, offset):
-    maps, masks = problem(
-        seed, grid=(9, 7)
-    )  # as large as the masks: resizing would make values that are equal up to rounding
+    # As large as the masks: resizing would make values that are equal up to rounding.
+    maps, masks = problem(seed, grid=(9, 7))
     maps = maps.double()
     assert measured(factor * maps + offset, masks).mean_ap == pytest.approx(
         measured(maps, masks).mean_ap, abs=1e-9
     )
 
 
-def test_average_precision_of_a_resized_map_hardly_sees_them():
+def test_average_precision_sees_the_sign_but_hardly_scale_and_offset_of_a_resized_map():
     maps, masks = problem(8, b=4, grid=(8, 8), size=(64, 64))
     before, after = measured(maps.double(), masks).mean_ap, measured(0.3 * maps.double() + 7, masks).mean_ap
-    assert before == pytest.approx(
-        after, abs=1e-4
-    )  # two of a map's edges repeat values up to rounding: such pairs change places
-
-
-def test_average_precision_sees_the_sign():
+    # Two of a map's edges repeat values up to rounding: such pairs change places.
+    assert before == pytest.approx(after, abs=1e-4)
     maps, masks = problem(8)
     assert abs(measured(-maps, masks).mean_ap - measured(maps, masks).mean_ap) > 0.02
 
@@ -421,14 +393,10 @@ def test_masks_of_different_sizes_can_come_in_batches_of_their_own():
     )
 
 
-def test_the_order_of_images_changes_nothing():
+def test_the_order_of_images_changes_nothing_unless_masks_stay():
     maps, masks = problem(13, b=8)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     assert_same_sums(measured(maps[order], masks[order]), measured(maps, masks))
-
-
-def test_maps_given_to_other_masks_change_the_sums():
-    maps, masks = problem(13, b=8)
     assert sums(measured(maps.roll(1, 0), masks)) != sums(measured(maps, masks))
 
 
@@ -499,14 +467,9 @@ def test_the_standard_error_is_numpys(b):
 
 def test_images_that_are_all_alike_have_no_spread():
     maps, masks = problem(21, b=1)
-    assert (
-        measured(maps.expand(7, -1, -1), masks.expand(7, -1, -1)).mean_ap_error < 1e-8
-    )  # the root of a rounded 0
+    # The root of a rounded 0.
+    assert measured(maps.expand(7, -1, -1), masks.expand(7, -1, -1)).mean_ap_error < 1e-8
     assert measured(maps, masks).mean_ap_error == 0
-
-
-def test_a_spread_of_nothing_is_no_root_of_a_negative_number():
-    maps, masks = problem(21, b=1)
     for n in range(2, 30):  # rounding falls either way
         error = measured(maps.expand(n, -1, -1), masks.expand(n, -1, -1)).mean_ap_error
         assert isinstance(error, float)

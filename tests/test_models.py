@@ -8,6 +8,7 @@ import socket
 import time
 from collections import Counter, OrderedDict
 from functools import lru_cache
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -44,8 +45,10 @@ ONE_OF_EACH = {  # family, read-out
 listed = lru_cache(models.listed)
 
 
+@pytest.mark.slow
 def test_116_of_open_clips_144_configurations_can_be_decomposed_at_full_size():
-    names = open_clip.list_models()
+    # Other tests add names of their own to open_clip.list_models().
+    names = [path.stem for path in (Path(open_clip.__file__).parent / "model_configs").glob("*.json")]
     if len(names) != 144:
         pytest.skip(f"counted on open_clip 3.3's 144 configurations, this release has {len(names)}")
     kinds = Counter(listed(name).refusal.split(",")[0] for name in names)
@@ -247,7 +250,18 @@ def test_another_image_size_is_another_grid_of_the_same_weights(tmp_path, pixels
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == [
         "visual.positional_embedding"
     ]
-    argv = ["--task", "waterbirds", "--image-size", str(pixels), "--limit", "64", "--out", str(tmp_path)]
+    argv = [
+        "--task",
+        "waterbirds",
+        "--image-size",
+        str(pixels),
+        "--limit",
+        "64",
+        "--workers",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(argv) == 0
     assert (
         f"images of {pixels} pixels"

@@ -132,18 +132,13 @@ def test_the_sum_holds_whatever_the_shape_and_options(model, batch, layer, seed)
 
 
 @every_option
-def test_without_the_constant_or_any_one_neuron_the_sum_is_another(options):
+def test_without_the_constant_or_any_one_neuron_the_sum_is_another_than_that_of_decompose(options):
     model = build(**options)
     split = neurons(model, pictures(model), 1)
     whole, terms = decompose(model, pictures(model)).mlps[:, 1], split.terms()
     assert far(terms.sum(dim=1), whole) > FAR
     gaps = [far(split.total() - terms[:, j], whole) for j in range(n)]
     assert sum(gap > FAR for gap in gaps) > 0.9 * n  # GELU leaves a few next to silent
-
-
-@every_option
-def test_the_term_kept_is_that_of_decompose(options):
-    model = build(**options)
     assert far(neurons(model, pictures(model), 1).term, decompose(model, pictures(model)).mlps[:, 1]) < EXACT
 
 
@@ -158,11 +153,8 @@ def of(**more):
     return Neurons(**{key: torch.tensor(value) for key, value in parts.items()})
 
 
-def test_terms_are_activations_times_maps():
+def test_terms_are_activations_times_maps_and_the_total_adds_the_constant():
     assert of().terms().tolist() == [[[1.0, 0.0, 3.0], [0.0, 2.0, -2.0]]]
-
-
-def test_the_total_is_terms_and_constant():
     assert of().total().tolist() == [[1.5, 2.5, 1.0]]
 
 
@@ -331,13 +323,11 @@ def test_a_neuron_at_its_mean_adds_the_mean_less_its_term(options):
     images = pictures(model, batch=3)
     split, hidden = neurons(model, images, layer), streams(model, images, layer)[0][:, j]
     divisor = hidden / split.activations[:, j]
-    at = (
-        split.activations[:, j].mean() * divisor
-    )  # the raw activation that is the mean once it reaches the embedding
+    # The raw activation that is the mean once it reaches the embedding.
+    at = split.activations[:, j].mean() * divisor
     change = intervene(model, images, layer, j, value=at) - split.embedding
-    assert (
-        far(change, split.terms()[:, j].mean(dim=0) - split.terms()[:, j]) < 1e-8
-    )  # a difference of near numbers
+    # A difference of near numbers.
+    assert far(change, split.terms()[:, j].mean(dim=0) - split.terms()[:, j]) < 1e-8
 
 
 @pytest.mark.parametrize("way", ["hold", "freeze"])
@@ -354,15 +344,10 @@ def test_a_silenced_neuron_changes_more_where_the_rest_may_answer(way):
 
 
 def test_the_model_is_left_as_found():
-    model = half_trained()
+    model = half_trained(**INNER)
     before = found(model)
     neurons(model, pictures(model), 1)
     assert found(model) == before
-
-
-def test_the_model_is_left_as_found_when_its_forward_raises():
-    model = half_trained()
-    before = found(model)
     with pytest.raises(RuntimeError):
         neurons(model, torch.zeros(2, 3, 16, 16, dtype=torch.float64), 1)
     assert found(model) == before
@@ -540,15 +525,12 @@ def test_an_mlp_of_another_kind_elsewhere_is_no_obstacle():
     )
 
 
-def test_other_towers_are_refused_as_by_decompose():
+def test_other_towers_and_objects_are_refused_as_by_decompose():
     with pytest.raises(
         DecompositionError,
         match=r"cannot decompose CLIP with image tower VisionTransformer: .*pooling 'none'",
     ):
         neurons(build(pool_type="none"), pictures(build()), 0)
-
-
-def test_an_object_without_image_tower_is_refused():
     with pytest.raises(
         DecompositionError,
         match="cannot decompose Linear with image tower NoneType: it has no attribute `visual`",
@@ -589,9 +571,8 @@ def test_the_images_kept_are_the_first_of_all_sorted(sizes, kept, seed):
     whole = some(sum(sizes), seed)
     activity = in_batches(whole, sizes, kept)
     for j in range(7):
-        order = sorted(range(sum(sizes)), key=lambda i, j=j: (-float(whole.activations[i, j]), i))[
-            :kept
-        ]  # of equals the earlier
+        # Of equals the earlier.
+        order = sorted(range(sum(sizes)), key=lambda i, j=j: (-float(whole.activations[i, j]), i))[:kept]
         assert activity.images[j].tolist() == order
         assert activity.top[j].tolist() == whole.activations[order, j].tolist()
 
@@ -722,7 +703,7 @@ def numbers(ran):
     return [int(row["neuron"].split(".")[1]) for row in ran.results["neurons"]]
 
 
-def test_the_neurons_shown_are_those_of_largest_spread(ran, truth):
+def test_the_neurons_shown_are_those_of_largest_spread_with_mean_and_variance_in_the_embedding(ran, truth):
     seen = truth.seen["train"]
     spread = seen.terms.double().var(0).sum(1) / seen.embedding.double().var(0).sum()
     assert numbers(ran) == spread.argsort(descending=True)[:5].tolist()
@@ -730,9 +711,6 @@ def test_the_neurons_shown_are_those_of_largest_spread(ran, truth):
     assert [row["spread"] for row in ran.results["neurons"]] == pytest.approx(
         spread[numbers(ran)].tolist(), rel=1e-4
     )
-
-
-def test_mean_and_variance_are_of_the_activation_as_it_reaches_the_embedding(ran, truth):
     mine = truth.seen["train"].activations[:, numbers(ran)].double()
     assert [row["mean"] for row in ran.results["neurons"]] == pytest.approx(mine.mean(0).tolist(), rel=1e-4)
     assert [row["variance"] for row in ran.results["neurons"]] == pytest.approx(
@@ -775,11 +753,10 @@ def without(truth, chosen):
     return right.double().mean().item()
 
 
-def test_the_base_is_the_stock_model(ran, truth):
+def test_accuracies_are_of_the_stock_model_and_of_embeddings_with_those_terms_at_their_reference_mean(
+    ran, truth
+):
     assert ran.results["accuracy"]["base"] == pytest.approx(without(truth, []))
-
-
-def test_accuracies_are_of_embeddings_with_those_terms_at_their_reference_mean(ran, truth):
     assert [row["accuracy without it"] for row in ran.results["neurons"]] == pytest.approx(
         [without(truth, [j]) for j in numbers(ran)]
     )

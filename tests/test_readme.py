@@ -46,6 +46,7 @@ def broken_links(page):
     return broken
 
 
+@pytest.mark.slow
 def test_the_first_python_block_prints_the_block_beneath_it():
     (_, code), (_, printed) = blocks(README)[:2]
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -92,3 +93,8 @@ def test_each_of_the_two_commands_is_there_once(command):
     lines = README.read_text(encoding="utf-8").splitlines()
     assert lines.count(start + command) == 1
     assert len([line for line in lines if line.startswith("python3 -m venv")]) == 2
+
+
+def test_the_slow_tests_have_a_line_of_their_own():
+    commands = [line.partition("  #")[0] for line in README.read_text(encoding="utf-8").splitlines()]
+    assert commands.count(".venv/bin/python -m pytest -q -m slow") == 1

@@ -451,14 +451,15 @@ def test_the_counts_of_a_histogram_sum_to_the_number_of_values(values):
     assert f"{len(values)} of {len(values) + 2} values" in shown
 
 
-def test_a_histogram_counts_as_numpy_does():
-    values = np.random.default_rng(0).normal(size=200).tolist()
-    columns = [
-        path
-        for path in drawing(histogram(values, {}, "t", "x")).iter("path")
-        if path.get("class") == "column"
-    ]
-    edges = Axis(values, 0, 1, about=min(24, 5 + math.isqrt(200))).ticks
+@pytest.mark.parametrize(
+    "values",
+    [np.random.default_rng(0).normal(size=200).tolist(), [0, 1, 1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8, 8]],
+    ids=["anywhere", "on the edges of bars"],
+)
+def test_a_histogram_counts_as_numpy_does(values):
+    paths = drawing(histogram(values, {}, "t", "x")).iter("path")
+    columns = [path for path in paths if path.get("class") == "column"]
+    edges = Axis(values, 0, 1, about=min(24, 5 + math.isqrt(len(values)))).ticks
     assert [int(path[0].text.split(": ")[1]) for path in columns] == np.histogram(values, edges)[0].tolist()
 
 

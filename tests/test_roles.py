@@ -78,27 +78,20 @@ def test_explained_is_epsilon_squared(seed, n, k, effect):
     close(explained(written, label), explicit(written, label)[1])
 
 
-def test_explained_is_not_the_raw_share():
-    written, label = labelled(0, n=30, k=6)
-    assert (explicit(written, label)[0] - explained(written, label)).min() > 0.01
-
-
-def test_a_share_by_hand():
+def test_a_share_by_hand_is_not_the_raw_share():
     # Groups {0, 2} and {10, 12} on one axis: mean 6, SSt = 36 + 16 + 16 + 36 = 104, SSb = 4 * 25 = 100, SSw =
     # 4, n - k = 2. Epsilon squared = (100 - 1 * 4 / 2) / 104.
     written = torch.tensor([0.0, 2.0, 10.0, 12.0]).reshape(4, 1, 1, 1)
     close(explained(written, torch.tensor([0, 0, 1, 1])), torch.tensor([[98 / 104]]))
+    written, label = labelled(0, n=30, k=6)
+    assert (explicit(written, label)[0] - explained(written, label)).min() > 0.01
 
 
-def test_labels_at_random_explain_nothing_on_average():
+def test_labels_at_random_explain_nothing_on_average_though_their_raw_share_is_of_chance():
     runs = [(normal(3 * seed, 60, L, H, E), integers(3 * seed + 1, 10, 60)) for seed in range(20)]
     # 120 heads. The share of one, unclamped, is 0 within sqrt(2 * 9 / 4) / 59 = 0.036 (four axes average);
     # clamped at 0, its mean is 0.4 of that, 0.014.
     assert torch.stack([explained(*run) for run in runs]).mean() < 0.025
-
-
-def test_labels_at_random_have_a_raw_share_of_chance():
-    runs = [(normal(3 * seed, 60, L, H, E), integers(3 * seed + 1, 10, 60)) for seed in range(20)]
     # (k - 1) / (n - 1) = 9 / 59 = 0.153, within 0.036 / sqrt(120) for the mean of all heads.
     assert 0.14 < torch.stack([explicit(*run)[0] for run in runs]).mean() < 0.17
 
@@ -147,9 +140,8 @@ def test_the_scale_of_what_is_written_does_not_matter(scale):
 @given(seed=SEEDS, names=st.permutations(range(9)))
 def test_the_names_of_the_labels_do_not_matter(seed, names):
     written, label = labelled(seed)
-    close(
-        explained(written, torch.tensor(names)[label]), explained(written, label)
-    )  # 4 of 9 names: the others have no image
+    # 4 of 9 names: the others have no image
+    close(explained(written, torch.tensor(names)[label]), explained(written, label))
 
 
 def test_joining_two_labels_matters():
@@ -179,9 +171,8 @@ def test_a_head_that_writes_nothing_has_no_share():
 
 
 @pytest.mark.parametrize("n", [60, 1000])
-@pytest.mark.parametrize(
-    "constant", [0.1, 0.3, 1.7, 1e-3, -0.3]
-)  # no binary fractions: a mean in float32 is off by rounding
+# No binary fractions: a mean in float32 is off by rounding.
+@pytest.mark.parametrize("constant", [0.1, 0.3, 1.7, 1e-3, -0.3])
 def test_a_head_that_writes_a_constant_has_no_share(n, constant):
     written, label = labelled(0, n)
     written[:, 0, 1] = constant
@@ -189,9 +180,8 @@ def test_a_head_that_writes_a_constant_has_no_share(n, constant):
 
 
 def test_a_small_variance_around_a_large_constant_still_counts():
-    written, label = labelled(
-        0
-    )  # 1e-3 of the norm; float32 rounds at 6e-8, and so moves the share by some 1e-4
+    # 1e-3 of the norm; float32 rounds at 6e-8, and so moves the share by some 1e-4
+    written, label = labelled(0)
     far = torch.randint(900, 1100, (L, H, E), generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(explained(written + far, label), explained(written, label), rtol=0, atol=1e-3)
 
@@ -330,10 +320,8 @@ def test_categories_stand_in_the_order_in_which_they_come():
 def test_shares_are_epsilon_squared_of_the_terms_between_true_factors():
     values, maps, embedding, texts, categories, truth, _ = world()
     roles = find_roles(values, maps, embedding, texts, categories, bootstraps=0)
-    for (
-        category,
-        label,
-    ) in truth.items():  # texts and images are so clear here that every image gets its own factor's text
+    # Texts and images are so clear here that every image gets its own factor's text.
+    for category, label in truth.items():
         share = roles.share[roles.categories.index(category)]
         drop = [0, 1, 2, 4, 5]  # "nothing" has no variance to divide by
         close(share[:, drop], explicit(terms(values, maps)[:, :, drop], label)[1])
@@ -375,14 +363,11 @@ def test_a_category_must_explain_over_30_percent(share, role):
     )
 
 
-def test_the_role_is_the_category_that_explains_most_not_the_one_furthest_above_chance():
+def test_the_role_is_the_category_that_explains_most_held_against_its_own_chance():
     roles = Roles(
         ["a", "b"], torch.tensor([[[0.6]], [[0.5]]]), torch.tensor([[[0.5]], [[0.1]]]), torch.ones(1, 1)
     )
     assert roles.name(0, 0) == "a"
-
-
-def test_the_best_category_is_held_against_its_own_chance():
     roles = Roles(
         ["a", "b"], torch.tensor([[[0.5]], [[0.6]]]), torch.tensor([[[0.9]], [[0.1]]]), torch.ones(1, 1)
     )

@@ -2,11 +2,10 @@
 any shape.
 """
 
-import contextlib
 import functools
-import io
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -15,7 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from runs import run, words
 
+import report
 import tasks.heatmap
 import tasks.job
 import tasks.segmentation
@@ -23,7 +24,6 @@ import zeroshot
 from baselines import METHODS, Attribution, BaselineError
 from decompose import heatmap
 from demo.images import DemoBirds, DemoMasks
-from evaluate import main
 from masks import MaskFolder, seen
 from metrics import Segmentation
 from tasks.attribution import ATTRIBUTIONS, attribute, score_of
@@ -60,41 +60,14 @@ def tiny(tmp_path_factory):
     }
     (folder / "tiny-maps.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / "tiny-maps.json")
-    return ["--model", "tiny-maps", "--pretrained", "none"]
-
-
-def run(tmp_path, task, *argv):
-    """(exit code, what results.json holds)"""
-    code = main(["--task", task, *map(str, argv), "--out", str(tmp_path / "results")])
-    path = tmp_path / "results" / task / "results.json"
-    return code, json.loads(path.read_text()) if path.exists() else None
+    return ["--model tiny-maps --pretrained none"]
 
 
 def segment(tmp_path, *argv):
     """The rows of a run that went well."""
-    code, results = run(tmp_path, "segmentation", "--workers", "0", *argv)
-    assert code == 0
-    return results["rows"]
-
-
-def refused(tmp_path, capsys, task, argv, *fragments):
-    """One line, exit code 2, and what was there before still there."""
-    results = tmp_path / "results" / task / "results.json"
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text("earlier results")
-    try:
-        code = main(["--task", task, *map(str, argv), "--out", str(tmp_path / "results")])
-    except SystemExit as error:  # argparse
-        code = error.code
-    stderr = [line.split("\r")[-1] for line in capsys.readouterr().err.splitlines()]
-    lines = [line for line in stderr if line.startswith("evaluate.py: ")]
-    assert code == 2
-    assert len(lines) == 1
-    assert "Traceback" not in "".join(stderr)
-    for fragment in fragments:
-        assert fragment in lines[0]
-    assert results.read_text() == "earlier results"
-    assert [path.name for path in results.parent.iterdir()] == ["results.json"]
+    found = run(tmp_path, "--task segmentation --workers 0", *argv)
+    assert found.code == 0
+    return found.results["rows"]
 
 
 # Pictures with a bird at a known place.
@@ -164,10 +137,10 @@ def birds(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scenes(clip):
-    """(images, classes, corners): 20 birds, each in all four corners."""
+    """(images, classes, corners): 12 birds, each in all four corners."""
     pictures = [
         (in_corner(bird, mask, corner)[0], kind, corner)
-        for bird, mask, kind in cut_out(20, 28)
+        for bird, mask, kind in cut_out(12, 28)
         for corner in CORNERS
     ]
     images = torch.stack([clip.preprocess(picture) for picture, _, _ in pictures])
@@ -194,13 +167,8 @@ SHARP = [
     "chefer2021",
     "chefer2021-mm",
 ]
-BLUNT = [
-    "gradcam",
-    "lrp",
-    "lrp-conserving",
-    "legrad",
-    "grad-eclip",
-]  # see the bird less well on this model; chance is a quarter
+# See the bird less well on this model; chance is a quarter.
+BLUNT = ["gradcam", "lrp", "lrp-conserving", "legrad", "grad-eclip"]
 
 
 @pytest.mark.parametrize("method", SHARP + BLUNT)
@@ -245,31 +213,23 @@ def test_a_map_finds_the_bird_of_its_mask_and_not_that_of_a_turned_one(clip, bir
 
 # Segmentation on the demo: the table, and every figure by another route.
 
-TABLE = [
-    "--limit",
-    "96",
-    "--methods",
-    "decomposition",
-    "raw-attention",
-    "chefer2021",
-    "centred blob",
-    "random",
-]
+TABLE = ["decomposition", "raw-attention", "chefer2021", "centred blob", "random"]
 
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
-    out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+    """(what results.json holds, what was printed)"""
+    argv = ["--task segmentation --workers 0 --limit 96 --methods", *TABLE]
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks.job, "load_clip", load_once)
-        code, results = run(tmp_path_factory.mktemp("demo"), "segmentation", "--workers", "0", *TABLE)
+        code, results, out = run(tmp_path_factory.mktemp("demo"), *argv)
     assert code == 0
-    return results, out.getvalue()
+    return results, out
 
 
 def test_the_table_shows_what_results_json_holds(demo_run):
     results, printed = demo_run
-    assert list(results["rows"]) == TABLE[3:]
+    assert list(results["rows"]) == TABLE
     for method, row in results["rows"].items():
         (line,) = [line for line in printed.splitlines() if line.startswith(f"{method}  ")]
         cells = re.split(r"  +", line)
@@ -352,10 +312,7 @@ MIXED = ["decomposition", "decomposition-abs", "gradcam", "legrad", "chefer2021-
 def test_every_figure_is_that_of_the_methods_themselves(tmp_path, clip, ten, prompt, contrast, score):
     images, masks, true, classes = ten
     argv = [
-        "--limit",
-        "10",
-        "--seed",
-        "2",
+        "--limit 10 --seed 2",
         "--prompt",
         prompt,
         "--contrast",
@@ -369,9 +326,8 @@ def test_every_figure_is_that_of_the_methods_themselves(tmp_path, clip, ten, pro
     with torch.no_grad():
         predicted = (clip.model.encode_image(images) @ classes.T).argmax(dim=1)
     shown = {"predicted": predicted, "true": true, "heron": torch.full((10,), KINDS.index("heron"))}[prompt]
-    assert (
-        len({tuple(x.tolist()) for x in (predicted, true, torch.full((10,), 6))}) == 3
-    )  # else the prompts could not be told apart
+    # Else the prompts could not be told apart.
+    assert len({tuple(x.tolist()) for x in (predicted, true, torch.full((10,), 6))}) == 3
     for method in MIXED:
         texts = classes[shown] - classes.mean(dim=0) if CONTRASTED[contrast](method) else classes[shown]
         if method.startswith("decomposition"):
@@ -390,18 +346,18 @@ def test_every_figure_is_that_of_the_methods_themselves(tmp_path, clip, ten, pro
 
 def test_the_options_change_the_figures_of_those_that_see_them(tmp_path):
     methods = ["decomposition", "decomposition-abs", "chefer2021-mm", "raw-attention", "random"]
-    argv = ["--limit", "10", "--seed", "2", "--methods", *methods]
+    argv = ["--limit 10 --seed 2", "--methods", *methods]
     base, blind, ours = (
         segment(tmp_path, *argv),
         {"raw-attention", "random"},
         {"decomposition", "decomposition-abs"},
     )
     for change, same in [
-        (["--prompt", "true"], blind),
-        (["--prompt", "heron"], blind),
-        (["--contrast", "none"], blind),
-        (["--contrast", "paper"], blind | ours),
-        (["--score", "dot"], blind | ours),
+        (["--prompt true"], blind),
+        (["--prompt heron"], blind),
+        (["--contrast none"], blind),
+        (["--contrast paper"], blind | ours),
+        (["--score dot"], blind | ours),
     ]:
         rows = segment(tmp_path, *argv, *change)
         assert {
@@ -428,19 +384,14 @@ def test_each_row_says_what_it_explains(tmp_path):
         ("none", "cosine"): [("dot", "class")] * 2 + [none] * 2 + [("cosine", "class")] * 3 + [none],
     }
     for (contrast, score), cells in expected.items():
-        rows = segment(
-            tmp_path, "--limit", "2", "--contrast", contrast, "--score", score, "--methods", *methods
-        )
+        rows = segment(tmp_path, "--limit 2", "--contrast", contrast, "--score", score, "--methods", *methods)
         assert [(row["score"], row["text"]) for row in rows.values()] == cells
 
 
-def test_without_methods_every_method_has_its_row(tmp_path):
-    rows = segment(tmp_path, "--limit", "2")
+def test_every_method_has_its_row_or_those_given_each_once_in_their_order(tmp_path):
+    rows = segment(tmp_path, "--limit 2")
     assert list(rows) == ["decomposition", "decomposition-abs", *METHODS, "centred blob", "random"]
-
-
-def test_methods_come_in_the_order_given_each_once(tmp_path):
-    rows = segment(tmp_path, "--limit", "2", "--methods", "rollout", "decomposition", "rollout")
+    rows = segment(tmp_path, "--limit 2 --methods rollout decomposition rollout")
     assert list(rows) == ["rollout", "decomposition"]
 
 
@@ -456,40 +407,27 @@ def test_a_new_entry_alone_says_what_the_table_shows(monkeypatch):
     assert [contrasted(name, "all") for name in ("new", "blind")] == [True, False]
 
 
-def test_a_method_that_does_not_support_the_model_is_left_out_and_named(tmp_path, capsys, monkeypatch):
+def test_a_method_that_does_not_support_the_model_is_left_out_or_refused(tmp_path, monkeypatch, refused):
     monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
-    code, results = run(tmp_path, "segmentation", "--limit", "1", "--workers", "0")
+    code, results, out = run(tmp_path / "without", "--task segmentation --limit 1 --workers 0")
     assert code == 0
     assert "gradcam" not in results["rows"]
     assert {"decomposition", "lrp", "random"} < set(results["rows"])
     assert results["refused"] == {"gradcam": "this method does not read such a model"}
-    assert "Without gradcam: this method does not read such a model" in capsys.readouterr().out
-
-
-def test_a_method_that_does_not_support_the_model_is_refused_when_asked_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
-    argv = ["--limit", "1", "--workers", "0", "--methods", "decomposition", "gradcam"]
-    refused(tmp_path, capsys, "segmentation", argv, "this method does not read such a model")
+    assert "Without gradcam: this method does not read such a model" in out
+    argv = ["--task segmentation --limit 1 --workers 0 --methods decomposition gradcam"]
+    refused(argv, "this method does not read such a model")
 
 
 def test_what_is_explained_is_said(tmp_path):
-    for prompt, words in (("true", "the true class"), ("gull", "'gull', whatever the image shows")):
-        _, results = run(
-            tmp_path,
-            "segmentation",
-            "--limit",
-            "1",
-            "--workers",
-            "0",
-            "--methods",
-            "random",
-            "--prompt",
-            prompt,
+    for prompt, said in (("true", "the true class"), ("gull", "'gull', whatever the image shows")):
+        _, results, _ = run(
+            tmp_path, "--task segmentation --limit 1 --workers 0 --methods random", "--prompt", prompt
         )
-        assert results["settings"]["explained"] == words
+        assert results["settings"]["explained"] == said
 
 
-SOME = ["--limit", "20", "--methods", "decomposition", "chefer2021", "centred blob", "random"]
+SOME = ["--limit 20 --methods decomposition chefer2021", "centred blob", "random"]
 
 
 @pytest.fixture(scope="module")
@@ -500,9 +438,7 @@ def some_rows(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:This process")  # forking a process with threads
-@pytest.mark.parametrize(
-    "change", [["--batch-size", "7"], ["--batch-size", "1"], ["--workers", "2", "--batch-size", "6"]]
-)
+@pytest.mark.parametrize("change", [["--batch-size 7"], ["--batch-size 1"], ["--workers 2 --batch-size 6"]])
 def test_batch_size_and_workers_change_nothing(tmp_path, some_rows, change):
     again = segment(tmp_path, *SOME, *change)
     for method, row in some_rows.items():
@@ -510,23 +446,22 @@ def test_batch_size_and_workers_change_nothing(tmp_path, some_rows, change):
 
 
 def test_half_precision_gives_nearly_the_same(tmp_path, some_rows):
-    rows = segment(tmp_path, *SOME, "--precision", "bf16")
+    rows = segment(tmp_path, *SOME, "--precision bf16")
     for method in ("decomposition", "chefer2021"):
-        assert rows[method]["mAP"] == pytest.approx(
-            some_rows[method]["mAP"], abs=0.02
-        )  # three digits of every activation
+        # Three digits of every activation.
+        assert rows[method]["mAP"] == pytest.approx(some_rows[method]["mAP"], abs=0.02)
         assert rows[method]["mAP"] != some_rows[method]["mAP"]
 
 
 @pytest.mark.parametrize(
-    "argv", [["--batch-size", "3"], ["--prompt", "crow"], ["--methods", "random"], ["--score", "dot"]]
+    "argv", [["--batch-size 3"], ["--prompt crow"], ["--methods random"], ["--score dot"]]
 )
 def test_the_random_row_depends_on_nothing_but_the_seed(tmp_path, some_rows, argv):
     assert_same_row(segment(tmp_path, *SOME, *argv)["random"], some_rows["random"])
 
 
 def test_another_seed_draws_other_random_maps_on_the_same_images(tmp_path, birds):
-    argv = ["--data", birds, "--methods", "decomposition", "centred blob", "random"]
+    argv = ["--data", birds, "--methods decomposition", "centred blob", "random"]
     first, again, other = (segment(tmp_path, *argv, "--seed", seed) for seed in (0, 0, 1))
     assert first == again
     assert first["random"] != other["random"]
@@ -569,8 +504,8 @@ def test_the_centred_blob_is_a_gaussian_of_a_quarter_of_the_side(clip):
 
 
 def test_a_folder_with_folders_of_classes_is_told_among_them(tmp_path, birds):
-    code, results = run(
-        tmp_path, "segmentation", "--data", birds, "--workers", "0", "--methods", "decomposition", "rollout"
+    code, results, _ = run(
+        tmp_path, "--task segmentation", "--data", birds, "--workers 0 --methods decomposition rollout"
     )
     assert code == 0
     assert f"{len(list((birds / 'images').iterdir()))} classes" in results["settings"]["prompts"]
@@ -591,27 +526,27 @@ def test_a_folder_gives_the_figures_of_its_pictures(tmp_path, clip, birds, contr
         image = clip.preprocess(Image.open(path))[None]
         maps.append(heatmap(clip.model, image, classes[names.index(path.parent.name)][None])[0, 0])
     rows = segment(
-        tmp_path, "--data", birds, "--prompt", "true", "--contrast", contrast, "--methods", "decomposition"
+        tmp_path, "--data", birds, "--prompt true", "--contrast", contrast, "--methods decomposition"
     )
     assert_same_row(rows["decomposition"], measured(torch.stack(maps), torch.stack(masks), clip=True))
 
 
 def test_the_authors_protocol_costs_every_map_that_finds_the_bird(tmp_path, birds):
-    argv = ["--data", birds, "--methods", "raw-attention", "rollout", "chefer2021"]
+    argv = ["--data", birds, "--methods raw-attention rollout chefer2021"]
     aligned = segment(tmp_path, *argv)
-    code, results = run(tmp_path, "segmentation", "--workers", "0", *argv, "--protocol", "authors")
+    code, results, _ = run(tmp_path, "--task segmentation --workers 0", *argv, "--protocol authors")
     assert code == 0
     assert "squashed" in results["settings"]["protocol"]
-    for method in argv[3:]:
+    for method in ["raw-attention", "rollout", "chefer2021"]:
         assert results["rows"][method]["mIoU"] < aligned[method]["mIoU"] - 0.02
 
 
 def test_classes_come_as_a_list_or_as_a_file(tmp_path, birds):
     (tmp_path / "names.txt").write_text("\n".join(["duck", "  heron ", "", "gull", ""]), encoding="utf-8-sig")
-    argv = ["--data", birds, "--methods", "decomposition"]
-    listed = segment(tmp_path, *argv, "--classes", "duck", "heron", "gull")
-    code, results = run(
-        tmp_path, "segmentation", "--workers", "0", *argv, "--classes", tmp_path / "names.txt"
+    argv = ["--data", birds, "--methods decomposition"]
+    listed = segment(tmp_path, *argv, "--classes duck heron gull")
+    code, results, _ = run(
+        tmp_path, "--task segmentation --workers 0", *argv, "--classes", tmp_path / "names.txt"
     )
     assert code == 0
     assert results["rows"] == listed
@@ -620,7 +555,7 @@ def test_classes_come_as_a_list_or_as_a_file(tmp_path, birds):
 
 
 def test_the_true_class_is_found_by_its_name_and_not_by_its_place(tmp_path, birds):
-    argv = ["--data", birds, "--prompt", "true", "--methods", "decomposition", "--contrast", "none"]
+    argv = ["--data", birds, "--prompt true --methods decomposition --contrast none"]
     here = segment(tmp_path, *argv)
     turned = segment(tmp_path, *argv, "--classes", *reversed(KINDS))
     assert_same_row(turned["decomposition"], here["decomposition"])
@@ -628,17 +563,7 @@ def test_the_true_class_is_found_by_its_name_and_not_by_its_place(tmp_path, bird
 
 def test_a_class_may_be_explained_that_only_the_list_knows(tmp_path, birds):
     rows = segment(
-        tmp_path,
-        "--data",
-        birds,
-        "--classes",
-        "bird",
-        "forest",
-        "lake",
-        "--prompt",
-        "forest",
-        "--methods",
-        "decomposition",
+        tmp_path, "--data", birds, "--classes bird forest lake --prompt forest --methods decomposition"
     )
     assert 0 <= rows["decomposition"]["mAP"] <= 1
 
@@ -660,11 +585,38 @@ def test_a_mask_without_foreground_counts_as_background(tmp_path):
 
 def test_a_void_value_is_left_out(tmp_path, birds):
     """Void pixels over the bird itself: what is left is background, wherever the map says otherwise."""
-    rows = segment(tmp_path, "--data", birds, "--void", "255", "--methods", "rollout")
+    rows = segment(tmp_path, "--data", birds, "--void 255 --methods rollout")
     assert rows["rollout"]["mIoU"] < 0.5  # no foreground is left: that half is zero
-    assert segment(tmp_path, "--data", birds, "--void", "7", "--methods", "rollout") == segment(
-        tmp_path, "--data", birds, "--methods", "rollout"
+    assert segment(tmp_path, "--data", birds, "--void 7 --methods rollout") == segment(
+        tmp_path, "--data", birds, "--methods rollout"
     )
+
+
+def test_the_mask_of_an_example_shows_foreground_white_and_void_grey(tmp_path, birds, monkeypatch):
+    drawn, page = {}, tasks.segmentation.page
+    monkeypatch.setattr(
+        tasks.segmentation, "page", lambda rows, pictures: drawn.update(pictures) or page(rows, pictures)
+    )
+    root = shutil.copytree(birds, tmp_path / "data")
+    for path in (root / "masks").rglob("*.png"):
+        mask = Image.open(path)
+        mask.paste(7, (0, 0, mask.width, 3))
+        mask.save(path)
+    segment(tmp_path, "--data", root, "--void 7 --methods random")
+    for tiles in drawn.values():
+        shown = np.asarray({caption: picture for picture, caption in tiles}["mask"])
+        assert set(np.unique(shown)) == {0, 128, 255}
+        assert (shown[:3] == 128).all()
+        assert not (shown[3:] == 128).any()
+    assert len(drawn) == tasks.segmentation.EXAMPLES
+
+
+def test_the_whiskers_are_the_interval_that_their_title_says():
+    rows = {"rollout": {"score": "-", "text": "-", "pixel accuracy": 0.8, "mIoU": 0.5}}
+    rows["rollout"] |= {"mAP": 0.6, "mAP standard error": 0.05}
+    document = report.page("segmentation", {}, tasks.segmentation.page(rows, {}))
+    assert "± 1.96 standard errors" in document
+    assert "60.0 [50.2, 69.8]" in document
 
 
 def test_a_mat_file_gives_the_figures_of_the_same_folder(tmp_path, birds):
@@ -676,7 +628,7 @@ def test_a_mat_file_gives_the_figures_of_the_same_folder(tmp_path, birds):
             for i, path in enumerate(files):
                 array = np.array(Image.open(birds / folder / path))
                 cells[i, 0] = file.create_dataset(f"#refs#/{name}{i}", data=array.T).ref
-    argv = ["--classes", *KINDS, "--methods", "decomposition", "rollout"]
+    argv = ["--classes", *KINDS, "--methods decomposition rollout"]
     assert segment(tmp_path, "--data", tmp_path / "some.mat", *argv) == segment(
         tmp_path, "--data", birds, *argv
     )
@@ -688,40 +640,34 @@ def test_a_mat_file_gives_the_figures_of_the_same_folder(tmp_path, birds):
 @pytest.mark.parametrize(
     ("argv", "fragments"),
     [
-        (["--methods", "magic"], ["'magic'", "decomposition", "rollout", "centred blob", "random"]),
-        (["--prompt", "zebra"], ["'zebra'", "8 classes", "sparrow, cardinal"]),
-        (["--prompt", "sparow"], ["'sparow'", "near it: sparrow"]),
-        (["--classes", "duck"], ["--classes", "at least two", "duck"]),
-        (["--classes", "no/such/file.txt"], ["cannot read no/such/file.txt"]),
-        (["--classes", "duck", "gull", "duck"], ["'duck' twice"]),
-        (["--classes", "duck", "gull", "--prompt", "true"], ["'sparrow'", "2 --classes"]),
-        (["--classes", "zebra", "gull"], ["'zebra'", "not one of them"]),
-        (["--data", "no/such/data"], ["no/such/data", "images/ and masks/"]),
-        (["--void", "0"], ["--void 0", "background"]),
-        (["--void", "-1"], ["--void", "'-1'"]),
-        (["--contrast", "some"], ["--contrast", "'some'"]),
-        (["--score", "distance"], ["--score", "'distance'"]),
-        (["--protocol", "ours"], ["--protocol", "'ours'"]),
+        (["--methods magic"], ["'magic'", "decomposition", "rollout", "centred blob", "random"]),
+        (["--prompt zebra"], ["'zebra'", "8 classes", "sparrow, cardinal"]),
+        (["--classes duck"], ["--classes", "at least two", "duck"]),
+        (["--classes no/such/file.txt"], ["cannot read no/such/file.txt"]),
+        (["--classes duck gull duck"], ["'duck' twice"]),
+        (["--classes zebra gull"], ["'zebra'", "not one of them"]),
+        (["--void -1"], ["--void", "'-1'"]),
+        (["--contrast some"], ["--contrast", "'some'"]),
+        (["--score distance"], ["--score", "'distance'"]),
+        (["--protocol ours"], ["--protocol", "'ours'"]),
     ],
 )
-def test_bad_arguments(tmp_path, capsys, argv, fragments):
-    refused(tmp_path, capsys, "segmentation", ["--limit", "4", "--workers", "0", *argv], *fragments)
+def test_bad_arguments(refused, argv, fragments):
+    refused(["--task segmentation --limit 4 --workers 0", *argv], *fragments)
 
 
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [("duck\n\nduck\n", "'duck' twice"), ("duck\n", "at least two names"), ("\n\n", "at least two names")],
 )
-def test_a_file_of_classes_that_cannot_be_used(tmp_path, capsys, content, fragment):
+def test_a_file_of_classes_that_cannot_be_used(refused, tmp_path, content, fragment):
     (tmp_path / "names.txt").write_text(content)
-    refused(tmp_path, capsys, "segmentation", ["--classes", tmp_path / "names.txt", "--limit", "4"], fragment)
+    refused(["--task segmentation", "--classes", tmp_path / "names.txt", "--limit 4"], fragment)
 
 
-def test_a_file_of_classes_in_another_encoding(tmp_path, capsys):
+def test_a_file_of_classes_in_another_encoding(refused, tmp_path):
     (tmp_path / "names.txt").write_bytes(b"K\xefnd\nduck\n")
-    refused(
-        tmp_path, capsys, "segmentation", ["--classes", tmp_path / "names.txt"], "names.txt", "cannot read"
-    )
+    refused(["--task segmentation", "--classes", tmp_path / "names.txt"], "names.txt", "cannot read")
 
 
 @pytest.fixture
@@ -732,34 +678,27 @@ def flat(tmp_path):
     return tmp_path / "data"
 
 
-LISTED = ["--classes", *KINDS, "--workers", "0", "--methods", "rollout", "--batch-size", "2"]
+LISTED = ["--classes", *KINDS, "--workers 0 --methods rollout --batch-size 2"]
 
 
 def test_a_flat_folder_runs_with_classes(tmp_path, flat):
     assert segment(tmp_path, "--data", flat, *LISTED)["rollout"]["mAP"] > 0.9
 
 
-def test_the_true_class_without_labels(tmp_path, capsys, flat):
-    refused(
-        tmp_path,
-        capsys,
-        "segmentation",
-        ["--data", flat, *LISTED, "--prompt", "true"],
-        "no labels",
-        "images/CLASS/",
-    )
+def test_the_true_class_without_labels(refused, flat):
+    refused(["--task segmentation", "--data", flat, *LISTED, "--prompt true"], "no labels", "images/CLASS/")
 
 
-def test_classes_in_words_that_the_demo_does_not_know(tmp_path, capsys, flat):
+def test_classes_in_words_that_the_demo_does_not_know(refused, flat):
     """Without labels and --classes, ImageNet's names are taken: the demo knows 101 words."""
-    refused(tmp_path, capsys, "segmentation", ["--data", flat], "101 words", "not one of them")
+    refused(["--task segmentation", "--data", flat], "101 words", "not one of them")
 
 
-@pytest.mark.parametrize("void", [[], ["--void", "7"]])
-def test_masks_that_mark_foreground_with_different_values(tmp_path, capsys, flat, void):
+@pytest.mark.parametrize("void", [[], ["--void 7"]])
+def test_masks_that_mark_foreground_with_different_values(refused, flat, void):
     Image.open(flat / "masks" / "3.png").point(lambda value: value and 1).save(flat / "masks" / "3.png")
     argv = ["--data", flat, *LISTED, *void]
-    refused(tmp_path, capsys, "segmentation", argv, "0.png", "with 255", "3.png", "with 1", "--void")
+    refused(["--task segmentation", *argv], "0.png", "with 255", "3.png", "with 1", "--void")
 
 
 def test_a_mask_without_foreground_has_no_value_to_disagree_with(tmp_path, flat):
@@ -772,132 +711,51 @@ def test_a_mask_without_foreground_has_no_value_to_disagree_with(tmp_path, flat)
 @pytest.mark.parametrize(
     ("folder", "damage"), [("images", b"not an image"), ("masks", b"not an image"), ("masks", b"")]
 )
-def test_a_broken_file_is_named(tmp_path, capsys, flat, folder, damage, workers):
+def test_a_broken_file_is_named(refused, flat, folder, damage, workers):
     (flat / folder / "3.png").write_bytes(damage)
     refused(
-        tmp_path,
-        capsys,
-        "segmentation",
-        ["--data", flat, *LISTED, "--workers", workers],
+        ["--task segmentation", "--data", flat, *LISTED, "--workers", workers],
         f"{folder}/3.png",
         "not an image",
     )
 
 
-@pytest.mark.parametrize(
-    ("mask", "fragments"),
-    [
-        (Image.new("L", (64, 63)), ["64 x 63", "64 x 64", "3.png"]),
-        (
-            Image.fromarray(np.arange(64 * 64, dtype=np.int64).reshape(64, 64).astype(np.uint8)),
-            ["3.png", "256 values", "--void"],
-        ),
-        (Image.new("RGB", (64, 64), (200, 0, 0)), ["3.png", "colours"]),
-    ],
-)
-def test_a_mask_that_cannot_be_used_is_named(tmp_path, capsys, flat, mask, fragments):
-    mask.save(flat / "masks" / "3.png")
-    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED], *fragments)
-
-
-def test_a_mask_of_nothing_but_void_is_named(tmp_path, capsys, flat):
-    Image.new("L", (64, 64), 7).save(flat / "masks" / "3.png")
-    refused(
-        tmp_path,
-        capsys,
-        "segmentation",
-        ["--data", flat, *LISTED, "--void", "7"],
-        "3.png",
-        "no labelled pixel",
-    )
-
-
-def test_a_missing_mask_is_named(tmp_path, capsys, flat):
-    (flat / "masks" / "3.png").unlink()
-    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED], "images/3.png", "masks/3.png")
-
-
-@pytest.mark.parametrize("missing", ["images", "masks"])
-def test_a_missing_folder_is_named(tmp_path, capsys, flat, missing):
-    (flat / missing).rename(flat / "elsewhere")
-    refused(tmp_path, capsys, "segmentation", ["--data", flat, *LISTED], "no folder", f"data/{missing}")
-
-
-def test_a_folder_of_no_images_is_named(tmp_path, capsys):
-    for folder in ("images", "masks"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-    refused(
-        tmp_path, capsys, "segmentation", ["--data", tmp_path / "data", *LISTED], "no images", "data/images"
-    )
-
-
-def test_a_single_class_leaves_nothing_to_tell_it_from(tmp_path, capsys):
-    """Its contrast with the mean over classes would be zero everywhere."""
-    bird, mask, _ = cut_out(1, 28)[0]
-    save_pair(tmp_path / "data", "duck/1", *in_corner(bird, mask, (0, 0)))
-    refused(
-        tmp_path,
-        capsys,
-        "segmentation",
-        ["--data", tmp_path / "data", "--workers", "0", "--methods", "decomposition"],
-        "two",
-    )
-
-
-def test_random_bytes_as_a_mat_file(tmp_path, capsys):
+def test_random_bytes_as_a_mat_file(refused, tmp_path):
     pytest.importorskip("h5py")
     (tmp_path / "some.mat").write_bytes(np.random.default_rng(0).bytes(4000))
-    refused(
-        tmp_path,
-        capsys,
-        "segmentation",
-        ["--data", tmp_path / "some.mat", *LISTED],
-        "some.mat",
-        "gtsegs_ijcv.mat",
-    )
+    refused(["--task segmentation", "--data", tmp_path / "some.mat", *LISTED], "some.mat", "gtsegs_ijcv.mat")
 
 
-def test_a_mat_file_without_h5py(tmp_path, capsys, monkeypatch):
+def test_a_mat_file_without_h5py(refused, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     (tmp_path / "some.mat").write_bytes(b"\x89HDF\r\n\x1a\n")
-    refused(
-        tmp_path,
-        capsys,
-        "segmentation",
-        ["--data", tmp_path / "some.mat", *LISTED],
-        "some.mat",
-        "pip install h5py",
-    )
+    refused(["--task segmentation", "--data", tmp_path / "some.mat", *LISTED], "some.mat", "pip install h5py")
 
 
-def test_a_path_that_is_not_there_is_missing_with_and_without_h5py(tmp_path, capsys, monkeypatch):
+def test_a_path_that_is_not_there_is_missing_with_and_without_h5py(refused, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    refused(
-        tmp_path,
-        capsys,
-        "segmentation",
-        ["--data", tmp_path / "nowhere", *LISTED],
-        "nowhere",
-        "images/ and masks/",
-    )
+    refused(["--task segmentation", "--data", tmp_path / "nowhere", *LISTED], "nowhere", "images/ and masks/")
 
 
 # Heatmaps: one picture per text and method, and one of them all.
 
 
-def draw(
-    tmp_path, picture, *texts, methods=("decomposition", "raw-attention"), options=(), name="picture.png"
-):
-    """Run the task on a picture: {name of a file: picture}."""
+def show(tmp_path, picture, *argv, name="picture.png"):
+    """Run the task on a picture or a file."""
     path = picture
     if isinstance(picture, Image.Image):
         path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
         picture.save(path)
-    argv = ["--image", path, "--methods", *methods, *options]
-    for text in texts:
-        argv += ["--text", text]
-    code, results = run(tmp_path, "heatmap", *argv)
-    assert code == 0
+    found = run(tmp_path, "--task heatmap", "--image", path, *argv)
+    assert found.code == 0
+    return found
+
+
+def draw(tmp_path, picture, *texts, methods=("decomposition", "raw-attention"), name="picture.png"):
+    """{name of a file: picture}"""
+    asked = [word for text in texts for word in ("--text", text)]
+    results = show(tmp_path, picture, "--methods", *methods, *asked, name=name).results
     folder = tmp_path / "results" / "heatmap"
     found = {path.name: Image.open(path) for path in folder.iterdir() if path.suffix == ".png"}
     assert sorted(results["files"]) == sorted(found)
@@ -941,53 +799,30 @@ def test_every_text_has_a_picture_per_method_and_one_of_them_all(tmp_path):
 
 
 def test_without_methods_all_are_drawn(tmp_path):
-    bird_picture().save(tmp_path / "picture.png")
-    code, results = run(tmp_path, "heatmap", "--image", tmp_path / "picture.png", "--text", "a bird")
-    assert code == 0
     methods = ["decomposition", "decomposition-abs", *METHODS, "all"]
-    assert results["files"] == [f"1-a-bird-{method}.png" for method in methods]
+    files = show(tmp_path, bird_picture(), "--text", "a bird").results["files"]
+    assert files == [f"1-a-bird-{method}.png" for method in methods]
 
 
-def test_a_method_that_does_not_support_the_model_is_not_drawn_but_named(tmp_path, capsys, monkeypatch):
+def test_a_method_that_does_not_support_the_model_is_not_drawn_but_named(refused, tmp_path, monkeypatch):
     monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
-    noise(64, 64).save(tmp_path / "picture.png")
-    argv = ["--image", tmp_path / "picture.png", "--text", "a duck"]
-    code, results = run(tmp_path, "heatmap", *argv)
-    assert code == 0
-    assert len(results["files"]) == 2 + len(METHODS)
-    assert "Without gradcam: this method does not read such a model" in capsys.readouterr().out
-    refused(
-        tmp_path / "again",
-        capsys,
-        "heatmap",
-        [*argv, "--methods", "rollout", "gradcam"],
-        "does not read such a model",
-    )
+    found = show(tmp_path / "first", noise(64, 64), "--text", "a duck")
+    assert len(found.results["files"]) == 2 + len(METHODS)
+    assert "Without gradcam: this method does not read such a model" in found.out
+    image = ["--image", tmp_path / "first" / "picture.png"]
+    argv = ["--task heatmap --methods rollout gradcam", *image, "--text", "a duck"]
+    refused(argv, "does not read such a model")
 
 
-def test_the_cosine_is_that_of_image_and_text(tmp_path, clip, capsys):
-    picture = bird_picture()
-    picture.save(tmp_path / "picture.png")
-    texts = ["a sparrow", "a pelican at night"]
-    _, results = run(
-        tmp_path,
-        "heatmap",
-        "--image",
-        tmp_path / "picture.png",
-        "--text",
-        texts[0],
-        "--text",
-        texts[1],
-        "--methods",
-        "rollout",
-    )
+def test_the_cosine_is_that_of_image_and_text(tmp_path, clip):
+    picture, texts = bird_picture(), ["a sparrow", "a pelican at night"]
+    found = show(tmp_path, picture, "--text", texts[0], "--text", texts[1], "--methods rollout")
     with torch.no_grad():
         embedding = F.normalize(clip.model.encode_image(clip.preprocess(picture)[None]), dim=-1)
-    printed = capsys.readouterr().out
     for text in texts:
         expected = float(embedding @ embed_texts(clip, [text])[0])
-        assert results["cosine"][text] == pytest.approx(expected, abs=1e-6)
-        assert re.search(rf"^{text} +{expected:.3f} ", printed, re.MULTILINE)
+        assert found.results["cosine"][text] == pytest.approx(expected, abs=1e-6)
+        assert re.search(rf"^{text} +{expected:.3f} ", found.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -1037,25 +872,13 @@ def test_what_the_model_does_not_see_is_dimmed_and_has_no_heat(tmp_path, turned)
     assert np.abs(found[:, 173:339] - expected[:, 173:339]).max() > 20
 
 
-def test_it_says_whether_the_model_sees_the_whole_image(tmp_path):
-    for size, words in (
-        ((64, 64), "all of it"),
-        ((90, 64), "cropping leaves"),
-        ((64, 90), "cropping leaves"),
-    ):
-        noise(*size).save(tmp_path / "picture.png")
-        _, results = run(
-            tmp_path,
-            "heatmap",
-            "--image",
-            tmp_path / "picture.png",
-            "--text",
-            "a duck",
-            "--methods",
-            "rollout",
-        )
-        assert words in results["settings"]["seen"]
-        assert f"{size[0]} x {size[1]}" in results["settings"]["image"]
+@pytest.mark.parametrize(
+    ("size", "words"), [((64, 64), "all of it"), ((90, 64), "cropping leaves"), ((64, 90), "cropping leaves")]
+)
+def test_it_says_whether_the_model_sees_the_whole_image(tmp_path, size, words):
+    settings = show(tmp_path, noise(*size), "--text", "a duck", "--methods rollout").results["settings"]
+    assert words in settings["seen"]
+    assert f"{size[0]} x {size[1]}" in settings["image"]
 
 
 @pytest.mark.parametrize("size", [(300, 1), (400, 1), (1, 60), (1, 1)])
@@ -1085,9 +908,8 @@ def test_an_image_of_any_kind_is_drawn_as_what_it_shows(tmp_path, mode):
     )
     expected = draw(tmp_path / "plain", save_as(tmp_path, same), "a duck", methods=["rollout"])
     for name, picture in expected.items():
-        assert (
-            np.abs(values(found[name]) - values(picture)).max() <= 3
-        )  # 16 bits are cut to 8, which may be off by one
+        # 16 bits are cut to 8, which may be off by one
+        assert np.abs(values(found[name]) - values(picture)).max() <= 3
 
 
 def save_as(tmp_path, array):
@@ -1137,18 +959,11 @@ def test_a_text_of_any_characters_gives_a_safe_name(tmp_path, tiny):
     ]
     noise(40, 40).save(tmp_path / "picture.png")
     inside = tmp_path / "work" / "deep"
-    argv = ["--image", tmp_path / "picture.png", "--methods", "rollout", *tiny]
-    for text in texts:
-        argv += ["--text", text]
-    code, results = run(inside, "heatmap", *argv)
-    assert code == 0
-    written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()} - {
-        (tmp_path / "picture.png").relative_to(tmp_path)
-    }
-    folder = (inside / "results" / "heatmap").relative_to(tmp_path)
-    assert written - {folder / "report.html"} == {
-        folder / name for name in [*results["files"], "results.json"]
-    }
+    asked = [word for text in texts for word in ("--text", text)]
+    results = show(inside, tmp_path / "picture.png", "--methods rollout", *tiny, *asked).results
+    folder = inside / "results" / "heatmap"
+    expected = {folder / name for name in [*results["files"], "results.json", "report.html"]}
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == expected | {tmp_path / "picture.png"}
     assert len(results["files"]) == 2 * len(texts)
     for name in results["files"]:
         assert re.fullmatch(r"[0-9]+-[a-z0-9-]{1,40}-(rollout|all)\.png", name)
@@ -1172,36 +987,17 @@ def test_slugs(text, expected):
 
 def test_two_texts_of_one_name_have_pictures_of_their_own(tmp_path):
     found = draw(tmp_path, bird_picture(), "a duck", "A duck.", methods=["rollout"])
-    assert sorted(found) == [
-        "1-a-duck-all.png",
-        "1-a-duck-rollout.png",
-        "2-a-duck-all.png",
-        "2-a-duck-rollout.png",
-    ]
+    assert sorted(found) == [f"{i}-a-duck-{name}.png" for i in (1, 2) for name in ("all", "rollout")]
 
 
-def test_the_score_of_every_method_is_said(tmp_path):
-    noise(64, 64).save(tmp_path / "picture.png")
-    argv = [
-        "--image",
-        tmp_path / "picture.png",
-        "--text",
-        "a duck",
-        "--methods",
-        "decomposition",
-        "rollout",
-        "legrad",
-        "gradcam",
-    ]
-    _, results = run(tmp_path, "heatmap", *argv)
-    assert results["scores"] == {"decomposition": "dot", "rollout": "-", "legrad": "cosine", "gradcam": "dot"}
-    _, results = run(tmp_path, "heatmap", *argv, "--score", "logit")
-    assert results["scores"] == {
-        "decomposition": "dot",
-        "rollout": "-",
-        "legrad": "logit",
-        "gradcam": "logit",
-    }
+@pytest.mark.parametrize(
+    ("asked", "scores"),
+    [((), ["dot", "-", "cosine", "dot"]), (("--score logit",), ["dot", "-", "logit", "logit"])],
+)
+def test_the_score_of_every_method_is_said(tmp_path, asked, scores):
+    methods = ["decomposition", "rollout", "legrad", "gradcam"]
+    found = show(tmp_path, noise(64, 64), "--text", "a duck", "--methods", *methods, *asked)
+    assert found.results["scores"] == dict(zip(methods, scores, strict=True))
 
 
 # Drawing.
@@ -1258,13 +1054,10 @@ def test_negative_heat_is_cold_where_it_is_clipped():
     assert np.abs(clipped[:200, :200] - cold[:200, :200]).max() <= 1
 
 
-def test_the_scale_of_a_map_does_not_show():
+def test_the_scale_of_a_map_does_not_show_and_the_image_is_left_as_it_was():
     picture, heat = noise(64, 64), torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
     small, large = (values(overlay(picture, factor * heat, (0, 0, 64, 64))) for factor in (1e-4, 1e4))
     assert np.abs(small - large).max() <= 1
-
-
-def test_the_image_is_left_as_it_was():
     picture = noise(64, 64)
     overlay(picture, torch.rand(1, 8, 8), (0, 0, 64, 64))
     assert np.array_equal(values(picture), values(noise(64, 64)))
@@ -1300,10 +1093,8 @@ def test_the_sheet_shows_every_tile_six_in_a_row():
     tiles = {f"tile {k}": Image.new("RGB", (50, 25), (10 + 15 * k, 0, 200 - 10 * k)) for k in range(13)}
     picture = values(sheet("title", tiles))
     for k in range(13):
-        x, y = (
-            8 + k % 6 * 208 + 100,
-            32 + k // 6 * (100 + 24 + 8) + 22 + 50,
-        )  # the middle of a tile of 200 x 100
+        # The middle of a tile of 200 x 100.
+        x, y = (8 + k % 6 * 208 + 100, 32 + k // 6 * (100 + 24 + 8) + 22 + 50)
         assert picture[y, x].tolist() == [10 + 15 * k, 0, 200 - 10 * k]
         assert (
             picture[y - 48, x - 98].tolist()
@@ -1344,32 +1135,24 @@ def test_the_box_is_what_the_demo_sees(clip):
     ("argv", "fragments"),
     [
         (["--text", "a duck"], ["--image FILE"]),
-        (["--image", "IMAGE"], ["--text TEXT"]),
+        (["--image IMAGE"], ["--text TEXT"]),
         ([], ["--image FILE"]),
-        (["--image", "IMAGE", "--text", ""], ["--text is empty"]),
-        (["--image", "IMAGE", "--text", "a duck", "--text", " \t"], ["--text is empty"]),
-        (["--image", "IMAGE", "--text", "a duck", "--text", "a zebra"], ["'zebra'", "not one of them"]),
-        (["--image", "no/such.png", "--text", "a duck"], ["no image no/such.png"]),
-        (["--image", "TEXT", "--text", "a duck"], ["notes.txt", "not an image"]),
-        (["--image", "CUT", "--text", "a duck"], ["cut.png", "truncated"]),
-        (["--image", "FOLDER", "--text", "a duck"], ["cannot read image", "folder"]),
-        (
-            ["--image", "IMAGE", "--text", "a duck", "--methods", "magic"],
-            ["'magic'", "decomposition", "rollout"],
-        ),
-        (["--image", "IMAGE", "--text", "a duck", "--methods", "random"], ["'random'"]),
+        (["--image IMAGE", "--text", ""], ["--text is empty"]),
+        (["--image IMAGE", "--text", "a duck", "--text", " \t"], ["--text is empty"]),
+        (["--image IMAGE", "--text", "a duck", "--text", "a zebra"], ["'zebra'", "not one of them"]),
+        (["--image no/such.png", "--text", "a duck"], ["no image no/such.png"]),
+        (["--image TEXT", "--text", "a duck"], ["notes.txt", "not an image"]),
+        (["--image CUT", "--text", "a duck"], ["cut.png", "truncated"]),
+        (["--image FOLDER", "--text", "a duck"], ["cannot read image", "folder"]),
+        (["--image IMAGE", "--text", "a duck", "--methods magic"], ["'magic'", "decomposition", "rollout"]),
+        (["--image IMAGE", "--text", "a duck", "--methods random"], ["'random'"]),
     ],
 )
-def test_what_cannot_be_drawn(tmp_path, capsys, argv, fragments):
+def test_what_cannot_be_drawn(refused, tmp_path, argv, fragments):
     noise(64, 64).save(tmp_path / "image.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "image.png").read_bytes()[:6000])
     (tmp_path / "notes.txt").write_text("words")
     (tmp_path / "folder").mkdir()
     given = {"IMAGE": "image.png", "TEXT": "notes.txt", "CUT": "cut.png", "FOLDER": "folder"}
-    refused(
-        tmp_path,
-        capsys,
-        "heatmap",
-        [tmp_path / given[word] if word in given else word for word in argv],
-        *fragments,
-    )
+    argv = [tmp_path / given[word] if word in given else word for word in words(*argv)]
+    refused(["--task heatmap", *argv], *fragments)

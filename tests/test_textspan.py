@@ -109,10 +109,17 @@ def test_with_a_rank_the_texts_are_first_projected_onto_the_top_uncentred_direct
     close(span.directions, rows)
 
 
-def test_a_head_narrower_than_the_space_gives_the_naive_picks_too():
-    C, texts = head(0, d=10, width=3), bank(0, 20, 10)
-    for rank in (None, 2, 3, 4):  # 4: its width and the mean
-        assert textspan(C, texts, 2, rank).indices == naive(C, texts, 2, rank)[0]
+@pytest.mark.parametrize(
+    ("shape", "size", "ranks"),
+    [
+        ({"d": 10, "width": 3}, 2, (None, 2, 3, 4)),  # narrower than the space; 4: its width and the mean
+        ({"n": 4, "d": 10, "width": 10}, 3, (None, 4)),  # fewer images than dimensions
+    ],
+)
+def test_heads_of_other_shapes_give_the_naive_picks_too(shape, size, ranks):
+    C, texts = head(0, **shape), bank(0, 20, 10)
+    for rank in ranks:
+        assert textspan(C, texts, size, rank).indices == naive(C, texts, size, rank)[0]
 
 
 def test_a_head_that_writes_along_the_last_axes_only_gives_the_naive_picks_too():
@@ -121,18 +128,9 @@ def test_a_head_that_writes_along_the_last_axes_only_gives_the_naive_picks_too()
     assert textspan(C, texts, 3, None).indices == naive(C, texts, 3, None)[0]
 
 
-def test_fewer_images_than_dimensions_give_the_naive_picks_too():
-    C, texts = head(0, n=4, d=10, width=10), bank(0, 20, 10)
-    for rank in (None, 4):
-        assert textspan(C, texts, 3, rank).indices == naive(C, texts, 3, rank)[0]
-
-
-def test_the_rank_matters():
+def test_a_rank_of_the_whole_space_changes_nothing_and_a_lower_one_matters():
     C, texts = head(1, offset=3.0), bank(1)
     assert textspan(C, texts, 2, rank=2).indices != textspan(C, texts, 2, rank=None).indices
-
-
-def test_a_rank_of_the_whole_space_changes_nothing():
     C, texts = head(0), bank(0)
     same(textspan(C, texts, 4, rank=6), textspan(C, texts, 4, rank=None))
 
@@ -356,15 +354,9 @@ def test_merging_into_empty_moments_copies():
     same_moments(part, moments_of([head(0)]))
 
 
-def test_merging_empty_moments_changes_nothing():
+def test_empty_moments_and_empty_updates_change_nothing():
     same_moments(moments_of([head(0)]).merge(Moments(6)), moments_of([head(0)]))
-
-
-def test_merging_empty_into_empty_stays_empty():
     same_moments(Moments(6).merge(Moments(6)), Moments(6))
-
-
-def test_an_empty_update_changes_nothing():
     same_moments(Moments(6).update(torch.empty(0, 6)), Moments(6))
     same_moments(moments_of([head(0)]).update(torch.empty(0, 6)), moments_of([head(0)]))
 
@@ -496,16 +488,10 @@ RANKS = st.sampled_from([None, 4, 80])
 
 @few
 @given(seed=SEEDS, rank=RANKS)
-def test_the_order_of_images_does_not_matter(seed, rank):
+def test_reordered_images_and_texts_give_the_same_texts(seed, rank):
     C, texts = head(seed), bank(seed)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(seed))
     same(textspan(C[order], texts, 4, rank), textspan(C, texts, 4, rank))
-
-
-@few
-@given(seed=SEEDS, rank=RANKS)
-def test_reordered_texts_give_the_same_texts(seed, rank):
-    C, texts = head(seed), bank(seed)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
     picks = textspan(C, texts[order], 4, rank).indices
     assert order[picks].tolist() == textspan(C, texts, 4, rank).indices
@@ -525,15 +511,9 @@ def test_with_a_rank_a_constant_added_to_every_contribution_matters():
 
 @few
 @given(seed=SEEDS, rank=RANKS, scale=st.sampled_from([-1e-9, 0.5, 1e9]))
-def test_the_scale_of_the_contributions_does_not_matter(seed, rank, scale):
+def test_the_scale_of_contributions_and_texts_does_not_matter(seed, rank, scale):
     C, texts = head(seed), bank(seed)
     same(textspan(scale * C, texts, 4, rank), textspan(C, texts, 4, rank))
-
-
-@few
-@given(seed=SEEDS, rank=RANKS, scale=st.sampled_from([-1e-9, 0.5, 1e9]))
-def test_the_common_scale_of_the_texts_does_not_matter(seed, rank, scale):
-    C, texts = head(seed), bank(seed)
     a, b = textspan(C, scale * texts, 4, rank), textspan(C, texts, 4, rank)
     assert a.indices == b.indices
     close(a.directions / scale, b.directions)
@@ -574,12 +554,9 @@ def test_a_longer_run_starts_with_the_shorter_one(seed, rank, size):
 # ---- what cannot be named ----------------------------------------------------------------------------------
 
 
-def test_texts_of_another_width_are_refused():
+def test_texts_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"texts must be \[m, 6\] like the contributions, got \[12, 5\]"):
         textspan(head(0), bank(0, d=5), 2)
-
-
-def test_one_text_without_its_axis_is_refused():
     with pytest.raises(ValueError, match=r"texts must be \[m, 6\] like the contributions, got \[6\]"):
         textspan(head(0), bank(0)[0], 1)
 
@@ -590,12 +567,9 @@ def test_contributions_that_are_no_rows_are_refused(shape):
         textspan(torch.ones(shape), bank(0), 2)
 
 
-def test_rows_that_do_not_fit_the_moments_are_refused():
+def test_moments_refuse_rows_and_moments_of_other_widths():
     with pytest.raises(ValueError, match=r"expected rows \[2, 3\] in a tensor \[n, ...\], got \[5, 3\]"):
         Moments(3, (2,)).update(torch.ones(5, 3))
-
-
-def test_moments_of_other_widths_do_not_merge():
     with pytest.raises(ValueError, match=r"cannot merge moments of \[2, 3\] into \[3\]"):
         Moments(3).merge(Moments(3, (2,)))
 
@@ -639,13 +613,10 @@ def test_contributions_without_variance_are_refused(C, rank):
         textspan(C, bank(0), 1, rank)
 
 
-def test_float32_rounding_around_a_constant_is_no_variance():
+def test_float32_rounding_around_a_constant_is_no_variance_and_a_hundred_times_it_is():
     # 1e-7 of the norm, what float32 rounds; 1e-14 of its square.
     with pytest.raises(ValueError, match="no variance"):
         textspan(1 + 1e-7 * normal(0, 30, 6), bank(0), 1)
-
-
-def test_a_hundred_times_float32_rounding_is_variance():
     C = 1 + 1e-5 * normal(0, 30, 6)
     assert textspan(C, bank(0), 1, rank=None).indices == naive(C, bank(0), 1, None)[0]
 

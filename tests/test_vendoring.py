@@ -1,14 +1,16 @@
-"""Files that can be copied alone: each is imported and run in a process of its own that knows nothing of this
-repository.
+"""Files that can be copied alone: each is imported and run where nothing of this repository is known, in a
+folder that holds nothing else.
 
 To add a file: a line of FILES with what has to lie beside it, and a program of the same name in PROGRAMS.
 """
 
 import ast
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -127,61 +129,99 @@ PROGRAMS = {
 }
 
 
-def run(folder, file, package=False, beside=(), program=None):
-    """Run the program of a file, or another, in a folder that holds it, what it needs, and nothing else."""
-    home = folder / "vendored" if package else folder
-    home.mkdir(exist_ok=True)
-    if package:
-        (home / "__init__.py").touch()
-    for name in (file, *beside):
-        shutil.copy(ROOT / name, home)
-    shutil.copy(ROOT / "tests" / "releases.py", folder)
-    program = "\n".join(
-        [
-            f"import sys; sys.path.insert(0, {str(folder)!r})",
-            "import torch",
+# One process for all, since the import of torch takes longer than all programs. It forgets what it imported
+# from a folder before it goes to the next.
+RUNNER = """
+import contextlib, io, json, os, sys, traceback
+import torch
+path = list(sys.path)
+for line in sys.stdin:
+    folder, program = json.loads(line)
+    sys.path[:] = [folder, *path]
+    os.chdir(folder)
+    torch.manual_seed(0)
+    out, error = io.StringIO(), ""
+    with contextlib.redirect_stdout(out):
+        try:
+            exec(program, {"__name__": "__main__", "torch": torch})
+        except Exception:
+            error = traceback.format_exc()
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(folder):
+            del sys.modules[name]
+    print(json.dumps([out.getvalue(), error]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def python():
+    command = [sys.executable, "-I", "-c", RUNNER]  # -I: neither the current folder nor PYTHONPATH
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(python, tmp_path):
+    """Runs the program of a file, or another, in a folder that holds it, what it needs, and nothing else."""
+
+    def run(file, package=False, beside=(), program=None):
+        home = tmp_path / "vendored" if package else tmp_path
+        home.mkdir(exist_ok=True)
+        if package:
+            (home / "__init__.py").touch()
+        for name in (file, *beside):
+            shutil.copy(ROOT / name, home)
+        shutil.copy(ROOT / "tests" / "releases.py", tmp_path)
+        lines = [
             f"import {'vendored.' * package}{Path(file).stem} as m",
             *(line[8:] for line in (program or PROGRAMS[file]).splitlines()),
-            "import os",
+            "import os, sys",
             "files = [str(getattr(module, '__file__', '')) for module in sys.modules.values()]",
             # Nothing of the repository itself; a virtual environment may well lie in it.
             f"assert not {{{str(ROOT)!r}, {str(ROOT / 'tests')!r}}} & {{*map(os.path.dirname, files)}}",
             "assert 'open_clip' not in sys.modules",
             "print('ran')",
         ]
-    )
-    command = [sys.executable, "-I", "-c", program]  # -I: neither the current folder nor PYTHONPATH
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        python.stdin.write(json.dumps([str(tmp_path), "\n".join(lines)]) + "\n")
+        python.stdin.flush()
+        return Ran(*json.loads(python.stdout.readline()))
+
+    return run
+
+
+class Ran(NamedTuple):
+    stdout: str
+    error: str  # the traceback
 
 
 def ran(result):
-    assert result.returncode == 0, result.stderr
+    assert result.error == "", result.error
     return result.stdout == "ran\n"
 
 
 @pytest.mark.parametrize("file", PROGRAMS)
-def test_a_copied_file_runs(tmp_path, file):
-    assert ran(run(tmp_path, file, beside=FILES[file]))
+def test_a_copied_file_runs(run, file):
+    assert ran(run(file, beside=FILES[file]))
 
 
 @pytest.mark.parametrize("file", [file for file in PROGRAMS if file not in FLAT])
-def test_a_copied_file_runs_inside_a_package(tmp_path, file):
-    assert ran(run(tmp_path, file, package=True, beside=FILES[file]))
+def test_a_copied_file_runs_inside_a_package(run, file):
+    assert ran(run(file, package=True, beside=FILES[file]))
 
 
 in_a_package_or_not = pytest.mark.parametrize("package", [False, True])
 
 
 @in_a_package_or_not
-def test_a_file_without_the_sibling_that_it_imports_would_be_noticed(tmp_path, package):
-    result = run(tmp_path, "roles.py", package=package, beside=FILES["roles.py"] if package else ())
-    assert "ModuleNotFoundError: No module named 'cue'" in result.stderr
-    assert result.returncode == 1
+def test_a_file_without_the_sibling_that_it_imports_would_be_noticed(run, package):
+    result = run("roles.py", package=package, beside=FILES["roles.py"] if package else ())
+    assert "ModuleNotFoundError: No module named 'cue'" in result.error
 
 
-def test_a_wrong_result_would_be_noticed(tmp_path, monkeypatch):
+def test_a_wrong_result_would_be_noticed(run, monkeypatch):
     monkeypatch.setitem(PROGRAMS, "metrics.py", PROGRAMS["metrics.py"].replace("(1, 1, 1)", "(1, 1, 0)"))
-    assert "AssertionError" in run(tmp_path, "metrics.py").stderr
+    assert "AssertionError" in run("metrics.py").error
 
 
 # What decompose.py does without the files that may lie beside it.
@@ -200,9 +240,9 @@ AVERAGED = """
 
 
 @in_a_package_or_not
-def test_without_families_another_read_out_is_refused_and_told_which_file_to_add(tmp_path, package):
-    result = run(tmp_path, "decompose.py", package, program=AVERAGED)
-    assert result.returncode == 0, result.stderr
+def test_without_families_another_read_out_is_refused_and_told_which_file_to_add(run, package):
+    result = run("decompose.py", package, program=AVERAGED)
+    assert result.error == "", result.error
     *refusals, last = result.stdout.splitlines()
     assert len(refusals) == 3
     for line in refusals:
@@ -213,15 +253,15 @@ def test_without_families_another_read_out_is_refused_and_told_which_file_to_add
 
 
 @in_a_package_or_not
-def test_families_without_attention_is_told_which_file_to_add(tmp_path, package):
-    result = run(tmp_path, "decompose.py", package, beside=["families.py"], program=AVERAGED)
-    assert "attention.py" in result.stdout + result.stderr
+def test_families_without_attention_is_told_which_file_to_add(run, package):
+    result = run("decompose.py", package, beside=["families.py"], program=AVERAGED)
+    assert "attention.py" in result.stdout + result.error
 
 
 @in_a_package_or_not
-def test_with_families_the_same_model_is_taken(tmp_path, package):
-    result = run(tmp_path, "decompose.py", package, FILES["families.py"] | {"families.py"}, program=AVERAGED)
-    assert "AssertionError: it was taken" in result.stderr
+def test_with_families_the_same_model_is_taken(run, package):
+    result = run("decompose.py", package, FILES["families.py"] | {"families.py"}, program=AVERAGED)
+    assert "AssertionError: it was taken" in result.error
 
 
 ALTERED = """
@@ -237,8 +277,8 @@ ALTERED = """
 
 @in_a_package_or_not
 @pytest.mark.parametrize("beside", [["diagnose.py"], []])
-def test_a_wrong_sum_is_told_with_the_block_or_without(tmp_path, package, beside):
-    lines = run(tmp_path, "decompose.py", package, beside, program=ALTERED).stdout.splitlines()
+def test_a_wrong_sum_is_told_with_the_block_or_without(run, package, beside):
+    lines = run("decompose.py", package, beside, program=ALTERED).stdout.splitlines()
     assert lines[1:] == ["ran"]
     assert lines[0].startswith("the terms do not sum to the embedding: relative error")
     assert lines[0].endswith("see diagnose.py") == (not beside)

@@ -256,6 +256,16 @@ def test_few_texts_leave_no_file(cached):
     assert not cached.clip.cache.exists()
 
 
+def test_the_same_words_divided_otherwise_are_other_texts(cached):
+    """Run together, both lists would be one."""
+    one, other = (
+        embed_texts(cached.clip, [*two, *cached.texts])
+        for two in (["a bird", " crow at sea"], ["a bird crow", " at sea"])
+    )
+    assert len(list(cached.clip.cache.iterdir())) == 2
+    assert not torch.allclose(one[:2], other[:2], atol=1e-3)
+
+
 def test_other_texts_weights_and_precisions_are_other_files(cached):
     before = embed_texts(cached.clip, cached.texts)
     embed_texts(cached.clip, [*cached.texts[:-1], "a bird"])
