@@ -305,9 +305,6 @@ class ClipTower:
 
 def open_tower(model: nn.Module, convention: str = "term", **given: object) -> ClipTower:
     """The model's image tower, once the images and texts that are given are found to be usable."""
-    obstacle = unwatched(model)
-    if obstacle:
-        raise DecompositionError(f"cannot decompose {type(model).__name__}: {obstacle}")
     open_family = beside("families", "open_family")
     if open_family is None and not ClipTower.fits(model):
         reason = "not CLIP's class-token ViT; put families.py, attention.py and blocks.py beside decompose.py"
@@ -322,19 +319,6 @@ def open_tower(model: nn.Module, convention: str = "term", **given: object) -> C
         if shape[0] == 0 or (len(shape) != 4 if name == "images" else shape[1:] != [tower.width]):
             raise ValueError(f"{name} must be {wanted[name]}, got {shape}")
     return tower
-
-
-def unwatched(model: nn.Module) -> str | None:
-    """What keeps hooks from running in the model's tower, if anything does."""
-    visual = getattr(model, "visual", None)
-    if visual is None and hasattr(model, "module"):
-        return "it is a wrapper; give the model inside, its .module"
-    for name, part in visual.named_modules(prefix="visual") if isinstance(visual, nn.Module) else ():
-        if hasattr(part, "module"):
-            return f"its {name} is a wrapper, {type(part).__name__}; put its .module in its place"
-        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
-            return f"its {name} is compiled, and hooks do not run in it; decompose it before torch.compile"
-    return None
 
 
 def beside(file: str, function: str) -> Callable | None:
@@ -367,9 +351,9 @@ def image_embedding(model: nn.Module, images: Tensor, hooks: Sequence[tuple] = (
         normalises = "normalize" in inspect.signature(model.encode_image).parameters
         output = model.encode_image(images, **({"normalize": False} if normalises else {}))
     output = output[0] if isinstance(output, tuple) else output  # towers with output_tokens=True
-    if output.ndim != 2:
-        raise DecompositionError(f"encode_image must give [b, d], and gives {list(output.shape)}")
-    return output
+    if output.ndim == 2:
+        return output
+    raise DecompositionError(f"encode_image must give [b, d], and gives {list(output.shape)}")
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -439,9 +439,16 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
         scripted = isinstance(model, torch.jit.ScriptModule)
         require(not scripted, "scripted models cannot be watched; load it without jit")
         if visual is None:
+            require(not hasattr(model, "module"), "it is a wrapper; give the model inside, its .module")
             tower = hasattr(model, "ln_post") or hasattr(model, "trunk")
             require(not tower, "it is an image tower; give the whole model, not its .visual")
             require(False, "it has no attribute `visual`; expected an open_clip model")
+        for name, part in visual.named_modules(prefix="visual"):
+            wrapper = f"its {name} is a wrapper, {type(part).__name__}; put its .module in its place"
+            require(not hasattr(part, "module"), wrapper)
+            compiled = hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
+            hint = "hooks do not run in it; decompose it before torch.compile"
+            require(not compiled, f"its {name} is compiled, and {hint}")
         kind = type(getattr(visual, "trunk", visual)).__name__
         require(kind not in REFUSED, REFUSED.get(kind, ""))
         if ClipTower.fits(model) and is_plain(visual):
