@@ -1,16 +1,21 @@
 """Zero-shot accuracy of a demo model on every factor, and on landbird or waterbird by group (bird-place).
 
-$ python -m demo.score            # the checkpoint on the test split
+$ python -m demo.score                      # the checkpoint on the test split
+$ python -m demo.score --world written      # the one that reads: with no sign, and with several
 """
 
 from __future__ import annotations
+
+import argparse
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import Tokenizer, load, normalise, scenes
+from written import SAYS
+
+from . import NAME, WRITTEN, Tokenizer, load, normalise, scenes
 from .captions import PHRASES, true_facts
 from .writing import WORDS, write_on
 
@@ -56,11 +61,6 @@ def score(model: torch.nn.Module, tokenizer: Tokenizer, count: int, seed: int = 
     return scores
 
 
-# How a text says that a word is written.
-SAYS = ("the word {}", "a sign saying {}", "a picture of the word {}", "a bird with the word {}")
-SAYS += ("a photo of a bird with a sign saying {}", "a bird with {} written on a sign")
-
-
 @torch.no_grad()
 def score_written(
     model: torch.nn.Module, tokenizer: Tokenizer, count: int, seed: int = WATCHED
@@ -104,12 +104,18 @@ def score_written(
 
 
 def main() -> None:
-    from demo.images import DemoBirds
+    from demo.images import DemoBirds, DemoSigns
 
-    model, _, tokenizer = load()
-    scores = score(model, tokenizer, DemoBirds.sizes["test"], DemoBirds.seeds["test"])
-    for name, value in scores.items():
-        print(f"{name:<12}{value:6.1%}")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world", choices=("birds", "written"), default="birds")
+    parser.add_argument("--weights", default="", help="a checkpoint [the one that ships]")
+    args = parser.parse_args()
+    data, name, measure = DemoBirds, NAME, score
+    if args.world == "written":
+        data, name, measure = DemoSigns, WRITTEN, score_written
+    model, _, tokenizer = load(weights=args.weights, name=name)
+    for label, value in measure(model, tokenizer, data.sizes["test"], data.seeds["test"]).items():
+        print(f"{label:<12}{value:6.1%}")
 
 
 if __name__ == "__main__":
