@@ -668,6 +668,7 @@ def options(**more):
     defaults = {
         "task": "neurons",
         "layer": None,
+        "order": 1,
         "neurons": 5,
         "text_bank": None,
         "limit": 96,
