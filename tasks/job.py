@@ -34,6 +34,7 @@ class Job:
         # While a pass runs, each process has other images, so the others may not see an error of this one.
         self.in_pass = False
         self.old_checkpoints_deleted = False
+        self.neuron_maps = None  # what segmentation's first pass found
 
     @cached_property
     def clip(self) -> Clip:

@@ -37,7 +37,7 @@ from .job import Job, open_split, open_zero_shot
 from .passes import one_pass
 from .reference import check_varies
 from .removal import random_heads
-from .second_order import MainAxes, truth_in_words
+from .second_order import DIRECTION, MainAxes, truth_in_words
 from .tables import mean_and_std, percent, print_settings, table, zero_shot_settings
 
 KEPT = 6  # images of each neuron, for the page
@@ -61,14 +61,16 @@ def run(job: Job) -> tuple[dict, list]:
     chosen = activity.spread().argsort(descending=True, stable=True)[: args.neurons].tolist()
     draws = random_heads([(layer, j) for j in chosen], len(activity.maps), DRAWS, args.seed)
     drawn = [[j for _, j in draw] for draw in draws]
-    axes = MainAxes(activity, texts, bank, SHOWN) if args.order == 2 else None
-    sets = [[], *([j] for j in chosen), chosen, *drawn, list(range(len(activity.maps)))]
+    axes = MainAxes(activity, texts, bank) if args.order == 2 else None
+    sets = [[], *([j] for j in chosen), chosen, *drawn]
+    sets += [list(range(len(activity.maps)))] if axes else []
     # Activations are kept in the demo alone, whose images' factors are known; elsewhere memory does not grow.
     keep = axes.along if axes else lambda found: activity.strength(found)[:, chosen]
     keep = keep if isinstance(test, DemoBirds) else None
     accuracy, fired = ablate(job, test, labels, classes, activity, sets, keep)
+    whole = {"without all neurons of the layer": accuracy.pop()} if axes else {}
     base, *single = accuracy[: len(chosen) + 1]
-    together, *random, whole = accuracy[len(chosen) + 1 :]
+    together, *random = accuracy[len(chosen) + 1 :]
     found = [describe(j, activity, texts, bank, data, axes) for j in chosen]
     for row, share in zip(found, single, strict=True):
         row["accuracy without it"] = share
@@ -87,12 +89,10 @@ def run(job: Job) -> tuple[dict, list]:
         "settings": where,
         "layer": layer,
         "images": len(test),
-        "accuracy": {"base": base, "without the neurons shown": together},
+        "accuracy": {"base": base, "without the neurons shown": together} | whole,
         "random": random,
         "neurons": found,
     }
-    if axes:
-        results["accuracy"]["without all neurons of the layer"] = whole
     if axes and fired is not None:
         results["truth"] = axes.truth(fired, test.facts)
     print_results(results)
@@ -103,7 +103,7 @@ def run(job: Job) -> tuple[dict, list]:
 def choose_layer(asked: int | None, depth: int, order: int = 1) -> int:
     """--layer, counted from 0, or from the end where negative; without it the last, or the third last."""
     if order == 2 and (depth == 1 or asked in (depth - 1, -1)):
-        raise InputError(f"--order 2 --layer {depth - 1}: no head comes after the last layer's MLP")
+        raise InputError(f"--order 2 takes no MLP of the last layer, {depth - 1}: no head comes after it")
     if order == 2 and asked is None:
         return max(depth - 3, 0)
     if asked is not None and not -depth <= asked < depth:
@@ -178,6 +178,10 @@ class Activity:
         root = variance.clamp_min(0).sqrt()[:, None] * axes.T @ maps.double()
         found = torch.linalg.svd(root, full_matrices=False).Vh[0]  # root' root is the term's covariance
         return (found * torch.sign(self.rows.mean[j] @ maps.double() @ found)).to(maps)
+
+    def directions(self) -> Tensor:
+        """[n, d] of unit length, of all neurons."""
+        return F.normalize(torch.stack([self.direction(j) for j in range(len(self.maps))]), dim=1)
 
 
 def by_row(found: Neurons) -> Tensor:
@@ -255,7 +259,7 @@ def describe(
         "images": [(i, data.caption(i), activation) for i, activation in images],
     }
     if axes:
-        return row | axes.describe(j)
+        return row | axes.describe(j, SHOWN)
     fit = likeness(activity.direction(j), texts)
     order = fit.argsort(descending=True, stable=True).tolist()
     ends = zip(ENDS, (order[:SHOWN], order[: -SHOWN - 1 : -1]), strict=False)
@@ -280,10 +284,7 @@ def print_results(results: dict) -> None:
     print(f"\nSpread: {spread}: shares need not sum to 100 %.")
     first, towards = results["neurons"][0], "texts by their cosine with what it adds when it fires more"
     if "direction" in first:
-        print(
-            "Effect: the length of what it adds through later heads. Direction: that along which this varies"
-        )
-        print("most, with its share of the variance, as a sum of texts. [..]: 95 % interval (Wilson).")
+        print(f"{DIRECTION} [..]: 95 % interval (Wilson).")
     else:
         print(f"Towards, away from: {towards}. Activations are divided by the LayerNorms'")
         print("standard deviations, as they reach the embedding. [..]: 95 % interval (Wilson).")
@@ -292,8 +293,7 @@ def print_results(results: dict) -> None:
         most = f"explains most of the variance of its {its} on the test images"
         print(f"Factor: the demo's that {most}, where all are independent.")
     if "truth" in results:
-        header, *rows = truth_in_words(results["truth"])
-        print("\n" + table(header, rows))
+        print(truth_in_words(results["truth"]))
 
 
 def in_words(row: dict, base: float) -> str:
@@ -301,12 +301,9 @@ def in_words(row: dict, base: float) -> str:
     accuracy = row["accuracy without it"]
     change = round(100 * (accuracy - base), 1) + 0.0  # no -0.0
     activation = f"{row['mean']:.3f} ± {row['variance'] ** 0.5:.3f}"
-    what = (
-        f"effect {activation}   direction {row['share']:.0%}"
-        if "share" in row
-        else f"activation {activation}"
-    )
-    line = f"{row['neuron']:<7} spread {row['spread']:6.2%}   {what}"
+    direction = f"   direction {row['share']:.0%}" if "share" in row else ""
+    kind = "effect" if direction else "activation"
+    line = f"{row['neuron']:<7} spread {row['spread']:6.2%}   {kind} {activation}{direction}"
     line += f"   accuracy without it {100 * accuracy:.1f} ({change:+.1f})"
     if "factors" in row:
         factor = max(row["factors"], key=row["factors"].get)
@@ -339,13 +336,10 @@ def page(results: dict, images: dict[str, list[Image.Image]]) -> list[report.Htm
         captions = [f"{caption} ({activation:.2f})" for _, caption, activation in row["images"]]
         parts.append(report.pictures(list(zip(images[row["neuron"]], captions, strict=True))))
     second = "direction" in row
-    texts = "by their cosine with what the neuron adds when it fires more"
-    texts = "their sum is nearest to the direction in which the effect varies most" if second else texts
+    texts = DIRECTION if second else "Texts: by their cosine with what the neuron adds when it fires more."
     accuracy = [report.table(["mean-ablated", "accuracy, %"], accuracies(results))]
     if "truth" in results:
-        header, *rows = truth_in_words(results["truth"])
-        accuracy.append(report.table(header, rows))
-    note = f"Texts: {texts}. Images: those that fire it most."
+        accuracy.append(truth_in_words(results["truth"]))
     title = "What single neurons add through later heads" if second else "What single neurons write"
-    written = report.section(title, *parts, note=note)
+    written = report.section(title, *parts, note=f"{texts} Images: those that fire it most.")
     return [report.section("Accuracy without them", *accuracy), written]
