@@ -436,7 +436,8 @@ def test_each_row_says_what_it_explains(tmp_path):
 
 def test_without_methods_every_method_has_its_row(tmp_path):
     rows = segment(tmp_path, "--limit", "2")
-    assert list(rows) == ["decomposition", "decomposition-abs", *METHODS, "centred blob", "random"]
+    expected = ["decomposition", "decomposition-abs", *METHODS, "neurons", "centred blob", "random"]
+    assert list(rows) == expected
 
 
 def test_methods_come_in_the_order_given_each_once(tmp_path):
