@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Subset
 
 import report
 from baselines import BaselineError
@@ -33,6 +34,7 @@ from .heatmap import SCALE_NOTE, overlay, print_refused
 from .job import Job, check_class_names
 from .neurons import Activity, whole_maps
 from .passes import one_pass
+from .reference import CENTRE_IMAGES
 from .tables import in_tenths, print_settings, prompts_of, table
 
 NEURONS = "neurons"  # here alone: it takes a pass over the images before its first map
@@ -210,13 +212,14 @@ def neuron_maps(job: Job, data: Masked) -> Callable[[Tensor, Tensor], Tensor]:
 
     A map is the mean activation of the neurons whose main directions (see second_order.py) have the largest
     dot products with the text, of either sign. The authors take 200 of the 9,216 in layers 8 to 10 of 12, and
-    here it is as large a share. The directions are of the same images, whose masks and labels are not used.
+    here it is as large a share. The directions come from some of the images; masks and labels are not used.
     """
     model, tower = job.clip.model, open_tower(job.clip.model)
     layers = range(max(0, len(tower.blocks) - LAST_LAYERS), max(1, len(tower.blocks) - 1))
     first = job.clip.preprocess(data.pair(0)[0])[None].to(job.clip.device, job.clip.dtype)
     seen = [Activity(layer, whole_maps(second_order(model, first, layer))) for layer in layers]
-    for (images, *_), indices in one_pass(job, data, NEURONS, *seen):
+    few = Subset(data, subset(len(data), CENTRE_IMAGES, job.args.seed))
+    for (images, *_), indices in one_pass(job, few, NEURONS, *seen):
         for activity in seen:
             activity.update(second_order(model, images, activity.layer), indices)
     directions = torch.cat([activity.directions() for activity in seen]).to(first.device)  # [n, d]
