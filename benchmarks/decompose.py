@@ -45,6 +45,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=["ViT-B-16", "ViT-B-16-SigLIP", "coca_ViT-B-32"])
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS)[1:], default=list(JOBS)[1:])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
@@ -83,7 +84,7 @@ def seconds(job: str, inputs: tuple, device: str) -> float:
 def report(args: argparse.Namespace, name: str) -> None:
     inputs = build(args, name)
     jobs = []
-    for job in JOBS:
+    for job in ("encode_image", *args.jobs):
         with contextlib.suppress(DecompositionError):
             seconds(job, inputs, args.device)  # warm up
             jobs.append(job)

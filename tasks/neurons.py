@@ -44,6 +44,10 @@ KEPT = 6  # images of each neuron, for the page
 SHOWN = 3  # texts and images of each neuron on screen
 DRAWS = 20  # of random neurons
 ENDS = ("towards", "away from", "direction")  # where a neuron has texts
+TOWARDS = (
+    "Towards, away from: texts by their cosine with what it adds when it fires more. Activations are divided "
+    "by the LayerNorms'\nstandard deviations, as they reach the embedding."
+)
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -282,12 +286,8 @@ def print_results(results: dict) -> None:
     print("\n" + table(["mean-ablated", "accuracy, %"], accuracies(results)))
     spread = "variance of what the neuron itself adds, over the embedding's; neurons can cancel"
     print(f"\nSpread: {spread}: shares need not sum to 100 %.")
-    first, towards = results["neurons"][0], "texts by their cosine with what it adds when it fires more"
-    if "direction" in first:
-        print(f"{DIRECTION} [..]: 95 % interval (Wilson).")
-    else:
-        print(f"Towards, away from: {towards}. Activations are divided by the LayerNorms'")
-        print("standard deviations, as they reach the embedding. [..]: 95 % interval (Wilson).")
+    first = results["neurons"][0]
+    print(f"{DIRECTION if 'direction' in first else TOWARDS} [..]: 95 % interval (Wilson).")
     if "factors" in first:
         its = "effect along its direction" if "direction" in first else "activation"
         most = f"explains most of the variance of its {its} on the test images"

@@ -78,8 +78,6 @@ def truth_in_words(counts: dict) -> str:
     """What `truth` found."""
     clear, right, dealt = (counts[key] for key in ("clear", "right", "dealt"))
     share, chance = (f"{n / max(clear, 1):.0%}" for n in (right, dealt))
-    over = (
-        f"A true factor explains over {THRESHOLD:.0%} of the effect of {clear} of {counts['neurons']} neurons"
-    )
+    effect = f"the effect of {clear} of {counts['neurons']} neurons (test images)"
     by = f"It is the one that the first text names in {right} ({share}), with texts dealt at random"
-    return f"{over} (test images).\n{by} in {dealt:.1f} ({chance})."
+    return f"A true factor explains over {THRESHOLD:.0%} of {effect}.\n{by} in {dealt:.1f} ({chance})."

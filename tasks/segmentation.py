@@ -55,9 +55,9 @@ def run(job: Job) -> tuple[dict, list]:
     if NEURONS in methods:
         try:
             job.neuron_maps = neuron_maps(job, data)
-        except ValueError as error:  # another family, or no head after the first MLP
+        except DecompositionError as error:
             if args.methods:
-                raise InputError(str(error)) from error
+                raise
             found.refused[NEURONS] = str(error)
     for (images, masks, foreground), indices in one_pass(job, data, "segmentation", found):
         found.see(foreground.tolist(), indices.tolist())
@@ -215,13 +215,17 @@ def neuron_maps(job: Job, data: Masked) -> Callable[[Tensor, Tensor], Tensor]:
     here it is as large a share. The directions come from some of the images; masks and labels are not used.
     """
     model, tower = job.clip.model, open_tower(job.clip.model)
-    layers = range(max(0, len(tower.blocks) - LAST_LAYERS), max(1, len(tower.blocks) - 1))
+    layers = range(max(0, len(tower.blocks) - LAST_LAYERS), len(tower.blocks) - 1)
+    if not layers:
+        raise DecompositionError("a model of one layer has no heads after an MLP")
     first = job.clip.preprocess(data.pair(0)[0])[None].to(job.clip.device, job.clip.dtype)
     seen = [Activity(layer, whole_maps(second_order(model, first, layer))) for layer in layers]
     few = Subset(data, subset(len(data), CENTRE_IMAGES, job.args.seed))
     for (images, *_), indices in one_pass(job, few, NEURONS, *seen):
         for activity in seen:
-            activity.update(second_order(model, images, activity.layer), indices)
+            split = second_order(model, images, activity.layer)
+            job.check_finite(split.embedding)
+            activity.update(split, indices)
     directions = torch.cat([activity.directions() for activity in seen]).to(first.device)  # [n, d]
 
     def maps(images: Tensor, texts: Tensor) -> Tensor:
@@ -231,10 +235,9 @@ def neuron_maps(job: Job, data: Masked) -> Callable[[Tensor, Tensor], Tensor]:
         image_embedding(model, images, [(x.register_forward_pre_hook, keep) for x in projections])
         a = torch.cat([x if tower.batch_first else x.transpose(0, 1) for x in kept], dim=2)  # [b, N, n]
         fit = (texts.to(directions) @ directions.T).abs()
-        best = fit.topk(math.ceil(len(directions) * 200 / 9216)).indices[:, None]
-        return (
-            a.gather(2, best.expand(-1, a.shape[1], -1))[:, 1:].mean(dim=2).unflatten(1, tower.grid(images))
-        )
+        best = fit.topk(math.ceil(len(directions) * 200 / 9216)).indices
+        best = best[:, None].expand(-1, a.shape[1], -1)  # [b, N, neurons taken]
+        return a.gather(2, best)[:, 1:].mean(dim=2).unflatten(1, tower.grid(images))
 
     return maps
 
