@@ -54,7 +54,7 @@ TASKS = {
     "completeness": "data reference texts words",
     "debias": f"{CUE} classes",
     "retrieval": "data reference head role top image text",
-    "neurons": "data reference layer neurons",
+    "neurons": "data reference layer neurons order",
     "typographic": "data reference heads",
 }
 
@@ -123,7 +123,9 @@ def add_head_options(parser: argparse.ArgumentParser) -> None:
     add("--head", metavar="L.H", help="retrieval: by what this head writes")
     add("--role", metavar="CATEGORY", help="retrieval: by what all heads of this role write")
     add("--top", type=positive, default=12, help="retrieval: images to show [%(default)s]")
-    add("--layer", type=int, help="neurons: which layer's MLP [the last]")
+    add("--layer", type=int, help="neurons: which layer's MLP [the last; --order 2: the third from the end]")
+    orders = "neurons: 1, what they write; 2, what they add through later heads [%(default)s]"
+    add("--order", type=int, choices=(1, 2), default=1, help=orders)
     add("--neurons", type=positive, default=10, help="neurons: how many to show [%(default)s]")
 
 

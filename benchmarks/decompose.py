@@ -3,9 +3,10 @@
     $ python -m benchmarks.decompose                      # a class token, attention pooling twice; batch 8
     $ python -m benchmarks.decompose --models ViT-H-14 --device cuda --precision bf16
 
-Time: each round runs encode_image, decompose, heatmap (one text), token_scores (10 texts) and neurons (the
-last layer) one after the other. Printed are the median, the smallest and the largest ratio to the
-encode_image of the same round.
+Time: each round runs encode_image, decompose, heatmap (one text), token_scores (10 texts), neurons (the last
+layer), second_order (the effects of one MLP through the last four layers) and writers (of a head of the last
+layer) one after the other; the last two in models that they take. Printed are the median, the smallest and
+the largest ratio to the encode_image of the same round.
 
 Memory: each job runs in a process of its own. Printed is its peak, counted from when the model has been
 built, over the peak of a process that runs encode_image; in brackets, the same ratio without the memory that
@@ -15,17 +16,19 @@ the model takes. On a GPU, the memory is what torch has allocated.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 import torch
 
-from decompose import decompose, heatmap, token_scores
-from neurons import neurons
+from decompose import DecompositionError, decompose, heatmap, token_scores
+from neurons import neurons, second_order, writers
 
 JOBS = {
     "encode_image": lambda model, images, texts: model.encode_image(images),
@@ -33,6 +36,8 @@ JOBS = {
     "heatmap": lambda model, images, texts: heatmap(model, images, texts[:1]),
     "token_scores": token_scores,
     "neurons": lambda model, images, texts: neurons(model, images, -1),
+    "second_order": lambda model, images, texts: second_order(model, images, -5),
+    "writers": lambda model, images, texts: writers(model, images, -1, 0),
 }
 
 
@@ -41,6 +46,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=["ViT-B-16", "ViT-B-16-SigLIP", "coca_ViT-B-32"])
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS)[1:], default=list(JOBS)[1:])
+    cpu_time = "measure the time that the processor spends, on a machine that does other things, too"
+    parser.add_argument("--cpu-time", action="store_true", help=cpu_time)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
@@ -67,28 +75,32 @@ def build(args: argparse.Namespace, name: str) -> tuple:
 
 
 @torch.no_grad()
-def seconds(job: str, inputs: tuple, device: str) -> float:
+def seconds(job: str, inputs: tuple, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     synchronise()
-    start = time.perf_counter()
+    start = clock()
     JOBS[job](*inputs)
     synchronise()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def report(args: argparse.Namespace, name: str) -> None:
     inputs = build(args, name)
-    for job in JOBS:
-        seconds(job, inputs, args.device)  # warm up
-    rounds = [{job: seconds(job, inputs, args.device) for job in JOBS} for _ in range(args.rounds)]
+    jobs = []
+    for job in ("encode_image", *args.jobs):
+        with contextlib.suppress(DecompositionError):
+            seconds(job, inputs, args.device)  # warm up
+            jobs.append(job)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    rounds = [{job: seconds(job, inputs, args.device, clock) for job in jobs} for _ in range(args.rounds)]
     plain = statistics.median(r["encode_image"] for r in rounds)
-    peaks = {job: measure_peak(args, name, job) for job in JOBS}
+    peaks = {job: measure_peak(args, name, job) for job in jobs}
     peak, before = peaks["encode_image"]
     print(
         f"\n{name}, batch {args.batch_size}: encode_image {plain:.3f} s, "
         f"peak {peak / 1e9:.2f} GB, of it {before / 1e9:.2f} GB before"
     )
-    for job in list(JOBS)[1:]:
+    for job in jobs[1:]:
         ratios = sorted(r[job] / r["encode_image"] for r in rounds)
         extra = (peaks[job][0] - peaks[job][1]) / (peak - before)
         print(

@@ -40,7 +40,7 @@ TESTS = {  # the tests that kill mutants fastest come first
     "families.py": ("families", "core", "decompose", "neurons"),
     "blocks.py": ("families", "core", "decompose", "neurons", "vendoring"),
     "attention.py": ("families", "core"),
-    "neurons.py": ("neurons", "core", "families"),
+    "neurons.py": ("neurons", "second_order", "core", "families"),
     "diagnose.py": ("core", "decompose"),
     "textspan.py": ("textspan", "cue", "roles"),
     "cue.py": ("cue", "roles"),

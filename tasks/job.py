@@ -37,6 +37,7 @@ class Job:
         self.in_pass = False
         self.old_checkpoints_deleted = False
         self.notes: dict[str, None] = {}  # what to say above the table, each once
+        self.neuron_maps = None  # what segmentation's first pass found
 
     @cached_property
     def clip(self) -> Clip:

@@ -2,7 +2,8 @@
 
 A neuron adds its activation times a fixed vector, its map. So var(activation) |map|^2 is the spread of its
 direct effect over images, the texts nearest to the map say what it writes, and ablating it changes a class
-score by one product. What a neuron does through later layers is not measured.
+score by one product. --order 2 measures what a neuron adds through the heads of later layers instead
+(neurons.second_order), each of which reads it through another map; second_order.py names its direction.
 
 Attention pooling reads a neuron once for each of its r rows, each time through another map. There the
 activation that is shown is the length of what the neuron adds, and the texts are nearest to the direction in
@@ -13,7 +14,7 @@ Axes as in decompose.py; k images kept of each neuron, m neurons shown, c classe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from decompose import head_maps
 from demo.images import DemoBirds
 from demo.truth import add_factors
 from files import InputError
-from neurons import Neurons, neurons
+from neurons import Neurons, neurons, second_order
 from textspan import Moments
 from zeroshot import Bank, embed_texts
 
@@ -36,18 +37,24 @@ from .job import Job, open_split, open_zero_shot
 from .passes import one_pass
 from .reference import check_varies
 from .removal import random_heads
+from .second_order import DIRECTION, MainAxes, truth_in_words
 from .tables import mean_and_std, percent, print_settings, table, zero_shot_settings
 
 KEPT = 6  # images of each neuron, for the page
 SHOWN = 3  # texts and images of each neuron on screen
 DRAWS = 20  # of random neurons
+ENDS = ("towards", "away from", "direction")  # where a neuron has texts
+TOWARDS = (
+    "Towards, away from: texts by their cosine with what it adds when it fires more. Activations are divided "
+    "by the LayerNorms'\nstandard deviations, as they reach the embedding."
+)
 
 
 def run(job: Job) -> tuple[dict, list]:
     """The neurons whose direct effect varies most: what they write, what fires them, accuracy without."""
     args, clip = job.args, job.clip
     depth = len(head_maps(clip.model))
-    layer = choose_layer(args.layer, depth)
+    layer = choose_layer(args.layer, depth, args.order)
     bank = job.load_bank()
     if len(bank.texts) < 2:
         raise InputError(f"text bank {bank.path} holds one text, and it takes two to say which is nearer")
@@ -58,33 +65,40 @@ def run(job: Job) -> tuple[dict, list]:
     chosen = activity.spread().argsort(descending=True, stable=True)[: args.neurons].tolist()
     draws = random_heads([(layer, j) for j in chosen], len(activity.maps), DRAWS, args.seed)
     drawn = [[j for _, j in draw] for draw in draws]
+    axes = MainAxes(activity, texts, bank) if args.order == 2 else None
     sets = [[], *([j] for j in chosen), chosen, *drawn]
+    sets += [list(range(len(activity.maps)))] if axes else []
     # Activations are kept in the demo alone, whose images' factors are known; elsewhere memory does not grow.
-    kept = chosen if isinstance(test, DemoBirds) else []
-    accuracy, fired = ablate(job, test, labels, classes, activity, sets, kept)
+    keep = axes.along if axes else lambda found: activity.strength(found)[:, chosen]
+    keep = keep if isinstance(test, DemoBirds) else None
+    accuracy, fired = ablate(job, test, labels, classes, activity, sets, keep)
+    whole = {"without all neurons of the layer": accuracy.pop()} if axes else {}
     base, *single = accuracy[: len(chosen) + 1]
     together, *random = accuracy[len(chosen) + 1 :]
-    found = [describe(j, activity, texts, bank, data) for j in chosen]
+    found = [describe(j, activity, texts, bank, data, axes) for j in chosen]
     for row, share in zip(found, single, strict=True):
         row["accuracy without it"] = share
     if fired is not None:
-        add_factors(found, fired, test.facts)
+        add_factors(found, fired[:, chosen] if axes else fired, test.facts)
     texts_used = f"{bank.path.name}, {len(bank.texts):,} texts, less their mean"
+    total = "what the MLP adds through later heads" if axes else "the MLP's term"
     where = print_settings(
         job,
         **zero_shot_settings(job, test, data.description, len(names)),
         bank=f"{texts_used}: else texts that are near everything would win",
         layer=f"{layer} of 0 to {depth - 1}, {len(activity.maps):,} neurons",
-        sum=f"neurons and biases sum to the MLP's term within {activity.error:.0e} of its largest entry",
+        sum=f"neurons and biases sum to {total} within {activity.error:.0e} of its largest entry",
     )
     results = {
         "settings": where,
         "layer": layer,
         "images": len(test),
-        "accuracy": {"base": base, "without the neurons shown": together},
+        "accuracy": {"base": base, "without the neurons shown": together} | whole,
         "random": random,
         "neurons": found,
     }
+    if axes and fired is not None:
+        results["truth"] = axes.truth(fired, test.facts)
     print_results(results)
     pictures = {}
     for row in found:
@@ -92,8 +106,12 @@ def run(job: Job) -> tuple[dict, list]:
     return results, page(results, pictures)
 
 
-def choose_layer(asked: int | None, depth: int) -> int:
-    """--layer, counted from 0, or from the end where negative; without it the last."""
+def choose_layer(asked: int | None, depth: int, order: int = 1) -> int:
+    """--layer, counted from 0, or from the end where negative; without it the last, or the third last."""
+    if order == 2 and (depth == 1 or asked in (depth - 1, -1)):
+        raise InputError(f"--order 2 takes no MLP of the last layer, {depth - 1}: no head comes after it")
+    if order == 2 and asked is None:
+        return max(depth - 3, 0)
     if asked is not None and not -depth <= asked < depth:
         there = f"layers 0 to {depth - 1}, or -{depth} to -1 from the end"
         raise InputError(f"--layer {asked}: the model has {there}")
@@ -167,6 +185,10 @@ class Activity:
         found = torch.linalg.svd(root, full_matrices=False).Vh[0]  # root' root is the term's covariance
         return (found * torch.sign(self.rows.mean[j] @ maps.double() @ found)).to(maps)
 
+    def directions(self) -> Tensor:
+        """[n, d] of unit length, of all neurons."""
+        return F.normalize(torch.stack([self.direction(j) for j in range(len(self.maps))]), dim=1)
+
 
 def by_row(found: Neurons) -> Tensor:
     """[b, r, n] activations, whatever the read-out."""
@@ -178,13 +200,18 @@ def whole_maps(found: Neurons) -> Tensor:
     return found.maps if found.up is None else (found.maps @ found.up).transpose(0, 1)
 
 
+def split(job: Job, images: Tensor, layer: int) -> Neurons:
+    """The effects of --order by neuron."""
+    return (second_order if job.args.order == 2 else neurons)(job.clip.model, images, layer)
+
+
 def watch(job: Job, data: Dataset, layer: int) -> Activity:
     """One pass over the reference images."""
     clip = job.clip
     first = clip.preprocess(data.picture(0))[None].to(clip.device, clip.dtype)
-    activity = Activity(layer, whole_maps(neurons(clip.model, first, layer)))
+    activity = Activity(layer, whole_maps(split(job, first, layer)))
     for images, indices in one_pass(job, data, f"reference ({job.args.reference})", activity):
-        found = neurons(clip.model, images, layer)
+        found = split(job, images, layer)
         job.check_finite(found.embedding)
         activity.update(found, indices)
     check_varies(float(activity.embedding.scatter.sum()), data.description)
@@ -198,21 +225,21 @@ def ablate(
     classes: Tensor,
     activity: Activity,
     sets: Sequence[Sequence[int]],
-    kept: Sequence[int] = (),
+    keep: Callable[[Neurons], Tensor] | None = None,
 ) -> tuple[list[float], Tensor | None]:
     """Accuracy on the test images for each set of neurons, mean-ablated together, in one pass.
 
     Args:
         labels: [images] the true class.
         classes: [c, d].
-        kept: m neurons whose strength [images, m] is returned, too.
+        keep: what of every image [b, ...] is returned, too.
     """
     mean = activity.rows.mean.T.to(activity.maps)  # [r, n]
     members = [torch.tensor(chosen, dtype=torch.long, device=classes.device) for chosen in sets]
     reads = [activity.maps[chosen] @ classes.T for chosen in members]  # [m, r, c]
     total, fired = Sums(), Rows()
     for images, indices in one_pass(job, test, "test", total, fired):
-        found, truth = neurons(job.clip.model, images, activity.layer), labels[indices].to(classes.device)
+        found, truth = split(job, images, activity.layer), labels[indices].to(classes.device)
         # Class scores up to the embedding's norm, which does not change which class wins.
         base, away = found.embedding.to(classes) @ classes.T, mean - by_row(found)
         right = []
@@ -220,25 +247,29 @@ def ablate(
             scores = base + torch.einsum("brm,mrc->bc", away[:, :, chosen], read)
             right.append((scores.argmax(dim=1) == truth).sum())
         total.add("right", torch.stack(right))
-        if kept:
-            fired.add(activity.strength(found)[:, list(kept)])
-    return [count / len(test) for count in total["right"].tolist()], fired.tensor() if kept else None
+        if keep:
+            fired.add(keep(found))
+    return [count / len(test) for count in total["right"].tolist()], fired.tensor() if keep else None
 
 
-def describe(j: int, activity: Activity, texts: Tensor, bank: Bank, data: Dataset) -> dict:
+def describe(
+    j: int, activity: Activity, texts: Tensor, bank: Bank, data: Dataset, axes: MainAxes | None = None
+) -> dict:
     """What neuron j does and writes."""
-    fit = likeness(activity.direction(j), texts)
-    order = fit.argsort(descending=True, stable=True).tolist()
     images = zip(activity.images[j].tolist(), activity.top[j].tolist(), strict=True)
-    return {
+    row = {
         "neuron": head_name((activity.layer, j)),
         "spread": float(activity.spread()[j]),
         "mean": float(activity.activations.mean[j, 0]),
         "variance": float(activity.activations.covariance[j, 0, 0]),
-        "towards": [(bank.texts[i], float(fit[i])) for i in order[:SHOWN]],
-        "away from": [(bank.texts[i], float(fit[i])) for i in order[: -SHOWN - 1 : -1]],
         "images": [(i, data.caption(i), activation) for i, activation in images],
     }
+    if axes:
+        return row | axes.describe(j, SHOWN)
+    fit = likeness(activity.direction(j), texts)
+    order = fit.argsort(descending=True, stable=True).tolist()
+    ends = zip(ENDS, (order[:SHOWN], order[: -SHOWN - 1 : -1]), strict=False)
+    return row | {end: [(bank.texts[i], float(fit[i])) for i in picked] for end, picked in ends}
 
 
 def likeness(direction: Tensor, texts: Tensor) -> Tensor:
@@ -250,19 +281,21 @@ def print_results(results: dict) -> None:
     """A paragraph for each neuron, accuracies."""
     for row in results["neurons"]:
         print(f"\nneuron {in_words(row, results['accuracy']['base'])}")
-        for sign in ("towards", "away from"):
+        for sign in [end for end in ENDS if end in row]:
             print(f"  {sign:<10} " + "; ".join(f"{text} {fit:+.2f}" for text, fit in row[sign]))
         shown = "; ".join(f"{i}: {caption}" for i, caption, _ in row["images"][:SHOWN])
         print(f"  {'fired by':<10} {shown}")
     print("\n" + table(["mean-ablated", "accuracy, %"], accuracies(results)))
     spread = "variance of what the neuron itself adds, over the embedding's; neurons can cancel"
     print(f"\nSpread: {spread}: shares need not sum to 100 %.")
-    towards = "texts by their cosine with what it adds when it fires more"
-    print(f"Towards, away from: {towards}. Activations are divided by the LayerNorms'")
-    print("standard deviations, as they reach the embedding. [..]: 95 % interval (Wilson).")
-    if "factors" in results["neurons"][0]:
-        most = "explains most of the variance of its activation on the test images"
+    first = results["neurons"][0]
+    print(f"{DIRECTION if 'direction' in first else TOWARDS} [..]: 95 % interval (Wilson).")
+    if "factors" in first:
+        its = "effect along its direction" if "direction" in first else "activation"
+        most = f"explains most of the variance of its {its} on the test images"
         print(f"Factor: the demo's that {most}, where all are independent.")
+    if "truth" in results:
+        print(truth_in_words(results["truth"]))
 
 
 def in_words(row: dict, base: float) -> str:
@@ -270,7 +303,9 @@ def in_words(row: dict, base: float) -> str:
     accuracy = row["accuracy without it"]
     change = round(100 * (accuracy - base), 1) + 0.0  # no -0.0
     activation = f"{row['mean']:.3f} ± {row['variance'] ** 0.5:.3f}"
-    line = f"{row['neuron']:<7} spread {row['spread']:6.2%}   activation {activation}"
+    direction = f"   direction {row['share']:.0%}" if "share" in row else ""
+    kind = "effect" if direction else "activation"
+    line = f"{row['neuron']:<7} spread {row['spread']:6.2%}   {kind} {activation}{direction}"
     line += f"   accuracy without it {100 * accuracy:.1f} ({change:+.1f})"
     if "factors" in row:
         factor = max(row["factors"], key=row["factors"].get)
@@ -281,8 +316,8 @@ def in_words(row: dict, base: float) -> str:
 def accuracies(results: dict) -> list[list[str]]:
     """Rows of the table."""
     shown = len(results["neurons"])
-    labels = ("base", f"the {shown} neurons above")
-    both = zip(labels, results["accuracy"].values(), strict=True)
+    labels = ("base", f"the {shown} neurons above", "all neurons of the layer")
+    both = zip(labels, results["accuracy"].values(), strict=False)  # the last one with --order 2 alone
     rows = [[label, percent(accuracy, results["images"])] for label, accuracy in both]
     if results["random"]:  # none where all neurons of the layer are shown
         label, draws = f"{shown} random neurons of the layer", results["random"]
@@ -296,13 +331,17 @@ def page(results: dict, images: dict[str, list[Image.Image]]) -> list[report.Htm
     parts = []
     for row in results["neurons"]:
         parts.append(in_words(row, results["accuracy"]["base"]))
-        ends = zip(row["towards"], row["away from"], strict=True)
-        cells = [(f"{a} ({x:+.2f})", f"{b} ({y:+.2f})") for (a, x), (b, y) in ends]
-        parts.append(report.table(["towards", "away from"], cells))
+        ends = [end for end in ENDS if end in row]
+        lines = zip(*(row[end] for end in ends), strict=True)
+        cells = [[f"{text} ({x:+.2f})" for text, x in line] for line in lines]
+        parts.append(report.table(ends, cells))
         captions = [f"{caption} ({activation:.2f})" for _, caption, activation in row["images"]]
         parts.append(report.pictures(list(zip(images[row["neuron"]], captions, strict=True))))
-    texts = "Texts: by their cosine with what the neuron adds when it fires more."
-    accuracy = report.table(["mean-ablated", "accuracy, %"], accuracies(results))
-    note = f"{texts} Images: those that fire it most."
-    written = report.section("What single neurons write", *parts, note=note)
-    return [report.section("Accuracy without them", accuracy), written]
+    second = "direction" in row
+    texts = DIRECTION if second else "Texts: by their cosine with what the neuron adds when it fires more."
+    accuracy = [report.table(["mean-ablated", "accuracy, %"], accuracies(results))]
+    if "truth" in results:
+        accuracy.append(truth_in_words(results["truth"]))
+    title = "What single neurons add through later heads" if second else "What single neurons write"
+    written = report.section(title, *parts, note=f"{texts} Images: those that fire it most.")
+    return [report.section("Accuracy without them", *accuracy), written]

@@ -6,31 +6,38 @@ Every method explains the same class of an image, from the same model, and is ju
 from __future__ import annotations
 
 import difflib
+import math
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Subset
 
 import report
 from baselines import BaselineError
 from data import subset
-from decompose import DecompositionError, image_embedding
+from decompose import DecompositionError, image_embedding, open_tower, upcast
 from demo.images import DemoMasks
 from files import InputError, read_lines
 from masks import ImageNetSegmentation, Masked, MaskFolder, seen
 from metrics import Segmentation
+from neurons import second_order
 from zeroshot import Clip, classifier, templates
 
 from .attribution import ATTRIBUTIONS, DECOMPOSITIONS, attribute, choose_methods, clipped, score_of
+from .heads import LAST_LAYERS
 from .heatmap import SCALE_NOTE, overlay, print_refused
 from .job import Job, check_class_names
+from .neurons import Activity, whole_maps
 from .passes import one_pass
+from .reference import CENTRE_IMAGES
 from .tables import in_tenths, print_settings, prompts_of, table
 
+NEURONS = "neurons"  # here alone: it takes a pass over the images before its first map
 BLOB, RANDOM = "centred blob", "random"  # what a method must beat
 EXAMPLES, SIDE = 3, 256  # images on the page, pixels of their long side
 PROTOCOLS = {"aligned": "masks resized and cropped as images", "authors": "masks squashed onto the crop"}
@@ -40,11 +47,18 @@ def run(job: Job) -> tuple[dict, list]:
     """Pixel accuracy, mean IoU and mean AP of every method."""
     args, clip = job.args, job.clip
     data = open_masks(job)
-    methods = choose_methods(args, extra=(BLOB, RANDOM))
+    methods = choose_methods(args, extra=(NEURONS, BLOB, RANDOM))
     names = class_names(args.classes, data)
     prompt, labels = choose_prompt(args.prompt, data, names)
     classes = classifier(clip, names, templates(clip), title="classes")
     found = Found({method: Segmentation(clip=clipped(method)) for method in methods}, data)
+    if NEURONS in methods:
+        try:
+            job.neuron_maps = neuron_maps(job, data)
+        except DecompositionError as error:
+            if args.methods:
+                raise
+            found.refused[NEURONS] = str(error)
     for (images, masks, foreground), indices in one_pass(job, data, "segmentation", found):
         found.see(foreground.tolist(), indices.tolist())
         shown = labels[indices].to(clip.device) if labels is not None else predict(clip, images, classes)
@@ -79,6 +93,8 @@ def maps_of(method: str, job: Job, images: Tensor, indices: Tensor, classes: Ten
     texts = classes[shown]
     if contrasted(method, job.args.contrast):
         texts = texts - classes.mean(dim=0)
+    if method == NEURONS:
+        return job.neuron_maps(images, texts)
     return attribute(method, job.clip.model, images, texts, job.args.score)
 
 
@@ -189,7 +205,42 @@ def predict(clip: Clip, images: Tensor, classes: Tensor) -> Tensor:
 def contrasted(method: str, contrast: str) -> bool:
     """Does the method explain the class minus the mean over classes?"""
     chosen = contrast == "all" or (contrast == "paper" and method in DECOMPOSITIONS)
-    return chosen and ATTRIBUTIONS[method].reads_text
+    return chosen and (method == NEURONS or ATTRIBUTIONS[method].reads_text)
+
+
+def neuron_maps(job: Job, data: Masked) -> Callable[[Tensor, Tensor], Tensor]:
+    """The maps of Gandelsman et al., https://arxiv.org/abs/2406.04341: function(images, texts [b, d]).
+
+    A map is the mean activation of the neurons whose main directions (see second_order.py) have the largest
+    dot products with the text, of either sign. The authors take 200 of the 9,216 in layers 8 to 10 of 12, and
+    here it is as large a share. The directions come from some of the images; masks and labels are not used.
+    """
+    model, tower = job.clip.model, open_tower(job.clip.model)
+    layers = range(max(0, len(tower.blocks) - LAST_LAYERS), len(tower.blocks) - 1)
+    if not layers:
+        raise DecompositionError("a model of one layer has no heads after an MLP")
+    first = job.clip.preprocess(data.pair(0)[0])[None].to(job.clip.device, job.clip.dtype)
+    seen = [Activity(layer, whole_maps(second_order(model, first, layer))) for layer in layers]
+    few = Subset(data, subset(len(data), CENTRE_IMAGES, job.args.seed))
+    for (images, *_), indices in one_pass(job, few, NEURONS, *seen):
+        for activity in seen:
+            split = second_order(model, images, activity.layer)
+            job.check_finite(split.embedding)
+            activity.update(split, indices)
+    directions = torch.cat([activity.directions() for activity in seen]).to(first.device)  # [n, d]
+
+    def maps(images: Tensor, texts: Tensor) -> Tensor:
+        kept = []
+        projections = [tower.blocks[layer].mlp.c_proj for layer in layers]
+        keep = lambda _, args: kept.append(upcast(args[0]))  # noqa: E731
+        image_embedding(model, images, [(x.register_forward_pre_hook, keep) for x in projections])
+        a = torch.cat([x if tower.batch_first else x.transpose(0, 1) for x in kept], dim=2)  # [b, N, n]
+        fit = (texts.to(directions) @ directions.T).abs()
+        best = fit.topk(math.ceil(len(directions) * 200 / 9216)).indices
+        best = best[:, None].expand(-1, a.shape[1], -1)  # [b, N, neurons taken]
+        return a.gather(2, best)[:, 1:].mean(dim=2).unflatten(1, tower.grid(images))
+
+    return maps
 
 
 def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) -> Tensor:
@@ -212,8 +263,8 @@ def measures(method: str, total: Segmentation, args: Namespace) -> dict:
     """A row of the table."""
     score, text = "-", "-"
     if method not in (BLOB, RANDOM):
-        score = score_of(method, args.score)
-        if ATTRIBUTIONS[method].reads_text:
+        score = "dot" if method == NEURONS else score_of(method, args.score)
+        if method == NEURONS or ATTRIBUTIONS[method].reads_text:
             text = "class - mean" if contrasted(method, args.contrast) else "class"
     row = {"score": score, "text": text, "pixel accuracy": total.pixel_accuracy, "mIoU": total.mean_iou}
     return row | {"mAP": total.mean_ap, "mAP standard error": total.mean_ap_error}

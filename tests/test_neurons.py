@@ -649,6 +649,7 @@ def options(**more):
     defaults = {
         "task": "neurons",
         "layer": None,
+        "order": 1,
         "neurons": 5,
         "text_bank": None,
         "limit": 96,

@@ -390,7 +390,7 @@ def test_each_row_says_what_it_explains(tmp_path):
 
 def test_every_method_has_its_row_or_those_given_each_once_in_their_order(tmp_path):
     rows = segment(tmp_path, "--limit 2")
-    assert list(rows) == ["decomposition", "decomposition-abs", *METHODS, "centred blob", "random"]
+    assert list(rows) == ["decomposition", "decomposition-abs", *METHODS, "neurons", "centred blob", "random"]
     rows = segment(tmp_path, "--limit 2 --methods rollout decomposition rollout")
     assert list(rows) == ["rollout", "decomposition"]
 

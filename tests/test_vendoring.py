@@ -73,6 +73,8 @@ PROGRAMS = {
         split = m.neurons(model, images, 1)
         assert torch.allclose(split.total(), m.core.decompose(model, images).mlps[:, 1])
         assert split.terms().shape == (2, 64, 24)
+        assert m.second_order(model, images, 1).error() < 1e-10
+        assert m.writers(model, images, -1, 2).error() < 1e-10
     """,
     "diagnose.py": """
         import importlib
