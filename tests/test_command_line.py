@@ -25,7 +25,7 @@ import data
 import files
 from baselines import METHODS, BaselineError
 from data import ImageFolder, Waterbirds
-from decompose import DecompositionError, decompose, heatmap
+from decompose import DecompositionError, decompose, heatmap, image_embedding
 from demo.images import DemoBirds, DemoMasks
 from evaluate import TASKS, main, parse_args
 from files import InputError, locked, visible
@@ -597,4 +597,7 @@ def test_a_tower_that_gives_an_embedding_for_each_query_is_refused(tmp_path, cap
         "heatmap": ["--image", next(kinds.rglob("*.png")), "--text", "a bird"],
     }
     line = refused(capsys, tmp_path, "--task", task, "--model", "pools", "--pretrained", "none", *more[task])
-    assert "encode_image must give [b, d], and gives" in line
+    assert "it pools by two attentions" in line  # from the configuration, before the model is built
+    model = open_clip.create_model("pools").eval()
+    with pytest.raises(DecompositionError, match=r"encode_image must give \[b, d\], and gives \[2, 1"):
+        image_embedding(model, torch.randn(2, 3, 32, 32))
