@@ -8,7 +8,7 @@ the head writes directly to the embedding. Here every later layer sees the chang
 through them goes, too. The result is the embedding of another forward pass, and no longer a sum of terms of
 the first. With zeros it is the intervention of Dyslexify (arXiv 2508.20570).
 
-This file needs torch, and decompose.py, families.py, blocks.py and attention.py beside it.
+This file needs torch, and decompose.py and attention.py beside it (with families.py it takes EVA, too).
 MIT licence, (c) 2026 The TextSpan reference authors.
 
 Axes: b images   L layers   H heads   N tokens   e width of a head   d width of the embedding
