@@ -35,7 +35,7 @@ def class_values(model: nn.Module, images: Tensor) -> Tensor:
 
     Arguments and errors as for `forward_without`.
     """
-    depth = _depth(model, images)
+    depth, _ = _size(model, images)
     _, calls = _run(model, images)
     return torch.stack([call.out[:, :, 0] for call in calls[:depth]], dim=1)
 
@@ -55,26 +55,29 @@ def forward_without(
 
     Raises:
         DecompositionError: the model has no class token that is read out, or another architecture.
+        ValueError: a head that the model does not have.
     """
-    depth = _depth(model, images)
+    depth, width = _size(model, images)
+    unknown = [(layer, head) for layer, head in heads if not (0 <= layer < depth and 0 <= head < width)]
+    if unknown:
+        raise ValueError(f"no head {unknown[0]}: the model has {depth} layers of {width} heads")
 
     def replace(layer: int, out: Tensor) -> Tensor:
         mine = [head for at, head in heads if at == layer]
-        if mine and layer < depth:
-            out = out.clone()
+        if mine:
             out[:, mine, 0] = 0.0 if values is None else values[layer, mine].to(out)
         return out
 
     return _run(model, images, replace)[0]
 
 
-def _depth(model: nn.Module, images: Tensor) -> int:
-    """The number of blocks; refused where what is read out is not the class token."""
+def _size(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    """The numbers of layers and heads; refused where what is read out is not the class token."""
     tower = open_tower(model, images=images)
     if tower.name != "class token":
         reason = f"it reads out a {tower.name}, and this replaces what the class token is given"
         raise DecompositionError(f"cannot run {type(model).__name__} without heads: {reason}")
-    return len(tower.blocks)
+    return len(tower.W_O), len(tower.W_O[0])
 
 
 def _run(model: nn.Module, images: Tensor, replace: Callable | None = None) -> tuple[Tensor, list[Call]]:

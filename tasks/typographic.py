@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 import report
+from cue import subspace
 from data import subset
 from decompose import Decomposition, DecompositionError, decompose, image_embedding
 from demo.images import DemoSigns
@@ -80,6 +81,7 @@ def run(job: Job) -> tuple[dict, list]:
         means=f"{cue.reference.description}; their words must not go with their classes",
         prompts=f"{len(templates(clip))} templates, {len(test.classes)} classes; {logits(clip)}",
         **cue.settings(),
+        shared=f"directions of cue and classes have principal cosines {principal_cosines(cue, classes)}",
     )
     print_rows(results, len(test), len(cue.heads))
     print("".join(f"{note}\n" for note in notes), end="")
@@ -165,6 +167,12 @@ class Tally(Sums):
         return dict(
             zip(("seen", "written", "both"), (self["answers"] / self["images"]).tolist(), strict=True)
         )
+
+
+def principal_cosines(cue: Cue, classes: Tensor) -> str:
+    """Between the subspaces of the cue's texts and of the classes: 1 for a direction that they share."""
+    cosines = torch.linalg.svdvals(subspace(classes) @ cue.directions.T)
+    return " ".join(f"{cosine:.2f}" for cosine in cosines.tolist())
 
 
 def other_heads(chosen: list[Head], shape: tuple[int, int], draws: int, seed: int) -> list[list[Head]]:
