@@ -8,6 +8,8 @@ cue, from texts that say that a word is written, and without labels.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -221,14 +223,22 @@ def print_rows(results: dict, images: int, heads: int) -> None:
     print("\n" + table(header, lines))
     print("\nAttacked: another class's name is written on the picture. [..]: 95 % interval (Wilson).")
     if drawn:
-        mean = sum(drawn["shared"]) / drawn["draws"]
-        ours = rows["heads mean-ablated"]["attacked"]
-        below = sum(row["attacked"] < ours for row in drawn["rows"])
-        words = f"Random: {drawn['draws']} draws of as many heads from each of the same layers, mean-ablated;"
-        print(f"{words} {below} stay below the\nchosen heads on attacked pictures.", end=" ")
-        print(f"They share {mean:.1f} of the chosen heads on average, the best {drawn['shared'][best]}.")
-        print(f"Not chosen: {drawn['draws']} draws from all other heads of the model.")
+        print(control_in_words(drawn, rows["heads mean-ablated"]["attacked"]))
     print(answers_in_words(results["answers"]))
+
+
+def control_in_words(drawn: dict, ours: float) -> str:
+    """Where the random heads come from, and what they do by how many of the chosen ones are among them."""
+    by_shared = defaultdict(list)
+    for row, shared in zip(drawn["rows"], drawn["shared"], strict=True):
+        by_shared[shared].append(row["attacked"])
+    means = [f"{shared}: {100 * sum(found) / len(found):.1f}" for shared, found in sorted(by_shared.items())]
+    below = sum(row["attacked"] < ours for row in drawn["rows"])
+    words = f"Random: {drawn['draws']} draws of as many heads from each of the same layers, mean-ablated;"
+    words += f" {below} stay below the\nchosen heads on attacked pictures. By how many of these they share: "
+    return (
+        f"{words}{', '.join(means)}.\nNot chosen: {drawn['draws']} draws from all other heads of the model."
+    )
 
 
 def answers_in_words(answers: dict[str, float]) -> str:
