@@ -75,7 +75,7 @@ def _size(model: nn.Module, images: Tensor) -> tuple[int, int]:
     """The numbers of layers and heads; refused where what is read out is not the class token."""
     tower = open_tower(model, images=images)
     if tower.name != "class token":
-        reason = f"it reads out a {tower.name}, and this replaces what the class token is given"
+        reason = f"its read-out is {tower.name}, and this replaces what the class token is given"
         raise DecompositionError(f"cannot run {type(model).__name__} without heads: {reason}")
     return len(tower.W_O), len(tower.W_O[0])
 
