@@ -68,7 +68,7 @@ def agreement_in_words(counts: dict, shuffled: list[int]) -> str:
             *lines,
             f"Of the other {total - clear} heads, {none} are given no role.",
             f"Of all {given} roles, {counts[AGREEMENTS[0]]} are the true factor of such a head, {right}.",
-            f"With categories shuffled over the texts, {', '.join(map(str, shuffled))} of {total} heads get one.",
+            f"With categories shuffled over texts, {', '.join(map(str, shuffled))} of {total} heads get one.",
         ]
     )
 

@@ -18,7 +18,7 @@ from zeroshot import classifier, templates
 
 from .accumulators import Sums
 from .job import Images, Job, check_class_names, open_split
-from .removal import Plan, draws_in_words, in_blocks, look_for_cue, random_heads, score, without_heads_forward
+from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
 from .tables import in_tenths, logits, mean_and_std, percent, print_settings, table
 
 
@@ -52,8 +52,7 @@ def run(job: Job) -> tuple[dict, list]:
         **cue.settings(),
     )
     print_rows(rows, control, len(test), len(cue.heads))
-    if control:
-        print(f"Random: {draws_in_words(len(control), cue.heads, shape[1])}, mean-ablated.")
+    print(f"Random: {plan.sets}, mean-ablated." if control else "")
     results = {"settings": where, "rows": rows, "random": control, **cue.results()}
     return results, page(rows, control)
 

@@ -253,6 +253,9 @@ class Plan:
         self.rows = torch.stack(list(rows.values()))  # [k, t] the interventions of the table
         self.chosen = self.row(heads=chosen)[None]  # [1, t] the chosen heads mean-ablated
         self.draws = torch.stack([self.row(heads=drawn) for drawn in draws]) if draws else self.rows[:0]
+        others = other_sets(chosen, heads)
+        drawn = f"all {others}" if len(draws) == others else f"{len(draws)} of the {others:,}"
+        self.sets = f"{drawn} other sets of as many heads from each of the same layers"
 
     def row(
         self,
@@ -286,9 +289,9 @@ def random_heads(chosen: list[Head], width: int, draws: int, seed: int) -> list[
     per_layer = Counter(layer for layer, _ in chosen)
     if other_sets(chosen, width) <= draws:
         picks = product(*(combinations(range(width), count) for count in per_layer.values()))
-        every = (
+        every = [
             [(layer, i) for layer, row in zip(per_layer, pick, strict=True) for i in row] for pick in picks
-        )
+        ]
         return [heads for heads in every if set(heads) != set(chosen)]
     generator = torch.Generator().manual_seed(seed)
     found: dict[frozenset[Head], list[Head]] = {}
@@ -304,10 +307,3 @@ def random_heads(chosen: list[Head], width: int, draws: int, seed: int) -> list[
 def other_sets(chosen: Heads, width: int) -> int:
     """How many other sets of as many heads per layer there are."""
     return prod(comb(width, count) for count in Counter(layer for layer, _ in chosen).values()) - 1
-
-
-def draws_in_words(draws: int, chosen: Heads, width: int) -> str:
-    """ "100 of the 15,679 other sets of as many heads from each of the same layers"."""
-    others = other_sets(chosen, width)
-    drawn = f"all {draws}" if draws == others else f"{draws} of the {others:,}"
-    return f"{drawn} other sets of as many heads from each of the same layers"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import NormalDist
 
 import torch
 from torch.utils.data import Dataset
@@ -25,16 +24,6 @@ def wilson(right: float, count: int, z: float = 1.959964) -> tuple[float, float]
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def wilson_of_smallest(rights: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """95 % interval of the smallest of several groups' true accuracies; Wilson's own is too low for it.
-
-    The smallest lower end can be too high only where that of the truly worst group is. The smallest upper
-    end is too low as soon as that of any group is, so they share the error of 2.5 % (Sidak 1967).
-    """
-    z, groups = NormalDist().inv_cdf(0.975 ** (1 / len(counts))), list(zip(rights, counts, strict=True))
-    return min(wilson(*group)[0] for group in groups), min(wilson(*group, z)[1] for group in groups)
-
-
 def in_percent(accuracy: float, count: int) -> tuple[float, float, float]:
     """(accuracy, lower and upper end of its 95 % interval), in percent."""
     low, high = wilson(accuracy, count)
@@ -47,17 +36,11 @@ def percent(accuracy: float, count: int) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def smallest_in_percent(rights: Sequence[float], counts: Sequence[int]) -> str:
-    """The same of the smallest of several accuracies."""
-    low, high = wilson_of_smallest(rights, counts)
-    return f"{100 * min(rights):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
 def images_per_text(images: int, used: int, texts: int) -> str:
     """How many texts divide the images, for the settings; with a warning where the images are few."""
     said = f"{images:,} images fit {used} of {texts} texts best, {images / used:.1f} images per text"
     warning = (
-        f"WARNING: below {FEW} per text, chance explains much of a head: give more images or fewer texts"
+        f"WARNING: below {FEW} per text, chance explains much of a head; give more images or fewer texts"
     )
     return f"{said}; {warning}" if images < FEW * used else said
 

@@ -26,17 +26,7 @@ from .heatmap import save_picture
 from .job import Job
 from .passes import one_pass
 from .reading import COVERED, contact_sheet, cover, map_of_heads, measure_rules, name_heads, picks
-from .removal import (
-    Cue,
-    Further,
-    Plan,
-    cue_of,
-    draws_in_words,
-    in_blocks,
-    random_heads,
-    scorer,
-    without_heads_forward,
-)
+from .removal import Cue, Further, Plan, cue_of, in_blocks, random_heads, scorer, without_heads_forward
 from .tables import in_tenths, logits, mean_and_std, percent, print_settings, table
 
 TITLES = {"clean": "no word", "attacked": "attacked", "own": "own word", "blank": "blank sign"}
@@ -75,6 +65,7 @@ def run(job: Job) -> tuple[dict, list]:
         "rows": rows,
         "answers": tally.answers(),
         "random": control(drawn, draws, cue),
+        "sets": plan.sets,
         **cue.results(),
     }
     path = args.out / "typographic" / "sheet.png"
@@ -183,8 +174,7 @@ def control(drawn: list[dict], draws: list[list], cue: Cue) -> dict | None:
         "std": float(values.std(correction=0)),
         "max": float(values.max()),
     }
-    sets = draws_in_words(len(drawn), cue.heads, cue.reference.maps.shape[1])
-    return {"draws": len(drawn), "sets": sets, "attacked": spread, "rows": drawn, "shared": shared}
+    return {"draws": len(drawn), "attacked": spread, "rows": drawn, "shared": shared}
 
 
 def print_rows(results: dict, images: int, heads: int) -> None:
@@ -208,7 +198,7 @@ def print_rows(results: dict, images: int, heads: int) -> None:
         mean = sum(drawn["shared"]) / drawn["draws"]
         ours = rows["heads mean-ablated"]["attacked"]
         below = sum(row["attacked"] < ours for row in drawn["rows"])
-        words = f"Random: {drawn['sets']}, mean-ablated;"
+        words = f"Random: {results['sets']}, mean-ablated;"
         print(f"{words} {below} stay below the\nchosen heads on attacked pictures.", end=" ")
         print(f"They share {mean:.1f} of the chosen heads on average, the best {drawn['shared'][best]}.")
     print(answers_in_words(results["answers"]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -15,17 +17,8 @@ from zeroshot import classifier, templates
 
 from .accumulators import Sums
 from .job import Job, open_split
-from .removal import Plan, draws_in_words, in_blocks, look_for_cue, random_heads, score, without_heads_forward
-from .tables import (
-    SCORED,
-    in_percent,
-    in_tenths,
-    percent,
-    print_settings,
-    smallest_in_percent,
-    table,
-    zero_shot_settings,
-)
+from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
+from .tables import SCORED, in_percent, in_tenths, percent, print_settings, table, wilson, zero_shot_settings
 
 GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 
@@ -50,9 +43,7 @@ def run(job: Job) -> tuple[dict, list]:
         groups.update(scores.after(every), indices)
     found, (ours,), drawn = in_blocks(groups.rows(), interventions)
     rows = dict(zip(plan.labels, found, strict=True))
-    control = random_control(ours, drawn) if drawn else None
-    if control is not None:
-        control["sets"] = draws_in_words(len(drawn), cue.heads, shape[1])
+    control = {"sets": plan.sets, **random_control(ours, drawn)} if drawn else None
     note = f"the authors' way, {SCORED}"
     common = zero_shot_settings(job, test, cue.reference.description, test.classes, note)
     where = print_settings(job, **common, **cue.settings())
@@ -104,6 +95,16 @@ class Groups(Sums):
         return found
 
 
+def wilson_of_smallest(rights: Collection[float], counts: Collection[int]) -> tuple[float, float]:
+    """95 % interval of the smallest of several groups' true accuracies; Wilson's own is too low for it.
+
+    The smallest lower end can be too high only where that of the truly worst group is. The smallest upper
+    end is too low as soon as that of any group is, so they share the error of 2.5 % (Sidak 1967).
+    """
+    z, groups = NormalDist().inv_cdf(0.975 ** (1 / len(counts))), list(zip(rights, counts, strict=True))
+    return min(wilson(*group)[0] for group in groups), min(wilson(*group, z)[1] for group in groups)
+
+
 def random_control(ours: dict, drawn: list[dict]) -> dict:
     """What mean-ablating random heads does, beside `ours`, the chosen ones."""
     worst = [row["worst"] for row in drawn]
@@ -122,8 +123,8 @@ def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, in
     header = ["accuracy, %", *GROUPS, "worst group", "average", "kinds of birds"]
     lines = [["n", *(f"{count:,}" for count in counts.values()), "", f"{total:,}", f"{total:,}"]]
     for label, row in rows.items():
-        worst = smallest_in_percent([*row["groups"].values()], [*counts.values()])
-        summary = [worst, percent(row["average"], total)]
+        low, high = in_tenths(wilson_of_smallest(row["groups"].values(), counts.values()))
+        summary = [f"{100 * row['worst']:.1f} [{low}, {high}]", percent(row["average"], total)]
         lines.append([label, *in_tenths(row["groups"].values()), *summary, *in_tenths([row.get("kinds", 0)])])
     words = "none: no other set of as many heads from the same layers is left"
     if control is not None:
@@ -174,5 +175,5 @@ def page_of_control(rows: dict[str, dict], control: dict) -> report.Html:
         marks["chosen heads"] = 100 * rows["heads mean-ablated"]["worst"]
     values = [100 * share for share in control["worst values"]]
     drawn = report.histogram(values, marks, "Worst group without random heads", "accuracy, %")
-    words = control["sets"].capitalize()
-    return report.section("Would any heads do?", f"{words}, mean-ablated like the chosen ones.", drawn)
+    words = f"{control['sets'].capitalize()}, mean-ablated like the chosen ones."
+    return report.section("Would any heads do?", words, drawn)
