@@ -59,10 +59,10 @@ class Cue:
         """Lines for the settings above a table."""
         listed = f"{', '.join(map(head_name, self.heads))} ({self.how})"
         heads = listed if self.heads else "none: the embedding as a whole"
-        cue = f"{self.name}, {len(self.texts)} texts, {len(self.directions)} directions"
         count = self.votes.count
         votes = images_per_text(int(count.sum()), int((count > 0).sum()), len(count))
-        return {"heads": heads, "cue": cue, "votes": votes, "sum": self.reference.sum_error()}
+        cue = f"{self.name}, {len(self.directions)} directions; {votes}"
+        return {"heads": heads, "cue": cue, "sum": self.reference.sum_error()}
 
     def results(self) -> dict[str, list]:
         """For results.json."""
@@ -255,7 +255,7 @@ class Plan:
         self.draws = torch.stack([self.row(heads=drawn) for drawn in draws]) if draws else self.rows[:0]
         others = other_sets(chosen, heads)
         drawn = f"all {others}" if len(draws) == others else f"{len(draws)} of the {others:,}"
-        self.sets = f"{drawn} other sets of as many heads from each of the same layers"
+        self.sets = f"{drawn} other sets of as many heads per layer"
 
     def row(
         self,

@@ -134,7 +134,7 @@ def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, in
         lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *means, ""])
         lines.append([f"{chosen} random heads, best", *[""] * 4, *most, ""])
         below = round(control["below the chosen heads"] * control["draws"])
-        words = f"{control['sets']}, mean-ablated;\nthe chosen heads' worst group is above {below} of them."
+        words = f"{control['sets']}, mean-ablated; the chosen heads' worst group is above {below} of them."
     columns = 8 if kinds else 7
     print("\n" + table(header[:columns], [line[:columns] for line in lines]))
     print("\nGroups are bird/place. [..]: 95 % interval (Wilson; worst group: of the smallest accuracy).")

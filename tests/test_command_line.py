@@ -92,6 +92,7 @@ VALUES = {
     "top": ["3"],
     "layer": ["1"],
     "neurons": ["3"],
+    "order": ["2"],
 }
 
 

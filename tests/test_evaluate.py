@@ -346,8 +346,8 @@ def test_few_images_per_text_are_warned_of():
 
 def test_how_many_images_and_texts_chose_the_heads_is_printed(tmp_path, capsys):
     _, results = run(tmp_path, "--task waterbirds --limit 60 --workers 0 --draws 1")
-    said = results["settings"]["votes"]
-    assert re.match(r"60 images fit \d+ of 46 texts best, \d\.\d images per text; WARNING: below 10", said)
+    said = results["settings"]["cue"]
+    assert re.search(r"; 60 images fit \d+ of 46 texts best, \d\.\d images per text; WARNING: below 10", said)
     assert said in capsys.readouterr().out
 
 

@@ -24,6 +24,8 @@ FILES = {
     "families.py": {"decompose.py", "attention.py", "blocks.py"},
     "neurons.py": {"decompose.py"},
     "diagnose.py": {"decompose.py"},
+    "forward.py": {"decompose.py", "attention.py"},
+    "rivals.py": set(),
     "textspan.py": set(),
     "cue.py": set(),
     "roles.py": {"cue.py"},
@@ -50,6 +52,22 @@ PROGRAMS = {
             layer(x, x, x, need_weights=False)
         assert torch.nn.functional.scaled_dot_product_attention is stock
         assert torch.allclose(calls[0].attention().mean(dim=1), layer(x, x, x)[1], atol=1e-6)
+    """,
+    "forward.py": """
+        import releases
+        model, images = releases.CLIP("open_clip 2.26").double(), torch.randn(2, 3, 8, 12).double()
+        values = m.class_values(model, images)
+        same = m.forward_without(model, images, [(1, 0), (2, 3)], values[0])
+        stock = model.encode_image(images)
+        assert torch.allclose(same[0], stock[0])  # a head that is given what it gives anyway
+        assert not torch.allclose(same[1], stock[1])
+    """,
+    "rivals.py": """
+        z = torch.nn.functional.one_hot(torch.arange(60) % 3, 3).double()
+        x = torch.randn(60, 5).double() + z @ torch.randn(3, 5).double()
+        centred, z = x - x.mean(dim=0), z - z.mean(dim=0)
+        erased = centred - centred @ m.leace(centred.T @ centred / 60, centred.T @ z / 60).T
+        assert (erased.T @ z).abs().max() < 1e-10 < (centred.T @ z).abs().max()
     """,
     "blocks.py": """
         linear, inner = torch.nn.Linear(6, 4), torch.nn.LayerNorm(6)
