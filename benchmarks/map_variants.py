@@ -3,7 +3,7 @@
     $ python -m benchmarks.map_variants            # 512 images of the demo's validation split, half a minute
 
 Each row names the layers, the text, and what is done with negative values; "clipped when resized" is the
-paper's way. Two maps are made of the true masks: the share of bird in each patch, and whether it is over half.
+paper's way. Two rows are made of the true masks: the share of bird in each patch, and where it is over half.
 """
 
 from __future__ import annotations

@@ -223,11 +223,11 @@ def print_rows(results: dict, images: int, heads: int) -> None:
     print("\n" + table(header, lines))
     print("\nAttacked: another class's name is written on the picture. [..]: 95 % interval (Wilson).")
     if drawn:
-        print(control_in_words(drawn, rows["heads mean-ablated"]["attacked"]))
+        print(control_in_words(drawn, rows["heads mean-ablated"]["attacked"], len(results["others"])))
     print(answers_in_words(results["answers"]))
 
 
-def control_in_words(drawn: dict, ours: float) -> str:
+def control_in_words(drawn: dict, ours: float, others: int) -> str:
     """Where the random heads come from, and what they do by how many of the chosen ones are among them."""
     by_shared = defaultdict(list)
     for row, shared in zip(drawn["rows"], drawn["shared"], strict=True):
@@ -236,9 +236,7 @@ def control_in_words(drawn: dict, ours: float) -> str:
     below = sum(row["attacked"] < ours for row in drawn["rows"])
     words = f"Random: {drawn['sets']}, mean-ablated;"
     words += f" {below} stay below the\nchosen heads on attacked pictures. By how many of these they share: "
-    return (
-        f"{words}{', '.join(means)}.\nNot chosen: {drawn['draws']} draws from all other heads of the model."
-    )
+    return f"{words}{', '.join(means)}.\nNot chosen: {others} draws from all other heads of the model."
 
 
 def answers_in_words(answers: dict[str, float]) -> str:
