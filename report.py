@@ -67,7 +67,6 @@ class Head:
     spread: float | None = None  # its variance over the embedding's
     remainder: float | None = None  # share that no text explains
     images: Sequence[Image.Image] = ()  # where it writes most
-    stable: float | None = None  # how often the role is found again, 0 to 1; left out where no head has it
 
 
 def page(title: str, settings: Mapping[str, object], sections: Sequence[str], lead: str = "") -> Html:
@@ -169,8 +168,7 @@ def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -
         cells += [cell(head, looks, anchor if more else "") if head else tag("span") for head in row]
     told = {"role": "group", "aria_label": "Heads in rows of layers"}
     grid = tag("div", *cells, class_="heads", **told, style=f"--across:{across}")
-    stable = any(head.stable is not None for head in heads)
-    cards = [card(head, looks, anchor, images, stable) for _, head in sorted(there.items())] if more else []
+    cards = [card(head, looks, anchor, images) for _, head in sorted(there.items())] if more else []
     box = tag("div", grid, class_="wide", id=f"{anchor}-grid", tabindex=0)
     return Html(tag("ul", *legend, class_="legend") + box + tag("div", *cards, class_="cards"))
 
@@ -186,12 +184,11 @@ def cell(head: Head, looks: dict, anchor: str) -> Html:
     return tag("a" if anchor else "div", *words, class_="cell", style=style, href=link, title=title)
 
 
-def card(head: Head, looks: dict, anchor: str, images: int, stable: bool) -> Html:
+def card(head: Head, looks: dict, anchor: str, images: int) -> Html:
     """All that is known of one head."""
     style, mark = looks[head.role]
     name, role = f"{head.layer}.{head.head}", f"{head.role or 'no role'} {percent(head.role_share)}"
     known_facts = {"spread": head.spread, "unexplained": head.remainder}
-    known_facts |= {"stable": head.stable} if stable else {}
     facts = [tag("span", f"{key} ", tag("b", percent(share))) for key, share in known_facts.items()]
     shares = sorted(head.categories.items(), key=lambda item: -item[1] if known(item[1]) else math.inf)
     kinds = []

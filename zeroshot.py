@@ -421,6 +421,12 @@ class Bank:
         """The descriptions of one category."""
         return [text for text, name in zip(self.texts, self.categories, strict=True) if name == category]
 
+    @property
+    def name(self) -> str:
+        """The path of the file, within the repository where it lies there."""
+        root = Path(__file__).parent
+        return str(self.path.relative_to(root) if self.path.is_relative_to(root) else self.path)
+
 
 def default_bank(clip: Clip) -> Path:
     """The general bank; for the demo its own, in the words that it knows."""

@@ -80,7 +80,7 @@ def run(job: Job) -> tuple[dict, list]:
         row["accuracy without it"] = share
     if fired is not None:
         add_factors(found, fired[:, chosen] if axes else fired, test.facts)
-    texts_used = f"{bank.path.name}, {len(bank.texts):,} texts, less their mean"
+    texts_used = f"{bank.name}, {len(bank.texts):,} texts, less their mean"
     total = "what the MLP adds through later heads" if axes else "the MLP's term"
     where = print_settings(
         job,

@@ -71,7 +71,7 @@ def run(job: Job) -> tuple[dict, list]:
     results = {
         "rows": rows,
         "answers": tally.answers(),
-        "random": control(drawn, draws, cue),
+        "random": control(drawn, draws, cue, plan.sets),
         "others": others,
         **cue.results(),
     }
@@ -188,7 +188,7 @@ def other_heads(chosen: list[Head], shape: tuple[int, int], draws: int, seed: in
     return [[left[i] for i in torch.randperm(len(left), generator=generator)[:count]] for _ in range(draws)]
 
 
-def control(drawn: list[dict], draws: list[list], cue: Cue) -> dict | None:
+def control(drawn: list[dict], draws: list[list], cue: Cue, sets: str) -> dict | None:
     """What mean-ablating random heads does to attacked pictures; `shared`: chosen heads in each draw."""
     if not drawn:
         return None
@@ -199,7 +199,7 @@ def control(drawn: list[dict], draws: list[list], cue: Cue) -> dict | None:
         "std": float(values.std(correction=0)),
         "max": float(values.max()),
     }
-    return {"draws": len(drawn), "attacked": spread, "rows": drawn, "shared": shared}
+    return {"draws": len(drawn), "sets": sets, "attacked": spread, "rows": drawn, "shared": shared}
 
 
 def print_rows(results: dict, images: int, heads: int) -> None:
@@ -223,22 +223,20 @@ def print_rows(results: dict, images: int, heads: int) -> None:
     print("\n" + table(header, lines))
     print("\nAttacked: another class's name is written on the picture. [..]: 95 % interval (Wilson).")
     if drawn:
-        print(control_in_words(drawn, rows["heads mean-ablated"]["attacked"]))
+        print(control_in_words(drawn, rows["heads mean-ablated"]["attacked"], len(results["others"])))
     print(answers_in_words(results["answers"]))
 
 
-def control_in_words(drawn: dict, ours: float) -> str:
+def control_in_words(drawn: dict, ours: float, others: int) -> str:
     """Where the random heads come from, and what they do by how many of the chosen ones are among them."""
     by_shared = defaultdict(list)
     for row, shared in zip(drawn["rows"], drawn["shared"], strict=True):
         by_shared[shared].append(row["attacked"])
     means = [f"{shared}: {100 * sum(found) / len(found):.1f}" for shared, found in sorted(by_shared.items())]
     below = sum(row["attacked"] < ours for row in drawn["rows"])
-    words = f"Random: {drawn['draws']} draws of as many heads from each of the same layers, mean-ablated;"
+    words = f"Random: {drawn['sets']}, mean-ablated;"
     words += f" {below} stay below the\nchosen heads on attacked pictures. By how many of these they share: "
-    return (
-        f"{words}{', '.join(means)}.\nNot chosen: {drawn['draws']} draws from all other heads of the model."
-    )
+    return f"{words}{', '.join(means)}.\nNot chosen: {others} draws from all other heads of the model."
 
 
 def answers_in_words(answers: dict[str, float]) -> str:

@@ -606,12 +606,6 @@ def test_bars_are_as_long_as_shares():
     }
 
 
-def test_stability_is_shown_where_some_head_has_it():
-    assert "stable" not in head_grid([Head(0, 0, spread=0.1)])
-    grid = head_grid([Head(0, 0, spread=0.1, stable=0.75), Head(0, 1, spread=0.1)])
-    assert re.findall("stable <b>(.*?)</b>", grid) == ["75%", report.MISSING]
-
-
 def test_odd_sets_of_heads():
     Reader(head_grid([]))
     with pytest.raises(ValueError, match=r"heads must differ \(1 of 2 do\)"):

@@ -126,10 +126,10 @@ PROGRAMS = {
         assert m.subspace(texts).shape == (1, 2)
     """,
     "roles.py": """
-        embedding = torch.eye(4).repeat(25, 1)
-        values = embedding[:, :1, None, None] - embedding[:, 1:2, None, None]
-        values = torch.cat([values, torch.randn(100, 1, 1, 1)], dim=2)
-        found = m.find_roles(values, torch.ones(1, 2, 1, 4), embedding, torch.eye(4), ["a", "a", "b", "b"])
+        embedding = torch.eye(12).repeat(25, 1)
+        values = (embedding[:, 1:6] @ torch.tensor([1.0, -1, 2, -2, 3])).view(300, 1, 1, 1)
+        values = torch.cat([values, torch.randn(300, 1, 1, 1)], dim=2)
+        found = m.find_roles(values, torch.ones(1, 2, 1, 12), embedding, torch.eye(12), [*"aaaaaabbbbbb"])
         assert found.name(0, 0) == "a"
         assert found.name(0, 1) is None
     """,
