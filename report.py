@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import accumulate, pairwise
 from numbers import Integral, Real
+from pathlib import Path
 from types import MappingProxyType
 from unicodedata import east_asian_width
 
@@ -42,6 +43,7 @@ MARKERS = (  # disc, square, triangle, diamond, triangle upside down, plus, hour
     "M-5-2h10v4h-10Z",
 )
 WIDTH, LETTER = 400, 7.2  # of a drawing and a wide letter; on a phone a unit is a little less than a pixel
+STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -463,61 +465,3 @@ def chart(title: str, told: str, height: float, drawn: list[Html], data: str = "
     drawing = tag("svg", *words, *drawn, viewBox=f"0 0 {WIDTH} {height}", role="img")
     numbers = tag("details", tag("summary", "The numbers"), data)
     return tag("figure", head, legend, drawing, numbers, class_="chart")
-
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#545b66;--line:#d3d7de;--page:#fff;--card:#f5f6f8;
---ground:#e6e6e6;--link:#0b5cad;LIGHT}
-@media screen and (prefers-color-scheme:dark){:root{--ink:#e8ebef;--soft:#a9b1bc;--line:#3a414b;
---page:#15181c;--card:#1f2329;--ground:#333;--link:#7cbcff;DARK}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1140px;padding:16px;background:var(--page);color:var(--ink);
-font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h1{font-size:1.7rem;line-height:1.2;margin:.4em 0}
-h2{font-size:1.3rem;margin:1.6em 0 .2em}h3{font-size:1rem;margin:0}a{color:var(--link)}
-p{max-width:75ch;margin:.4em 0}small,.note{font-size:.85rem;color:var(--soft);font-weight:400}
-ul{list-style:none;margin:0;padding:0}nav ul,.legend{display:flex;flex-wrap:wrap;gap:.2em 1.1em}
-.settings{margin:1em 0;padding:.6em 1em;background:var(--card);border-radius:6px;font-size:.9rem}
-.settings div{display:grid;grid-template-columns:6.5em 1fr;gap:.8em}dt{color:var(--soft)}dd{margin:0}
-section{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:0 28px}
-section>*{grid-column:1/-1;min-width:0}section>.chart{grid-column:auto;max-width:560px}figure{margin:0}
-figcaption{font-size:.85rem}.wide{overflow-x:auto;margin:.6em 0;max-width:100%}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding:.2em 0}
-th,td{padding:.3em .7em;text-align:right;overflow-wrap:normal;border-bottom:1px solid var(--line)}
-th{font-weight:600}td{white-space:nowrap}
-th:first-child,td:first-child{text-align:left;padding-left:0;overflow-wrap:anywhere}
-th:first-child{position:sticky;left:0;background:var(--page);min-width:7em;max-width:45vw}
-tbody th{font-weight:400}.chart{margin:.8em 0}.chart>figcaption{font-size:1rem;font-weight:600}
-.chart .legend{font-size:.85rem;margin:.3em 0}.chart>svg{display:block;width:100%;height:auto;margin:.3em 0}
-.legend svg{width:40px;height:12px;vertical-align:-1px;margin-right:.4em}
-text{font-size:12.5px;fill:var(--ink);stroke:var(--page);stroke-width:5px;paint-order:stroke}
-.strong{font-weight:600}.grid{stroke:var(--line);fill:none}.flag{stroke:var(--ink);stroke-width:1.2;fill:none}
-.line{stroke:var(--c);stroke-width:2;fill:none}.whisker{stroke:var(--c);stroke-width:2;fill:none}
-.dot{fill:var(--c);stroke:var(--page);stroke-width:.8}
-.column{fill:var(--c0);stroke:var(--page)}summary{cursor:pointer;color:var(--link);font-size:.85rem}
-.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--size)),1fr));gap:12px;
-margin:.6em 0}.pictures figcaption{max-width:calc(var(--size) + 12px)}
-.strip{display:flex;flex-wrap:wrap;gap:6px;margin:.5em 0}
-img{display:block;max-width:100%;height:auto;background:var(--ground)}.pixels{image-rendering:pixelated}
-.mark{display:inline-block;min-width:1.9em;padding:0 .25em;border-radius:3px;background:var(--c);
-color:var(--page);font:700 .75rem/1.5 monospace;text-align:center}
-.heads{display:grid;grid-template-columns:1.6em repeat(var(--across),1fr);gap:3px;padding:3px}
-.layer{align-self:center;color:var(--soft);font-size:.85rem}
-.cell{display:block;position:relative;padding:3px 5px 9px;border-radius:4px;background:var(--card);
-background:color-mix(in srgb,var(--c) 18%,var(--page));font-size:.78rem;line-height:1.45;text-decoration:none;
-color:var(--ink)}.cell>span,.cell small{display:none;width:0;min-width:100%}
-.cell .bar{display:block;width:auto}.cell b{white-space:nowrap}
-@media (min-width:700px){text{font-size:11px}
-.cell>span,.cell small{display:block;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}}
-.bar{display:block;height:5px;background:var(--line)}
-.bar::before{content:"";display:block;height:100%;width:var(--w);background:var(--c)}
-.cell .bar{position:absolute;left:0;right:0;bottom:0}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px;margin:1em 0}
-.card{background:var(--card);border-top:4px solid var(--c);border-radius:6px;padding:10px 14px}
-.card:target{outline:3px solid var(--link)}.facts{display:flex;flex-wrap:wrap;gap:0 1em}
-.facts,.card li,.card>a{font-size:.85rem}.card ul{margin:.5em 0}
-.card li{display:grid;grid-template-columns:1fr auto;gap:0 1em}.card .bar{grid-column:1/-1}
-@media print{body{max-width:none}nav,.chart summary,.card>a{display:none}.wide{overflow:visible}
-figure,.card,tr{break-inside:avoid}.card details::details-content{content-visibility:visible;display:block}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}a{color:inherit;text-decoration:none}}
-"""

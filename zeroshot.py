@@ -383,9 +383,8 @@ def count_tokens(tokenizer: Callable, texts: Sequence[str]) -> tuple[list[int], 
 def activation(model: nn.Module) -> str:
     """ "GELU", "QuickGELU", ...: what the MLPs of the image tower apply, which no weight tells."""
     parts = model.visual.named_modules()
-    return "/".join(
-        sorted({type(part).__name__ for name, part in parts if name.split(".")[-1] in ("gelu", "act")})
-    )
+    kinds = {type(part).__name__ for name, part in parts if name.split(".")[-1] in ("gelu", "act")}
+    return "/".join(sorted(kinds))
 
 
 @torch.no_grad()
