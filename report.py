@@ -27,10 +27,8 @@ from unicodedata import east_asian_width
 
 from PIL import Image
 
-# Twelve tones after Okabe and Ito, darkened or lightened until each has a contrast of 4.5 : 1 to its ground.
-LIGHT = "#0072b2 #c04a00 #00694a #b0387e #332288 #222222 #7a0f22 #7d55d8 #7a6700 #6b6b6b #007a72 #7a4a1e"
-DARK = "#56b4e9 #ff8a4d #1fd6a0 #f5a3d0 #8f8fff #f2f2f2 #c98a5e #cbbcff #f0e442 #a6a6a6 #7fdbe6 #ff6f6f"
-TONES, MISSING = 12, "\u2013"
+TONES = 12  # of report.css
+MISSING = "\u2013"
 DASHES = ("none", "8 3", "2 2.5", "9 3 2 3", "4 3", "14 4", "1 3", "9 3 2 3 2 3")
 MARKERS = (  # disc, square, triangle, diamond, triangle upside down, plus, hourglass, flat bar
     "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0Z",
@@ -59,12 +57,12 @@ class Head:
     head: int
     role: str = ""  # "": none
     role_share: float | None = None
-    categories: Mapping[str, float] = field(default_factory=dict)  # share of each
+    categories: Mapping[str, float] = field(default_factory=dict)  # share of each, in this order
     texts: Sequence[tuple[str, float]] = ()  # with the share that each explains
     spread: float | None = None  # its variance over the embedding's
     remainder: float | None = None  # share that no text explains
     images: Sequence[Image.Image] = ()  # where it writes most
-    stable: float | None = None  # how often the role is found again, 0 to 1; left out where no head has it
+    stable: float | None = None  # how often the role is found again, 0 to 1
 
 
 def page(title: str, settings: Mapping[str, object], sections: Sequence[str]) -> Html:
@@ -73,14 +71,13 @@ def page(title: str, settings: Mapping[str, object], sections: Sequence[str]) ->
     names = [re.search("<h2>(.*?)</h2>", part, re.DOTALL) for part in parts]
     links = [tag("li", tag("a", Html(name[1]), href=f"#part-{i}")) for i, name in enumerate(names, 1) if name]
     known = [tag("div", tag("dt", name), tag("dd", value)) for name, value in settings.items()]
-    light, dark = (";".join(f"--c{i}:{c}" for i, c in enumerate(tones.split())) for tones in (LIGHT, DARK))
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Html(STYLE.replace("LIGHT", light).replace("DARK", dark))),
+        tag("style", Html(STYLE)),
     )
     top = [tag("h1", title), tag("dl", *known, class_="settings") if known else ""]
     nav = tag("nav", tag("ul", *links), aria_label="Contents") if len(links) > 2 else ""
@@ -148,8 +145,7 @@ def head_grid(heads: Sequence[Head]) -> Html:
         cells += [cell(head, looks, more) if head else tag("span") for head in row]
     told = {"role": "group", "aria_label": "Heads in rows of layers"}
     grid = tag("div", *cells, class_="heads", **told, style=f"--across:{across}")
-    stable = any(head.stable is not None for head in heads)
-    cards = [card(head, looks, stable) for _, head in sorted(there.items())] if more else []
+    cards = [card(head, looks) for _, head in sorted(there.items())] if more else []
     box = tag("div", grid, class_="wide", id="head-grid", tabindex=0)
     return Html(tag("ul", *legend, class_="legend") + box + tag("div", *cards, class_="cards"))
 
@@ -165,16 +161,14 @@ def cell(head: Head, looks: dict, has_card: bool) -> Html:
     return tag("a" if has_card else "div", *words, class_="cell", style=style, href=link, title=title)
 
 
-def card(head: Head, looks: dict, stable: bool) -> Html:
+def card(head: Head, looks: dict) -> Html:
     """All that is known of one head."""
     style, mark = looks[head.role]
     name, role = f"{head.layer}.{head.head}", f"{head.role or 'no role'} {percent(head.role_share)}"
-    known_facts = {"spread": head.spread, "unexplained": head.remainder}
-    known_facts |= {"stable": head.stable} if stable else {}
+    known_facts = {"spread": head.spread, "unexplained": head.remainder, "stable": head.stable}
     facts = [tag("span", f"{key} ", tag("b", percent(share))) for key, share in known_facts.items()]
-    shares = sorted(head.categories.items(), key=lambda item: -item[1] if known(item[1]) else math.inf)
     kinds = []
-    for kind, share in shares:
+    for kind, share in head.categories.items():
         style_of_kind, _ = looks.get(kind, looks[""])
         kinds.append(tag("li", kind, " ", tag("b", percent(share)), bar(share), style=style_of_kind))
     texts = [tag("li", text, " ", tag("b", percent(share))) for text, share in head.texts]
