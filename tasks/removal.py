@@ -209,7 +209,7 @@ def without_heads_forward(job: Job, heads: Heads, data: Dataset | None = None) -
     data, model = open_split(job, job.args.reference) if data is None else data, job.clip.model
     total = Sums()
     for images, _ in one_pass(job, data, "forward means", total):
-        total.add("values", class_values(model, images).sum(dim=0, dtype=torch.float64))
+        total.add("values", class_values(model, images).cpu().double().sum(dim=0))
     mean = total["values"] / len(data)
     return {"heads in the forward pass": lambda images, _: forward_without(model, images, heads, mean)}
 
