@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 import data
 import evaluate
 import report
-import tasks.ablation
+import tasks.reference
 import tasks.check
 import tasks.heatmap
 import tasks.job
@@ -1529,7 +1529,7 @@ def test_no_memory_on_a_cpu(
     def allocate(*args: object, **options: object) -> None:
         raise RuntimeError(words)
 
-    monkeypatch.setattr(tasks.ablation, "decompose", allocate)
+    monkeypatch.setattr(tasks.reference, "decompose", allocate)
     refused(["--task", "ablation", *QUICK], tmp_path, capsys, "out of memory", "--batch-size")
 
 
