@@ -41,11 +41,11 @@ from safetensors.torch import load_file, save_file
 import data
 import evaluate
 import report
-import tasks.reference
 import tasks.check
 import tasks.heatmap
 import tasks.job
 import tasks.models
+import tasks.reference
 from demo.images import DemoBirds
 
 ROOT = Path(__file__).parent.parent
