@@ -65,8 +65,7 @@ def load_clone(folder: Path) -> dict[str, ModuleType]:
         raise CloneError(f"{folder} has no {missing[0].replace('.', '/')}.py: {expected}")
     sys.path.insert(0, str(folder.resolve()))
     try:
-        with warnings.catch_warnings(action="ignore"):
-            clone = {name: importlib.import_module(name) for name in MODULES}
+        clone = {name: importlib.import_module(name) for name in MODULES}
     except ImportError as error:
         name = (error.name or "?").partition(".")[0]
         need = f"pip install {PACKAGES.get(name, name)}" if isinstance(error, ModuleNotFoundError) else error
@@ -329,6 +328,7 @@ def main() -> int:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
+    warnings.simplefilter("ignore")  # of their libraries
     try:
         clone = load_clone(folder)
     except CloneError as error:

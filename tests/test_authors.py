@@ -1,4 +1,4 @@
-"""--protocol authors against the formula of their code, written out; and the benchmark that runs that code."""
+"""--protocol authors against the formula of their code, written out; the benchmark that runs their code."""
 
 import os
 import sys
@@ -166,7 +166,7 @@ def without(terms, heads=(), mlps=False, stem=False):
 
 
 def test_a_run_of_waterbirds_takes_means_of_their_terms_over_the_test_images(tmp_path, world):
-    code, results, out = run(tmp_path, "--task waterbirds", QUICK, "--heads 3.1,2.2 --remove heads --draws 2")
+    code, results, _ = run(tmp_path, "--task waterbirds", QUICK, "--heads 3.1,2.2 --remove heads --draws 2")
     assert code == 0
     means = results["settings"]["means"]
     assert "test split" in means
@@ -230,9 +230,7 @@ def test_a_package_that_the_clone_needs_is_named(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "AUTHORS_CLONE" not in os.environ, reason="AUTHORS_CLONE names no clone of clip_text_span"
-)
+@pytest.mark.skipif("AUTHORS_CLONE" not in os.environ, reason="AUTHORS_CLONE: a clone of clip_text_span")
 def test_we_are_equal_to_the_authors_code(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks/authors.py", os.environ["AUTHORS_CLONE"]])
     assert authors.main() == 0
