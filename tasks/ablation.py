@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import report
-from decompose import Decomposition
+from decompose import Decomposition, decompose
 
 from .accumulators import Sums
 from .heads import LAST_LAYERS, head_name
@@ -25,7 +25,7 @@ PAPER = "ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3"
 def run(job: Job) -> tuple[dict, list]:
     """Accuracy without the MLPs, the class token's attention to itself, each layer, and each head."""
     test, names, labels, classes = open_zero_shot(job)
-    reference = summarise(job, terms_of=authors_terms if job.args.protocol == "authors" else None)
+    reference = summarise(job, terms_of=authors_terms if job.args.protocol == "authors" else decompose)
     read = reference.read(classes)  # [L, H, e, c] from values to class scores
     right = Sums()
     for images, indices in one_pass(job, test, "test", right):

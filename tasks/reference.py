@@ -91,20 +91,19 @@ class Mean(Sums):
 
 @torch.no_grad()
 def authors_terms(model: nn.Module, images: Tensor) -> Decomposition:
-    """The terms of the authors' code: convention="paper", each image's over the norm of its embedding.
+    """The authors' terms (docs/paper.md): convention="paper", each image's over the norm of its embedding.
 
     `values` [b, L, H, d] are the heads' terms themselves, and `own` [b, L, H, d] is part of them.
-    Source: compute_prs.py of https://github.com/yossigandelsman/clip_text_span at 49f70f3.
     """
     terms, tower = decompose(model, images, convention="paper"), open_tower(model, "paper")
-    own, embedding = terms.own, terms.embedding.to(terms.stem)
-    if own is not None:  # every source token has the same share of what belongs to no token
-        share, maps = 1 / (tower.prefix + prod(tower.grid(images))), [W @ tower.G("paper") for W in tower.W_O]
-        own = share * terms.heads + einsum("bLHe,LHed->bLHd", own - share * terms.values, torch.stack(maps))
-    parts = vars(terms) | {"embedding": embedding, "values": terms.heads, "own": own}
-    inverse = 1 / embedding.norm(dim=1)
-    parts = {name: x if x is None else einsum("b...,b->b...", x, inverse) for name, x in parts.items()}
-    return Decomposition(**parts)
+    # Every source token has the same share of what belongs to no token.
+    share, maps = 1 / (tower.prefix + prod(tower.grid(images))), [W @ tower.G("paper") for W in tower.W_O]
+    own = einsum("bLHe,LHed->bLHd", terms.own - share * terms.values, torch.stack(maps)) + share * terms.heads
+    parts = vars(terms) | {"embedding": terms.embedding.to(own), "values": terms.heads, "own": own}
+    norm = parts["embedding"].norm(dim=1)
+    return Decomposition(
+        **{k: einsum("b...,b->b...", x, 1 / norm) for k, x in parts.items() if x is not None}
+    )
 
 
 def summarise(
@@ -112,7 +111,7 @@ def summarise(
     extra: Accumulator | None = None,
     data: Dataset | None = None,
     update: Callable | None = None,
-    terms_of: Callable | None = None,
+    terms_of: Callable = decompose,
 ) -> Reference:
     """One pass over the reference images.
 
@@ -120,10 +119,9 @@ def summarise(
         extra: a further accumulator of the pass.
         data: these images in place of the --reference split.
         update: called with every batch's terms and indices; by default the accumulator's own `update`.
-        terms_of: authors_terms in place of decompose.
+        terms_of: decompose or authors_terms.
     """
     data = open_split(job, job.args.reference) if data is None else data
-    terms_of = terms_of or decompose
     update = update or getattr(extra, "update", None)
     maps = head_maps(job.clip.model)
     depth, heads, width, dim = maps.shape

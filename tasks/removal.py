@@ -156,10 +156,9 @@ def scorer(
     reference: Reference, directions: Tensor, votes: CueVotes, classes: Tensor, further: Further | None = None
 ) -> Callable[[Tensor, Decomposition], Scores]:
     """From a batch and its terms to its Scores: directions [k, d] of the cue, orthonormal; classes [c, d]."""
-    maps = reference.maps
     classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
     read, read_cue = reference.read(classes), reference.read(classes_cue.T)  # [L, H, e, c]
-    mean, mean_embedding = reference.values.mean.to(maps), reference.embedding.mean.to(maps)
+    mean, mean_embedding = reference.values.mean.to(read), reference.embedding.mean.to(read)
 
     def scores(images: Tensor, terms: Decomposition) -> Scores:
         embedding, away = terms.embedding.to(mean), mean - terms.values

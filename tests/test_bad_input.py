@@ -41,11 +41,11 @@ from safetensors.torch import load_file, save_file
 import data
 import evaluate
 import report
+import tasks.ablation
 import tasks.check
 import tasks.heatmap
 import tasks.job
 import tasks.models
-import tasks.reference
 from demo.images import DemoBirds
 
 ROOT = Path(__file__).parent.parent
@@ -1529,7 +1529,7 @@ def test_no_memory_on_a_cpu(
     def allocate(*args: object, **options: object) -> None:
         raise RuntimeError(words)
 
-    monkeypatch.setattr(tasks.reference, "decompose", allocate)
+    monkeypatch.setattr(tasks.ablation, "decompose", allocate)
     refused(["--task", "ablation", *QUICK], tmp_path, capsys, "out of memory", "--batch-size")
 
 
