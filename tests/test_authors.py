@@ -188,12 +188,15 @@ def test_a_run_of_ablation_takes_means_of_their_terms_over_the_test_images(tmp_p
     assert "the authors' convention" in results["settings"]["means"]
     kinds = classifier(world.clip, list(world.birds.kinds), templates(world.clip))
     every = [(layer, head) for layer in range(4) for head in range(8)]
-    for label, which in {
-        "all MLPs": {"mlps": True}, "all MLPs and stem": {"mlps": True, "stem": True},
-        "attention of layers 0 to 2": {"heads": every[:24]}, "head 3.1": {"heads": [(3, 1)]},
-    }.items():  # fmt: skip
+    expected = {"all MLPs": {"mlps": True}, "all MLPs and stem": {"mlps": True, "stem": True}}
+    expected |= {f"attention of layers 0 to {i}": {"heads": every[: 8 * i + 8]} for i in range(4)}
+    expected |= {f"attention of layer {i}": {"heads": every[8 * i : 8 * i + 8]} for i in range(4)}
+    expected |= {f"head {layer}.{head}": {"heads": [(layer, head)]} for layer, head in every}
+    for label, which in expected.items():
         right = (without(world.terms, **which) @ kinds.T).argmax(dim=1) == world.birds.facts["kind"]
         assert results["accuracy"][label] == pytest.approx(float(right.double().mean())), label
+    _, ours, _ = run(tmp_path, "--task ablation", QUICK.replace("--protocol authors", "--reference test"))
+    assert {label for label in expected if ours["accuracy"][label] != results["accuracy"][label]}
 
 
 @pytest.mark.parametrize("task", ["waterbirds", "ablation"])
