@@ -8,7 +8,7 @@ the head writes directly to the embedding. Here every later layer sees the chang
 through them goes, too. The result is the embedding of another forward pass, and no longer a sum of terms of
 the first. With zeros it is the intervention of Dyslexify (arXiv 2508.20570).
 
-This file needs torch, and decompose.py, families.py, blocks.py and attention.py beside it.
+This file needs torch, and decompose.py and attention.py beside it (with families.py it takes EVA, too).
 MIT licence, (c) 2026 The TextSpan reference authors.
 
 Axes: b images   L layers   H heads   N tokens   e width of a head   d width of the embedding
@@ -35,7 +35,7 @@ def class_values(model: nn.Module, images: Tensor) -> Tensor:
 
     Arguments and errors as for `forward_without`.
     """
-    depth = _depth(model, images)
+    depth, _ = _size(model, images)
     _, calls = _run(model, images)
     return torch.stack([call.out[:, :, 0] for call in calls[:depth]], dim=1)
 
@@ -55,26 +55,29 @@ def forward_without(
 
     Raises:
         DecompositionError: the model has no class token that is read out, or another architecture.
+        ValueError: a head that the model does not have.
     """
-    depth = _depth(model, images)
+    depth, width = _size(model, images)
+    unknown = [(layer, head) for layer, head in heads if not (0 <= layer < depth and 0 <= head < width)]
+    if unknown:
+        raise ValueError(f"no head {unknown[0]}: the model has {depth} layers of {width} heads")
 
     def replace(layer: int, out: Tensor) -> Tensor:
         mine = [head for at, head in heads if at == layer]
-        if mine and layer < depth:
-            out = out.clone()
+        if mine:
             out[:, mine, 0] = 0.0 if values is None else values[layer, mine].to(out)
         return out
 
     return _run(model, images, replace)[0]
 
 
-def _depth(model: nn.Module, images: Tensor) -> int:
-    """The number of blocks; refused where what is read out is not the class token."""
+def _size(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    """The numbers of layers and heads; refused where what is read out is not the class token."""
     tower = open_tower(model, images=images)
     if tower.name != "class token":
-        reason = f"it reads out a {tower.name}, and this replaces what the class token is given"
+        reason = f"its read-out is {tower.name}, and this replaces what the class token is given"
         raise DecompositionError(f"cannot run {type(model).__name__} without heads: {reason}")
-    return len(tower.blocks)
+    return len(tower.W_O), len(tower.W_O[0])
 
 
 def _run(model: nn.Module, images: Tensor, replace: Callable | None = None) -> tuple[Tensor, list[Call]]:

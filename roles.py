@@ -3,8 +3,8 @@
 
 Reading a head's list of texts is subjective, and its longest category often wins by size alone. Here every
 category is asked the same question: give each image the category's text that fits it best; how much of the
-head's variance lies between images of different text? A random set of as many texts, drawn from the whole
-bank, is asked too.
+head's variance lies between images of different text? The best category of many would explain something of
+any head, so the same is asked of the bank with its texts dealt to the categories at random.
 
     roles = find_roles(values, maps, embedding, texts, categories)   # of some thousand images; no labels
     roles.name(layer, head)                                          # "places", or None
@@ -15,7 +15,7 @@ and torch. Axes as in decompose.py; c categories, n images, t texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,21 +23,31 @@ from torch import Tensor
 
 from cue import THRESHOLD, share_between
 
+DRAWS = 40  # deals of the texts: the real bank is the best of 41 by chance for fewer than one head in 32
 ROUNDING = 1e-4  # of shares
 
 
 @dataclass(frozen=True)
 class Roles:
-    """How far each category explains each head, corrected for the number of its texts."""
+    """How far each category explains each head, beside the most that any category does by chance."""
 
     categories: list[str]
     share: Tensor  # [c, L, H] of the head's variance that lies between images of different text
-    chance: Tensor  # [c, L, H] the same for random sets of as many texts, the mean over draws
-    stable: Tensor  # [L, H] share of bootstrap samples of the images that give the same role
+    halves: Tensor  # [2, c, L, H] the same in each half of the images
+    bar: Tensor  # [L, H] the largest share of any category, over all deals of the texts at random
+    used: list[int]  # texts of each category that fit some image best
 
     def name(self, layer: int, head: int) -> str | None:
-        """The role; None where no category explains over THRESHOLD, or more than as many random texts do."""
-        return _name(self.categories, self.share[:, layer, head], self.chance[:, layer, head])
+        """The role: the category that explains most, if that is over THRESHOLD and the bar; else None.
+
+        None, too, where another category, or none over THRESHOLD, explains most in one half of the images.
+        The bar makes this a permutation test of the largest share, at 1 / (1 + number of deals) for a head.
+        """
+        share, bar = self.share[:, layer, head], float(self.bar[layer, head]) + ROUNDING
+        best = int(share.argmax())
+        halves = self.halves[:, :, layer, head]
+        same = bool(((halves.argmax(dim=1) == best) & (halves.amax(dim=1) > THRESHOLD)).all())
+        return self.categories[best] if same and share[best] > max(THRESHOLD, bar) else None
 
 
 def find_roles(
@@ -46,8 +56,7 @@ def find_roles(
     embedding: Tensor,
     texts: Tensor,
     categories: Sequence[str],
-    draws: int = 5,
-    bootstraps: int = 20,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> Roles:
     """Ask every category of the bank.
@@ -58,8 +67,7 @@ def find_roles(
         embedding: [n, d] of the same images.
         texts: [t, d] unit vectors.
         categories: of each text.
-        draws: random sets of texts for each category.
-        bootstraps: samples of the images, drawn with replacement.
+        draws: times that the texts are dealt to the categories at random, which keep their sizes.
     """
     names, written = list(dict.fromkeys(categories)), in_own_space(values, maps)
     # Centred: some texts are near to every image, and would be the label of all of them.
@@ -67,21 +75,17 @@ def find_roles(
     fit = (embedding - embedding.mean(dim=0)) @ texts.float().cpu().T  # [n, t]
     own = [torch.tensor([i for i, category in enumerate(categories) if category == name]) for name in names]
     labels = [fit[:, members].argmax(dim=1) for members in own]
-    share = torch.stack([explained(written, label) for label in labels])
-    generator = torch.Generator().manual_seed(seed)
-    chance = torch.zeros_like(share)
+    share_of, generator = explainer(written), torch.Generator().manual_seed(seed)
+    share, halves = torch.stack([share_of(label) for label in labels]), []
+    for rows in torch.randperm(len(written), generator=generator).tensor_split(2):
+        share_of_half = explainer(written[rows])
+        halves.append(torch.stack([share_of_half(label[rows]) for label in labels]))
+    bar = torch.zeros(share.shape[1:])
     for _ in range(draws):
         order = torch.randperm(len(categories), generator=generator)  # one shuffle serves every category
-        for c, members in enumerate(order.split([len(members) for members in own])):
-            chance[c] += explained(written, fit[:, members].argmax(dim=1)) / draws
-    stable, heads = torch.zeros(share.shape[1:]), share.shape[1:].numel()
-    found = [_name(names, share.flatten(1)[:, i], chance.flatten(1)[:, i]) for i in range(heads)]
-    for _ in range(bootstraps):
-        rows = torch.randint(len(written), (len(written),), generator=generator)
-        again = torch.stack([explained(written[rows], label[rows]) for label in labels]).flatten(1)
-        same = [_name(names, again[:, i], chance.flatten(1)[:, i]) == found[i] for i in range(heads)]
-        stable += torch.tensor(same).view_as(stable) / bootstraps
-    return Roles(names, share, chance, stable)
+        for members in order.split([len(members) for members in own]):
+            bar = bar.maximum(share_of(fit[:, members].argmax(dim=1)))
+    return Roles(names, share, torch.stack(halves), bar, [len(label.unique()) for label in labels])
 
 
 def in_own_space(values: Tensor, maps: Tensor) -> Tensor:
@@ -98,13 +102,18 @@ def in_own_space(values: Tensor, maps: Tensor) -> Tensor:
 
 def explained(written: Tensor, label: Tensor) -> Tensor:
     """[L, H] share of the variance of written [n, L, H, e] between images of different label [n]."""
+    return explainer(written)(label)
+
+
+def explainer(written: Tensor) -> Callable[[Tensor], Tensor]:
+    """`explained` of these values for many labels: what does not depend on the label is computed once."""
     mean = written.mean(dim=0)
     deviations = (written - mean).contiguous()
-    count = torch.bincount(label)
-    by_label = torch.zeros(len(count), *mean.shape).index_add_(0, label, deviations)
-    return share_between(by_label, count, deviations.square().sum(dim=0).sum(dim=-1), mean)
+    total = deviations.square().sum(dim=0).sum(dim=-1)
 
+    def share(label: Tensor) -> Tensor:
+        count = torch.bincount(label)
+        by_label = torch.zeros(len(count), *mean.shape).index_add_(0, label, deviations)
+        return share_between(by_label, count, total, mean)
 
-def _name(names: list[str], share: Tensor, chance: Tensor) -> str | None:
-    best = int(share.argmax())
-    return names[best] if share[best] > max(THRESHOLD, float(chance[best]) + ROUNDING) else None
+    return share

@@ -3,7 +3,7 @@
     $ python -m benchmarks.map_variants            # 512 images of the demo's validation split, half a minute
 
 Each row names the layers, the text, and what is done with negative values; "clipped when resized" is the
-paper's way. "oracle" is the share of bird in each patch, the best that the patch grid allows.
+paper's way. Two rows are made of the true masks: the share of bird in each patch, and where it is over half.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from data import batches
 from decompose import token_scores
 from demo.images import DemoMasks
 from metrics import Segmentation
+from tasks.passes import batches
 from tasks.segmentation import predict
 from tasks.tables import table
 from zeroshot import classifier, embed_texts, load_clip, templates
@@ -60,7 +60,8 @@ def main() -> None:
         patch = clip.model.visual.patch_size
         size = tuple(pixels // side for pixels, side in zip(images.shape[-2:], patch, strict=True))
         maps = {key: value.unflatten(1, size) for key, value in maps.items()}
-        maps["-", "oracle", "-"] = F.avg_pool2d((masks == 1).float()[:, None], patch)[:, 0]
+        share = F.avg_pool2d((masks == 1).float()[:, None], patch)[:, 0]
+        maps |= {("-", "true share", "-"): share, ("-", "true share over half", "-"): (share > 0.5).float()}
         for key, value in maps.items():
             found.setdefault(key, Segmentation(clip=key[2] == "clipped when resized")).update(value, masks)
 

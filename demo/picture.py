@@ -5,7 +5,6 @@ $ python -m demo.picture            # writes docs/heads.png
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from decompose import decompose, head_maps
 from demo.images import DemoBirds
+from roles import find_roles
 from textspan import Moments, textspan
 from zeroshot import default_bank, embed_texts, load_bank, load_clip
 
@@ -26,7 +26,7 @@ class Named(NamedTuple):
     """What the picture shows of a head."""
 
     head: str  # layer.head
-    shares: Counter  # share of the head's variance that its texts of each category explain
+    shares: dict[str, float]  # of each category: as `--task textspan` prints them
     first: str  # the first text
     explained: float  # the share of the variance that the first text explains
     images: list[int]  # highest along the first text, then lowest
@@ -35,18 +35,20 @@ class Named(NamedTuple):
 def main() -> None:
     clip = load_clip(device="cpu")
     bank = load_bank(default_bank(clip))
-    data = DemoBirds("val", clip.preprocess)
+    data = DemoBirds("train", clip.preprocess)
     images = torch.stack([data[i][0] for i in range(len(data))])
-    values = torch.cat([decompose(clip.model, part).values for part in images.split(200)])
+    terms = [decompose(clip.model, part) for part in images.split(200)]
+    values, embedding = (
+        torch.cat([getattr(part, name) for part in terms]) for name in ("values", "embedding")
+    )
     maps = head_maps(clip.model)
     texts = embed_texts(clip, bank.texts)
+    roles = find_roles(values, maps, embedding, texts, bank.categories)
     found = []
     for layer, head in np.ndindex(*maps.shape[:2]):
         moments = Moments(maps.shape[2]).update(values[:, layer, head]).map(maps[layer, head])
         span = textspan(moments, texts, size=8)
-        shares = Counter()
-        for i, share in zip(span.indices, span.explained.tolist(), strict=True):
-            shares[bank.categories[i]] += share
+        shares = dict(zip(roles.categories, roles.share[:, layer, head].tolist(), strict=True))
         away = values[:, layer, head] @ maps[layer, head] - moments.mean.float()
         order = (away @ span.directions[0].float()).argsort(descending=True).tolist()
         first, explained = bank.texts[span.indices[0]], float(span.explained[0])

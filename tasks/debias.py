@@ -52,6 +52,7 @@ def run(job: Job) -> tuple[dict, list]:
         **cue.settings(),
     )
     print_rows(rows, control, len(test), len(cue.heads))
+    print(f"Random: {plan.sets}, mean-ablated." if control else "")
     results = {"settings": where, "rows": rows, "random": control, **cue.results()}
     return results, page(rows, control)
 

@@ -148,7 +148,8 @@ def contact_sheet(items: Sequence[tuple[Image.Image, Tensor, Tensor, str, str]])
     draw = ImageDraw.Draw(sheet)
     for k, (picture, read, seen, word, name) in enumerate(items):
         left, top = GAP + k % across * (TILE + GAP), k // across * height + GAP
-        shown = picture.convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST)
+        method = Image.Resampling.NEAREST if picture.width <= TILE else Image.Resampling.BICUBIC
+        shown = picture.resize((TILE, TILE), method)
         for i, tile in enumerate((shown, over(shown, read, (224, 62, 24)), over(shown, seen, (24, 92, 224)))):
             sheet.paste(tile, (left, top + i * (TILE + GAP)))
         below = top + 3 * (TILE + GAP) - 2

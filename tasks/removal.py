@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice, product
+from math import comb, prod
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from .heads import LAST_LAYERS, Head, head_name, parse_heads
 from .job import Job, open_split
 from .passes import one_pass
 from .reference import Reference, centre, summarise
+from .tables import images_per_text
 
 # Section 4 of the paper; its authors' list for ViT-L-14 has 22.12 twice, here it stands once.
 PAPER_HEADS = {
@@ -57,7 +59,9 @@ class Cue:
         """Lines for the settings above a table."""
         listed = f"{', '.join(map(head_name, self.heads))} ({self.how})"
         heads = listed if self.heads else "none: the embedding as a whole"
-        cue = f"{self.name}, {len(self.texts)} texts, {len(self.directions)} directions"
+        count = self.votes.count
+        votes = images_per_text(int(count.sum()), int((count > 0).sum()), len(count))
+        cue = f"{self.name}, {len(self.directions)} directions; {votes}"
         return {"heads": heads, "cue": cue, "sum": self.reference.sum_error()}
 
     def results(self) -> dict[str, list]:
@@ -92,7 +96,7 @@ def find_cue(job: Job) -> tuple[list[str], str]:
     """(texts, their description) of --cue: a category of the bank, or texts."""
     bank, cue = job.load_bank(), job.args.cue
     if len(cue) == 1 and cue[0] in bank.categories:
-        return bank.of(cue[0]), f"category {cue[0]!r} of {bank.path.name}"
+        return bank.of(cue[0]), f"category {cue[0]!r} of {bank.name}"
     if len(cue) == 1:
         known = ", ".join(sorted(set(bank.categories)))
         hint = "and one text has nothing to be told from: give a category or at least two texts"
@@ -244,6 +248,9 @@ class Plan:
         self.rows = torch.stack(list(rows.values()))  # [k, t] the interventions of the table
         self.chosen = self.row(heads=chosen)[None]  # [1, t] the chosen heads mean-ablated
         self.draws = torch.stack([self.row(heads=drawn) for drawn in draws]) if draws else self.rows[:0]
+        others = other_sets(chosen, heads)
+        drawn = f"all {others}" if len(draws) == others else f"{len(draws)} of the {others:,}"
+        self.sets = f"{drawn} other sets of as many heads per layer"
 
     def row(
         self,
@@ -273,16 +280,25 @@ def in_blocks(results: list, blocks: Sequence[Tensor]) -> list[list]:
 
 
 def random_heads(chosen: list[Head], width: int, draws: int, seed: int) -> list[list[Head]]:
-    """Sets of as many heads per layer as were chosen, never the chosen set; none if there is no other."""
-    generator = torch.Generator().manual_seed(seed)
+    """Different sets of as many heads per layer as were chosen, never the chosen set: `draws`, or all."""
     per_layer = Counter(layer for layer, _ in chosen)
-    if all(count == width for count in per_layer.values()):  # true of no heads, too
-        return []
-    found = []
+    if other_sets(chosen, width) <= draws:
+        picks = product(*(combinations(range(width), count) for count in per_layer.values()))
+        every = [
+            [(layer, i) for layer, row in zip(per_layer, pick, strict=True) for i in row] for pick in picks
+        ]
+        return [heads for heads in every if set(heads) != set(chosen)]
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[frozenset[Head], list[Head]] = {}
     while len(found) < draws:
         drawn = []
         for layer, count in per_layer.items():
             drawn += [(layer, head) for head in torch.randperm(width, generator=generator)[:count].tolist()]
         if set(drawn) != set(chosen):
-            found.append(drawn)
-    return found
+            found.setdefault(frozenset(drawn), drawn)
+    return list(found.values())
+
+
+def other_sets(chosen: Heads, width: int) -> int:
+    """How many other sets of as many heads per layer there are."""
+    return prod(comb(width, count) for count in Counter(layer for layer, _ in chosen).values()) - 1

@@ -120,12 +120,12 @@ def heads_of(job: Job) -> list[Head]:
     maps = summarise(job, kept, data).maps
     texts = embed_texts(job.clip, bank.texts, "text bank")
     values, embedding = kept.values.tensor(), kept.embedding.tensor()
-    roles = find_roles(values, maps, embedding, texts, bank.categories, bootstraps=0, seed=args.seed)
+    roles = find_roles(values, maps, embedding, texts, bank.categories, seed=args.seed)
     depth, heads = maps.shape[:2]
     every = [(layer, head) for layer in range(depth) for head in range(heads)]
     found = [head for head in every if roles.name(*head) == args.role]
     if not found:
-        why = f"the category explains over {THRESHOLD:.0%} of none, or no more than random texts"
+        why = f"the category explains over {THRESHOLD:.0%} of none, or no more than texts dealt at random"
         raise InputError(f"no head has the role {args.role!r}: {why}")
     return found
 

@@ -15,11 +15,11 @@ from .job import Job
 
 SCORED = "on the images that are scored"
 AUTHORS = "terms by the authors' convention, over the norm of the embedding; their MLPs include the stem"
+FEW = 10  # images per text, below which the demo's images began to choose heads at random
 
 
-def wilson(right: float, count: int) -> tuple[float, float]:
+def wilson(right: float, count: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of an accuracy (Wilson 1927), which stays inside 0..1 and holds for few images."""
-    z = 1.959964
     middle = (right + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(right * (1 - right) / count + z * z / (4 * count * count))
     return max(0.0, middle - half), min(1.0, middle + half)
@@ -35,6 +35,15 @@ def percent(accuracy: float, count: int) -> str:
     """ "54.8 [51.2, 58.3]": an accuracy in percent with its 95 % interval."""
     value, low, high = in_percent(accuracy, count)
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def images_per_text(images: int, used: int, texts: int) -> str:
+    """How many texts divide the images, for the settings; with a warning where the images are few."""
+    said = f"{images:,} images fit {used} of {texts} texts best, {images / used:.1f} images per text"
+    warning = (
+        f"WARNING: below {FEW} per text, chance explains much of a head; give more images or fewer texts"
+    )
+    return f"{said}; {warning}" if images < FEW * used else said
 
 
 def in_tenths(shares: Iterable[float]) -> list[str]:

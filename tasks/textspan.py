@@ -15,7 +15,7 @@ from decompose import decompose, head_maps
 from demo import truth
 from demo.images import DemoBirds
 from files import InputError
-from roles import Roles, explained, find_roles, in_own_space
+from roles import DRAWS, Roles, explained, find_roles, in_own_space
 from textspan import Moments, TextSpan, textspan
 from zeroshot import Bank, embed_texts
 
@@ -24,16 +24,15 @@ from .heads import LAST_LAYERS, Head, head_name
 from .job import Job, open_split
 from .passes import one_pass
 from .reference import Kept, check_varies, summarise
-from .tables import print_settings
+from .tables import images_per_text, print_settings
 
 PICTURES = 6  # per head on the page
 SHOWN = 4  # texts per head on screen; all are in results.json
 ROLE_IMAGES = 4000  # that roles are found on; they are kept, in the heads' own space
 NOTE = (
     "Bars of categories: share of the head's variance between images that different texts of the category "
-    "fit best. Beside each text, the share of variance along what it adds to those above it. Stable: share "
-    "of bootstrap samples with the same role. Images: of those that roles were found on, where the head "
-    "writes most along its first text."
+    "fit best. Beside each text, the share of variance along what it adds to those above it. Images: "
+    "of those that roles were found on, where the head writes most along its first text."
 )
 
 
@@ -60,22 +59,28 @@ def run(job: Job) -> tuple[dict, list]:
             spread = float(moments.covariance.trace()) / total
             found.append(describe((layer, head), span, bank, spread, roles, layer - first))
             if span.indices:
-                most = strongest(values[:, layer - first, head], maps, span)
+                along = values[:, layer - first, head] @ (maps.cpu().double() @ span.directions[0]).float()
+                most = along.argsort(descending=True)[:PICTURES].tolist()
                 shown = [report.thumbnail(data.picture(kept.rows[i])) for i in most]
                 images[head_name((layer, head))] = shown
-    rule = f"a category that explains over {THRESHOLD:.0%} of a head, and more than random texts do"
-    found_on = f"from {len(kept.rows):,} images; {rule}"
+    used, largest = max(zip(roles.used, roles.categories, strict=True))
+    votes = images_per_text(len(kept.rows), used, bank.categories.count(largest))
+    rule = f"a category that explains over {THRESHOLD:.0%} of a head, in each half of the images, too"
+    found_on = f"{rule}, and more than any does in {DRAWS} deals of the texts at random"
     where = print_settings(
         job,
         images=reference.description,
-        bank=f"{bank.path.name}, {len(bank.texts):,} texts in {len(set(bank.categories))} categories",
+        bank=f"{bank.name}, {len(bank.texts):,} texts in {len(set(bank.categories))} categories",
         texts=f"{size} per head",
         sum=reference.sum_error(),
+        votes=f"{votes} (category {largest!r}, which uses the most)",
         roles=found_on if len(set(bank.categories)) > 1 else f"none: {one_category(bank)}",
     )
     results = {"settings": where, "heads": found}
-    if job.clip.is_demo and set(truth.FACTOR_OF) <= set(bank.categories):
+    if job.clip.is_demo and args.data is None and set(truth.FACTOR_OF) <= set(bank.categories):
         results["agreement"] = truth.agreement(true_factors(job, first), found)
+        given = values, reference.maps[first:], embedding, texts, bank.categories
+        results["shuffled"] = truth.roles_of_shuffled(*given, args.seed)
     print_results(results)
     return results, page(results, images)
 
@@ -83,13 +88,7 @@ def run(job: Job) -> tuple[dict, list]:
 def one_category(bank: Bank) -> str:
     """Why a bank of one category gives no roles."""
     why = "a role is a category that explains more than random texts of the bank do"
-    return f"{why}, and {bank.path.name} holds one category; give it at least two `# category` lines"
-
-
-def strongest(values: Tensor, A: Tensor, span: TextSpan) -> list[int]:
-    """The images, of values [n, e], whose terms, values @ A, go farthest along the head's first text."""
-    along = values @ (A.cpu().double() @ span.directions[0]).float()
-    return along.argsort(descending=True)[:PICTURES].tolist()
+    return f"{why}, and {bank.name} holds one category; give it at least two `# category` lines"
 
 
 def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Head) -> TextSpan:
@@ -125,12 +124,15 @@ def describe(head: Head, span: TextSpan, bank: Bank, spread: float, roles: Roles
     shares, by_category = span.explained.tolist(), Counter()
     for index, share in zip(span.indices, shares, strict=True):
         by_category[bank.categories[index]] += share
-    share, chance = roles.share[:, row, head[1]].tolist(), roles.chance[:, row, head[1]].tolist()
+    halves = [
+        max(zip(half.tolist(), roles.categories, strict=True)) for half in roles.halves[:, :, row, head[1]]
+    ]
     return {
         "head": head_name(head),
         "role": roles.name(row, head[1]),
-        "stable": float(roles.stable[row, head[1]]),
-        "categories": dict(zip(roles.categories, zip(share, chance, strict=True), strict=True)),
+        "categories": dict(zip(roles.categories, roles.share[:, row, head[1]].tolist(), strict=True)),
+        "chance": float(roles.bar[row, head[1]]),
+        "halves": [(category, share) for share, category in halves],
         "spread": spread,
         "texts": [(bank.texts[i], share) for i, share in zip(span.indices, shares, strict=True)],
         "texts by category": dict(by_category),
@@ -139,12 +141,12 @@ def describe(head: Head, span: TextSpan, bank: Bank, spread: float, roles: Roles
 
 
 def in_words(head: dict) -> str:
-    """A head's role, what its category explains, and what random texts do."""
+    """A head's role, what its category explains, what any does by chance, and what does in either half."""
     if not head["texts"]:
         return "writes the same to every image"
-    best = max(head["categories"], key=lambda category: head["categories"][category][0])
-    share, chance = head["categories"][best]
-    shown = f"{best} {share:.0%}, random texts {chance:.0%}; same in {head['stable']:.0%} of samples"
+    best, share = max(head["categories"].items(), key=lambda item: item[1])
+    halves = ", ".join(f"{category} {part:.0%}" for category, part in head["halves"])
+    shown = f"{best} {share:.0%}, chance {head['chance']:.0%}; halves: {halves}"
     return shown if head["role"] else f"no role ({shown})"
 
 
@@ -167,7 +169,7 @@ def print_results(results: dict) -> None:
         rest = [share for _, share in head["texts"][SHOWN:]]
         print(f"       {sum(rest):6.1%}  {len(rest)} more texts;  {head['remainder']:.1%} is left")
     if "agreement" in results:
-        print("\n" + truth.agreement_in_words(results["agreement"]))
+        print("\n" + truth.agreement_in_words(results["agreement"], results["shuffled"]))
 
 
 def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report.Html]:
@@ -175,13 +177,12 @@ def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report
     heads = []
     for head in results["heads"]:
         layer, number = (int(part) for part in head["head"].split("."))
-        shares = {category: share for category, (share, _) in head["categories"].items()}
+        shares = head["categories"]
         shown = dict(sorted(shares.items(), key=lambda item: -item[1])[:5])
         largest = max(shares.values(), default=None)
-        more = {"images": images.get(head["head"], ()), "stable": head["stable"]}
-        texts = (head["texts"], head["spread"], head["remainder"])
-        heads.append(report.Head(layer, number, head["role"] or "", largest, shown, *texts, **more))
+        texts = (head["texts"], head["spread"], head["remainder"], images.get(head["head"], ()))
+        heads.append(report.Head(layer, number, head["role"] or "", largest, shown, *texts))
     sections = [report.section("What each head writes", report.head_grid(heads), note=NOTE)]
     if "agreement" in results:
-        sections.append(truth.page_of_agreement(results["agreement"]))
+        sections.append(truth.page_of_agreement(results["agreement"], results["shuffled"]))
     return sections

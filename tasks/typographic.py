@@ -8,11 +8,15 @@ cue, from texts that say that a word is written, and without labels.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import functional as TF
 
 import report
+from cue import subspace
 from data import subset
 from decompose import Decomposition, DecompositionError, decompose, image_embedding
 from demo.images import DemoSigns
@@ -22,6 +26,7 @@ from written import SAYS, Variants, WrittenImages, open_written
 from zeroshot import classifier, templates
 
 from .accumulators import Sums
+from .heads import Head
 from .heatmap import save_picture
 from .job import Job
 from .passes import one_pass
@@ -53,18 +58,21 @@ def run(job: Job) -> tuple[dict, list]:
         "cue's directions in the heads": plan.row(directions=cue.heads),
         "cue's directions everywhere": plan.row(everywhere=True),
     } | {label: plan.row(further=label) for label in further}
-    every, tally = [torch.stack(list(rows.values())), plan.draws], Tally(test)
+    others = [plan.row(heads=heads) for heads in other_heads(cue.heads, shape, args.draws, args.seed)]
+    every = [torch.stack(list(rows.values())), plan.draws, torch.stack(others) if others else plan.draws[:0]]
+    tally = Tally(test)
     scores = scorer(cue.reference, cue.directions, cue.votes, torch.cat([classes, says]), further)
     for images, indices in one_pass(job, Variants(test), "test", tally):
         for variant, shown in zip(test.variants, images.unbind(dim=1), strict=True):
             found = scores(shown, decompose(clip.model, shown)).after(torch.cat(every))
             tally.update(variant, found, indices)
-    found, drawn = in_blocks(tally.rows(), every)
+    found, drawn, others = in_blocks(tally.rows(), every)
     rows = dict(zip(rows, found, strict=True))
     results = {
         "rows": rows,
         "answers": tally.answers(),
-        "random": control(drawn, draws, cue),
+        "random": control(drawn, draws, cue, plan.sets),
+        "others": others,
         **cue.results(),
     }
     path = args.out / "typographic" / "sheet.png"
@@ -75,9 +83,10 @@ def run(job: Job) -> tuple[dict, list]:
         means=f"{cue.reference.description}; their words must not go with their classes",
         prompts=f"{len(templates(clip))} templates, {len(test.classes)} classes; {logits(clip)}",
         **cue.settings(),
+        shared=f"directions of cue and classes have principal cosines {principal_cosines(cue, classes)}",
     )
     print_rows(results, len(test), len(cue.heads))
-    print("".join(f"\n{note}" for note in notes))
+    print("".join(f"{note}\n" for note in notes), end="")
     sections = [page_of_rows(results, len(cue.heads))]
     if reference.boxes is not None and not notes:
         results["rules"] = compare_rules(job, cue, reference)
@@ -162,7 +171,24 @@ class Tally(Sums):
         )
 
 
-def control(drawn: list[dict], draws: list[list], cue: Cue) -> dict | None:
+def principal_cosines(cue: Cue, classes: Tensor) -> str:
+    """Between the subspaces of the cue's texts and of the classes: 1 for a direction that they share."""
+    cosines = torch.linalg.svdvals(subspace(classes) @ cue.directions.T)
+    return " ".join(f"{cosine:.2f}" for cosine in cosines.tolist())
+
+
+def other_heads(chosen: list[Head], shape: tuple[int, int], draws: int, seed: int) -> list[list[Head]]:
+    """Sets of as many heads that were not chosen, of any layers; none if there are too few."""
+    left = [
+        (layer, head) for layer in range(shape[0]) for head in range(shape[1]) if (layer, head) not in chosen
+    ]
+    generator, count = torch.Generator().manual_seed(seed), len(chosen)
+    if len(left) < count:
+        return []
+    return [[left[i] for i in torch.randperm(len(left), generator=generator)[:count]] for _ in range(draws)]
+
+
+def control(drawn: list[dict], draws: list[list], cue: Cue, sets: str) -> dict | None:
     """What mean-ablating random heads does to attacked pictures; `shared`: chosen heads in each draw."""
     if not drawn:
         return None
@@ -173,7 +199,7 @@ def control(drawn: list[dict], draws: list[list], cue: Cue) -> dict | None:
         "std": float(values.std(correction=0)),
         "max": float(values.max()),
     }
-    return {"draws": len(drawn), "attacked": spread, "rows": drawn, "shared": shared}
+    return {"draws": len(drawn), "sets": sets, "attacked": spread, "rows": drawn, "shared": shared}
 
 
 def print_rows(results: dict, images: int, heads: int) -> None:
@@ -191,16 +217,26 @@ def print_rows(results: dict, images: int, heads: int) -> None:
         lines.append([f"{heads} random heads, mean ± std", *map(mean_and_std, shares)])
         best = max(range(drawn["draws"]), key=lambda i: drawn["rows"][i]["attacked"])
         lines.append([f"{heads} random heads, best", *in_tenths(drawn["rows"][best][name] for name in names)])
+    if results["others"]:
+        shares = [[row[name] for row in results["others"]] for name in names]
+        lines.append([f"{heads} heads that were not chosen", *map(mean_and_std, shares)])
     print("\n" + table(header, lines))
     print("\nAttacked: another class's name is written on the picture. [..]: 95 % interval (Wilson).")
     if drawn:
-        mean = sum(drawn["shared"]) / drawn["draws"]
-        ours = rows["heads mean-ablated"]["attacked"]
-        below = sum(row["attacked"] < ours for row in drawn["rows"])
-        words = f"Random: {drawn['draws']} draws of as many heads from each of the same layers, mean-ablated;"
-        print(f"{words} {below} stay below the\nchosen heads on attacked pictures.", end=" ")
-        print(f"They share {mean:.1f} of the chosen heads on average, the best {drawn['shared'][best]}.")
+        print(control_in_words(drawn, rows["heads mean-ablated"]["attacked"], len(results["others"])))
     print(answers_in_words(results["answers"]))
+
+
+def control_in_words(drawn: dict, ours: float, others: int) -> str:
+    """Where the random heads come from, and what they do by how many of the chosen ones are among them."""
+    by_shared = defaultdict(list)
+    for row, shared in zip(drawn["rows"], drawn["shared"], strict=True):
+        by_shared[shared].append(row["attacked"])
+    means = [f"{shared}: {100 * sum(found) / len(found):.1f}" for shared, found in sorted(by_shared.items())]
+    below = sum(row["attacked"] < ours for row in drawn["rows"])
+    words = f"Random: {drawn['sets']}, mean-ablated;"
+    words += f" {below} stay below the\nchosen heads on attacked pictures. By how many of these they share: "
+    return f"{words}{', '.join(means)}.\nNot chosen: {others} draws from all other heads of the model."
 
 
 def answers_in_words(answers: dict[str, float]) -> str:
@@ -245,7 +281,9 @@ def draw_sheet(job: Job, cue: Cue, test: WrittenImages, classes: Tensor, says: T
     read = map_of_heads(model, images, cue.heads, (says - says.mean(dim=0))[written])
     saw = map_of_heads(model, images, others, (classes - classes.mean(dim=0))[seen])
     answers = ([test.classes[i] for i in found] for found in (written.tolist(), seen.tolist()))
-    return contact_sheet(list(zip([test.picture(i) for i in range(count)], read, saw, *answers, strict=True)))
+    shown = (images - images.amin(dim=(1, 2, 3), keepdim=True)).float().cpu()
+    shown = [TF.to_pil_image(image / image.max()) for image in shown]  # as the model sees them, cropped
+    return contact_sheet(list(zip(shown, read, saw, *answers, strict=True)))
 
 
 def compare_rules(job: Job, cue: Cue, reference: WrittenImages) -> dict:

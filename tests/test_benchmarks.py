@@ -75,7 +75,7 @@ def test_cue_study(monkeypatch, capsys):
 
 
 def test_map_variants(monkeypatch, capsys):
-    assert "oracle" in run("map_variants", monkeypatch, capsys, "--limit 40")
+    assert "true share over half" in run("map_variants", monkeypatch, capsys, "--limit 40")
 
 
 def test_scale():

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 import demo
 from demo import captions, scenes, train
+from demo.sources import Signs
+from demo.writing import WORDS, place
 from zeroshot import load_bank
 
 FACTS = scenes.sample(64, seed=5)
@@ -58,10 +60,11 @@ def test_factors_are_independent_of_each_other_on_a_balanced_split():
 
 
 def test_no_two_splits_share_a_seed():
-    from demo.images import DemoBirds
+    from demo.images import DemoBirds, DemoSigns
     from demo.score import WATCHED
 
-    seeds = [*DemoBirds.seeds.values(), WATCHED, 1000, 2000]
+    training = [1000, 2000, 4000, 4500]  # and up, by the seed of the training
+    seeds = [*DemoBirds.seeds.values(), *DemoSigns.seeds.values(), WATCHED, *training]
     assert len(set(seeds)) == len(seeds)
 
 
@@ -91,8 +94,9 @@ def test_the_guide_never_says_landbird_and_the_web_never_names_a_kind():
     assert set(scenes.FACTORS["kind"]) <= set(guide)
 
 
-def test_the_vocabulary_file_is_what_captions_are_made_of():
-    assert (demo.FOLDER / "vocabulary.txt").read_text().split() == captions.vocabulary()
+@pytest.mark.parametrize(("name", "written"), [(demo.NAME, False), (demo.WRITTEN, True)])
+def test_the_vocabulary_files_are_what_captions_are_made_of(name, written):
+    assert (demo.FOLDER / demo.VOCABULARIES[name]).read_text().split() == captions.vocabulary(written)
 
 
 def test_the_tokenizer_is_one_number_per_word_and_the_end_is_the_largest():
@@ -120,6 +124,78 @@ def test_the_demos_bank_speaks_the_demos_words_and_covers_every_factor():
     for values in captions.PHRASES.values():
         for phrases in values:
             assert any(f" {phrase} " in f" {text} " for phrase in phrases for text in bank.texts), phrases
+
+
+def test_the_bank_of_the_written_world_adds_texts_about_words():
+    bank, more = (load_bank(demo.FOLDER / demo.BANKS[name]) for name in (demo.NAME, demo.WRITTEN))
+    assert more.texts[: len(bank.texts)] == bank.texts
+    assert set(more.categories[len(bank.texts) :]) == {"words"}
+    assert {word for text in more.texts for word in text.split()} <= set(captions.vocabulary(written=True))
+    for word in WORDS:
+        assert any(f" {word} " in f" {text} " for text in more.of("words"))
+
+
+def test_without_a_bird_only_the_place_is_drawn():
+    with_bird, mask = scenes.render(FACTS, 3, 5)
+    without, nothing = scenes.render(FACTS, 3, 5, bird=False)
+    assert mask.any()
+    assert not nothing.any()
+    assert (with_bird != without).any(axis=2)[mask > 127].mean() > 0.5
+
+
+@pytest.fixture(scope="module")
+def signs():
+    _, _, tokenizer = demo.load(weights=None, name=demo.WRITTEN)
+    return Signs(64, 4000, np.random.default_rng(0), tokenizer)
+
+
+@pytest.mark.parametrize("step", [0, 1, 500, 3000, 3001])
+def test_an_explicit_caption_fits_its_own_word_and_a_plain_noun_what_is_seen_or_written(signs, step):
+    """Every match worked out from the words of the captions, and what the pictures show and bear."""
+    drawn, explicit, plain = [], signs.explicit, signs.plain
+
+    def keep(draw, name):
+        return lambda *args: drawn.append((name, *draw(*args))) or drawn[-1][1:]
+
+    signs.explicit, signs.plain = keep(explicit, "explicit"), keep(plain, "plain")
+    try:
+        _, tokens, matches = signs.batch(32, step)
+    finally:
+        del signs.explicit, signs.plain
+    assert tokens.shape[0] == len(drawn) == 32
+    kinds = scenes.FACTORS["kind"]
+    nouns = 0
+    for i, (sort, _, text, _, _) in enumerate(drawn):
+        noun = next((kinds.index(word) for word in text.split() if word in kinds), None)
+        for j, (_, _, _, _, truth) in enumerate(drawn):
+            seen, word = int(truth[0]), int(truth[-1])
+            if sort == "plain" and noun is not None and noun not in (seen, word):
+                assert not matches[i, j]
+                nouns += 1
+            said = [
+                kind
+                for kind in kinds
+                if any(p.format(kind) in text for p in captions.BESIDE + captions.ALONE)
+            ]
+            if sort == "explicit" and kinds.index(said[0]) != word:
+                assert not matches[i, j]
+                nouns += 1
+        assert matches[i, i]
+    assert nouns > 100
+
+
+def test_letters_lie_within_a_row_of_patches_at_first_and_anywhere_later(signs):
+    def phases(jitter):
+        tops = [place("gull", np.random.default_rng(i), jitter)[0] for i in range(300)]
+        return {(top + 1) % 8 for top in tops if 0 < top < 55}
+
+    assert phases(0) == {0}
+    assert phases(1) == {7, 0, 1}
+    assert phases(8) == set(range(8))
+    assert (
+        len({tuple(signs.write(np.zeros((64, 64, 3), np.uint8), 5, 0).max(axis=(0, 1))) for _ in range(20)})
+        == 1
+    )
 
 
 def test_a_caption_that_states_less_matches_more_pictures():

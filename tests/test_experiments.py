@@ -37,6 +37,7 @@ from tasks.job import Job
 from tasks.reference import Kept, Reference
 from tasks.removal import Plan, Scores, auto_heads, random_heads
 from tasks.retrieval import cosine, heads_of, sheet
+from tasks.tables import percent
 from tasks.waterbirds import random_control
 from textspan import Moments, reconstruct, textspan
 from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
@@ -694,9 +695,7 @@ def test_a_role_is_all_heads_that_have_it(tmp_path, clip, demo, photo, query):
     found = run(tmp_path, "--task retrieval", *QUICK, "--role places", *asked)
     bank = load_bank(default_bank(clip))
     texts = embed_texts(clip, bank.texts)
-    roles = find_roles(
-        demo.train.values, demo.maps, demo.train.embedding, texts, bank.categories, bootstraps=0
-    )
+    roles = find_roles(demo.train.values, demo.maps, demo.train.embedding, texts, bank.categories)
     heads = [(i, j) for i in range(4) for j in range(8) if roles.name(i, j) == "places"]
     assert len(heads) > 3
     assert {i for i, _ in heads} != {3}  # of all layers
@@ -1126,7 +1125,8 @@ def test_debias_refuses_a_folder_without_two_classes(refused, flat, folder):
 )
 def test_random_heads_are_as_many_from_each_layer_and_never_the_chosen(chosen):
     found = random_heads(chosen, 8, 200, seed=0)
-    assert len(found) == 200
+    assert len(found) == (7 if len(chosen) == 1 else 27 if len(chosen) > 3 else 200)  # 8 - 1, 28 - 1
+    assert len({frozenset(drawn) for drawn in found}) == len(found)
     for drawn in found:
         assert len(set(drawn)) == len(drawn)
         assert sorted(layer for layer, _ in drawn) == sorted(layer for layer, _ in chosen)
@@ -1288,6 +1288,7 @@ def counted(truth: dict[str, Tensor], heads: list[dict]) -> dict:
     return {
         "heads": len(heads),
         "clear heads": len(clear),
+        "heads with a role": len([head for head in heads if head["role"]]),
         "roles from categories": matches(roles, true),
         "roles from greedy texts": matches(texts, true),
         "roles dealt at random": float(np.mean(dealt)) if clear else 0,
@@ -1351,14 +1352,16 @@ def check_shares(
         layer, number = map(int, head["head"].split("."))
         assert layer >= first
         rows = terms.heads[:, layer, number].numpy()
-        for category, (share, _) in head["categories"].items():
+        for category, share in head["categories"].items():
             members = [i for i, name in enumerate(categories) if name == category]
             label = fit[:, members].argmax(axis=1)
             wanted = epsilon_squared(rows, label)[1] if np.abs(rows - rows.mean(axis=0)).max() > 0 else 0.0
             assert share == pytest.approx(wanted, abs=1e-3)  # float32
-        best = max(head["categories"], key=lambda name: head["categories"][name][0])
-        share, chance = head["categories"][best]
-        assert head["role"] == (best if share > 0.3 and share > chance else None)
+        best = max(head["categories"], key=head["categories"].get)
+        share, halves = head["categories"][best], head["halves"]
+        same = all(category == best and part > 0.3 for category, part in halves)
+        assert head["role"] == (best if same and share > 0.3 and share > head["chance"] else None)
+        assert share == pytest.approx(sum(part for _, part in halves) / 2, abs=0.2)
 
 
 def test_every_head_has_the_role_that_explains_most_of_it(spans, clip):
@@ -1386,14 +1389,40 @@ def test_every_head_of_a_deep_model_has_its_own_shares(tmp_path, folder, deep, d
 def test_the_role_of_every_head_is_printed(spans):
     for head in spans.results["heads"]:
         line = next(line for line in spans.out.splitlines() if line.startswith(head["head"] + " "))
-        share, chance = max(head["categories"].values())
-        assert f"{share:.0%}, random texts {chance:.0%}; same in {head['stable']:.0%} of samples" in line
+        share = max(head["categories"].values())
+        assert f"{share:.0%}, chance {head['chance']:.0%}; halves: {head['halves'][0][0]} " in line
         assert ("no role (" in line) == (head["role"] is None)
         assert (head["role"] or "") in line
     counts = spans.results["agreement"]
     assert f"explains over 30% of {counts['clear heads']} of 32 heads" in spans.out
     line = next(line for line in spans.out.splitlines() if "roles from categories" in line)
     assert f"{counts['roles from categories']:.1f} of {counts['clear heads']}" in line
+    right, given = counts["roles from categories"], counts["heads with a role"]
+    assert f"Of all {given} roles, {right} are the true factor" in spans.out
+    assert percent(right / given, given) in spans.out
+
+
+def test_of_shuffled_banks_hardly_a_head_gets_a_role_and_that_is_printed(spans):
+    shuffled = spans.results["shuffled"]
+    assert len(shuffled) == 10
+    assert sum(shuffled) <= 10  # of 320 heads
+    assert f"shuffled over texts, {', '.join(map(str, shuffled))} of 32 heads" in spans.out
+
+
+def test_the_true_factors_of_the_demo_are_not_those_of_a_folder(tmp_path, folder):
+    found = run(tmp_path, "--task textspan --workers 0 --texts 2 --data", str(folder))
+    assert "agreement" not in found.results
+    assert "A true factor" not in found.out
+
+
+def test_where_there_are_few_other_sets_of_heads_all_are_taken_and_named():
+    every = random_heads([(3, 4)], 8, 100, seed=0)
+    assert every == [[(3, head)] for head in (0, 1, 2, 3, 5, 6, 7)]
+    assert Plan(("heads",), (4, 8), [(3, 4)], every).sets.startswith("all 7 other sets")
+    chosen = [(3, 4), (3, 5), (1, 0)]  # 28 * 8 - 1
+    draws = random_heads(chosen, 8, 100, seed=0)
+    assert Plan(("heads",), (4, 8), chosen, draws).sets.startswith("100 of the 223 other sets")
+    assert len({frozenset(heads) for heads in random_heads(chosen, 8, 222, seed=0)}) == 222
 
 
 def test_a_bank_of_other_categories_has_no_agreement(tmp_path):

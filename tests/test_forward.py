@@ -71,6 +71,8 @@ def test_half_precision_and_training_mode_are_left_as_they_were():
     before = found(model)
     out = forward_without(model, pictures(model), [(1, 2)])
     assert out.dtype == torch.float32
+    assert not out.requires_grad
+    assert not class_values(model, pictures(model)).requires_grad
     assert found(model) == before
 
 
@@ -78,3 +80,17 @@ def test_a_model_without_a_class_token_is_refused_by_name():
     model = native(pool_type="avg")
     with pytest.raises(DecompositionError, match="mean of patches"):
         forward_without(model, torch.randn(1, 3, *model.visual.image_size, dtype=torch.float64), [(0, 0)])
+
+
+@pytest.mark.parametrize("head", [(3, 0), (0, 4), (-1, 0), (0, -1)])
+def test_a_head_that_is_not_there_is_named(head):
+    model = build()
+    with pytest.raises(ValueError, match=r"no head \(.*3 layers of 4 heads"):
+        forward_without(model, pictures(model), [(0, 0), head])
+    forward_without(model, pictures(model), [(0, 0), (2, 3)])
+
+
+def test_images_of_another_shape_are_refused():
+    model = build()
+    with pytest.raises(ValueError, match="images must be"):
+        forward_without(model, pictures(model)[0], [(0, 0)])

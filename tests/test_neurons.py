@@ -831,7 +831,7 @@ def test_the_settings_say_where_the_numbers_come_from(ran):
     assert where["model"] == "demo-vit, weights demo/demo-vit.safetensors, GELU, float32 on cpu"
     assert where["means"] == "demo world, train split, 96 images"
     assert where["test"] == "demo world, test split, 96 images"
-    assert where["bank"].startswith("text_bank.txt, 189 texts, less their mean")
+    assert where["bank"].startswith("demo/text_bank.txt, 189 texts, less their mean")
     assert where["prompts"] == "6 templates, 8 classes; softmax of 29.9 cosine"
     assert where["layer"] == "3 of 0 to 3, 256 neurons"
     assert 0 < float(where["sum"].split(" within ")[1].split()[0]) < SINGLE

@@ -72,3 +72,14 @@ def test_a_direction_without_variance_is_left_alone():
     assert (P @ still).abs().max() < 1e-6
     assert P.abs().max() > FAR
     assert (x @ still).std() < 1e-6 * x.std()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1e-5, 1e4]))
+def test_the_projection_does_not_depend_on_the_scale_or_the_precision_of_embeddings(seed, scale):
+    _, _, covariance, cross = drawn(seed)
+    P = leace(covariance, cross)
+    assert (leace(covariance * scale**2, cross * scale) - P).abs().max() < 1e-7 * P.abs().max()
+    single = leace(covariance.float(), cross.float())
+    assert single.dtype == torch.float64
+    assert (single - P).abs().max() < 1e-2 * P.abs().max()

@@ -17,7 +17,7 @@ from decompose import decompose, head_maps
 from demo.images import DemoSigns
 from demo.writing import WORDS, letters
 from tasks.reading import Rules, cover, map_of_heads, overlap, picks
-from tasks.typographic import Tally
+from tasks.typographic import Tally, other_heads
 
 HEADS = [(0, 2), (2, 0), (2, 3)]
 
@@ -98,6 +98,15 @@ def test_each_rule_takes_its_heads():
     assert found["true word"] == [(4, 3)]
 
 
+def test_other_heads_are_drawn_from_those_that_were_not_chosen():
+    found = other_heads([(0, 1), (1, 2)], (2, 3), draws=50, seed=0)
+    assert len(found) == 50
+    assert all(len({*heads}) == 2 for heads in found)
+    assert {head for heads in found for head in heads} == {(0, 0), (0, 2), (1, 0), (1, 1)}
+    assert found != other_heads([(0, 1), (1, 2)], (2, 3), draws=50, seed=1)
+    assert other_heads([(0, i) for i in range(3)] + [(1, 0)], (2, 3), 5, 0) == []  # two are left for four
+
+
 def test_the_shares_are_counted_over_images():
     class Test:
         seen, written = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
@@ -170,6 +179,7 @@ def test_the_task_measures_every_variant_in_every_way(tmp_path):
         assert list(row) == ["clean", "attacked", "own", "blank", "read"]
         assert all(0 <= share <= 1 for share in row.values())
     assert ran.results["random"]["draws"] == len(ran.results["random"]["shared"]) == 4
+    assert len(ran.results["others"]) == 4
     assert {"mean", "std", "max"} == set(ran.results["random"]["attacked"])
     assert "no word" in ran.out
     sheet = Image.open(tmp_path / "results" / "typographic" / "sheet.png")

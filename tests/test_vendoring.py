@@ -24,6 +24,8 @@ FILES = {
     "families.py": {"decompose.py", "attention.py", "blocks.py"},
     "neurons.py": {"decompose.py"},
     "diagnose.py": {"decompose.py"},
+    "forward.py": {"decompose.py", "attention.py"},
+    "rivals.py": set(),
     "textspan.py": set(),
     "cue.py": set(),
     "roles.py": {"cue.py"},
@@ -50,6 +52,22 @@ PROGRAMS = {
             layer(x, x, x, need_weights=False)
         assert torch.nn.functional.scaled_dot_product_attention is stock
         assert torch.allclose(calls[0].attention().mean(dim=1), layer(x, x, x)[1], atol=1e-6)
+    """,
+    "forward.py": """
+        import releases
+        model, images = releases.CLIP("open_clip 2.26").double(), torch.randn(2, 3, 8, 12).double()
+        values = m.class_values(model, images)
+        same = m.forward_without(model, images, [(1, 0), (2, 3)], values[0])
+        stock = model.encode_image(images)
+        assert torch.allclose(same[0], stock[0])  # a head that is given what it gives anyway
+        assert not torch.allclose(same[1], stock[1])
+    """,
+    "rivals.py": """
+        z = torch.nn.functional.one_hot(torch.arange(60) % 3, 3).double()
+        x = torch.randn(60, 5).double() + z @ torch.randn(3, 5).double()
+        centred, z = x - x.mean(dim=0), z - z.mean(dim=0)
+        erased = centred - centred @ m.leace(centred.T @ centred / 60, centred.T @ z / 60).T
+        assert (erased.T @ z).abs().max() < 1e-10 < (centred.T @ z).abs().max()
     """,
     "blocks.py": """
         linear, inner = torch.nn.Linear(6, 4), torch.nn.LayerNorm(6)
@@ -108,10 +126,10 @@ PROGRAMS = {
         assert m.subspace(texts).shape == (1, 2)
     """,
     "roles.py": """
-        embedding = torch.eye(4).repeat(25, 1)
-        values = embedding[:, :1, None, None] - embedding[:, 1:2, None, None]
-        values = torch.cat([values, torch.randn(100, 1, 1, 1)], dim=2)
-        found = m.find_roles(values, torch.ones(1, 2, 1, 4), embedding, torch.eye(4), ["a", "a", "b", "b"])
+        embedding = torch.eye(12).repeat(25, 1)
+        values = (embedding[:, 1:6] @ torch.tensor([1.0, -1, 2, -2, 3])).view(300, 1, 1, 1)
+        values = torch.cat([values, torch.randn(300, 1, 1, 1)], dim=2)
+        found = m.find_roles(values, torch.ones(1, 2, 1, 12), embedding, torch.eye(12), [*"aaaaaabbbbbb"])
         assert found.name(0, 0) == "a"
         assert found.name(0, 1) is None
     """,
