@@ -352,7 +352,7 @@ def test_how_many_images_and_texts_chose_the_heads_is_printed(tmp_path, capsys):
 
 
 def test_heads_that_were_not_chosen_are_not_said_to_have_no_role(tmp_path):
-    run(tmp_path, "--task waterbirds", *QUICK, "--draws 0 --heads 3.4")
+    run(tmp_path, "--task waterbirds", *QUICK, "--draws 1 --heads 3.4")
     page = next(tmp_path.rglob("report.html")).read_text(encoding="utf-8")
     assert "not chosen" in page
     assert "no role" not in page
