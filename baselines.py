@@ -55,6 +55,7 @@ class Attribution:
     function: Callable[..., Tensor]
     score: str | None  # the function's default, as it was published; None where no text enters
 
+    @torch.no_grad()  # what gradients need, the method itself switches on
     def __call__(self, model: nn.Module, images: Tensor, texts: Tensor, **options) -> Tensor:
         return self.function(model, images, texts, **options)
 
@@ -66,7 +67,6 @@ class Attribution:
 # From attention alone.
 
 
-@torch.no_grad()
 def raw_attention(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot") -> Tensor:
     """The class token's attention to each patch in the last block, mean over heads. No text enters.
 
@@ -78,7 +78,6 @@ def raw_attention(model: nn.Module, images: Tensor, texts: Tensor, *, score: str
     return run.grid(_attention(q[:, :, :1], k).mean(dim=1)[:, 0])
 
 
-@torch.no_grad()
 def rollout(
     model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot", start_layer: int = 1
 ) -> Tensor:
@@ -102,7 +101,6 @@ def rollout(
 # From attention and its gradient.
 
 
-@torch.no_grad()
 def gradcam(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot") -> Tensor:
     """relu(mean over heads of w_h A_h[0, patch]) in the last block.
 
@@ -119,7 +117,6 @@ def gradcam(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "do
     return run.grid((weight * _attention(q[:, :, :1], k)[:, :, 0]).mean(dim=1)).relu()
 
 
-@torch.no_grad()
 def chefer2021_mm(
     model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "logit", start_layer: int = 0
 ) -> Tensor:
@@ -132,7 +129,6 @@ def chefer2021_mm(
     return _follow(run, (_attention(*block.project(block.y, "qk")) for block in reversed(run.blocks)))
 
 
-@torch.no_grad()
 def legrad(
     model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "cosine", layers: int = 2
 ) -> Tensor:
@@ -158,7 +154,6 @@ def legrad(
     return run.grid(total)
 
 
-@torch.no_grad()
 def grad_eclip(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "cosine") -> Tensor:
     """relu(sum_c ds/dO[0, c] v[patch, c] lambda[patch]) in the last block.
 
@@ -180,7 +175,6 @@ def grad_eclip(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = 
 # By propagating relevance (LRP).
 
 
-@torch.no_grad()
 def lrp(
     model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot", conserving: bool = False
 ) -> Tensor:
@@ -203,7 +197,6 @@ def lrp(
 lrp_conserving = partial(lrp, conserving=True)
 
 
-@torch.no_grad()
 def partial_lrp(model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot") -> Tensor:
     """Mean over heads of relu(R_A)[0, patch] in the last block, by the published rules.
 
@@ -214,7 +207,6 @@ def partial_lrp(model: nn.Module, images: Tensor, texts: Tensor, *, score: str =
     return run.grid(R_A[:, :, 0].relu().mean(dim=1))
 
 
-@torch.no_grad()
 def chefer2021(
     model: nn.Module, images: Tensor, texts: Tensor, *, score: str = "dot", start_layer: int = 1
 ) -> Tensor:

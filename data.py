@@ -2,35 +2,28 @@
 
 Every data set yields (image tensor, index). Labels are attributes, in the order of the indices: y (the class
 to tell apart) and, where it is known, place (the cue that goes along with it), both [n]. `fingerprint()` is
-what tells one data set from another, for --resume. Images are read by DataLoader workers; one that cannot be
-read is named.
+what tells one data set from another, for --resume. In place of an image that cannot be read they yield a line
+that says why.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import os
 import re
-import signal
-import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from files import InputError, read_lines
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read` refuses such images by name
-FIRST = 8  # images of the first batch, where batches are large: progress shows sooner
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 SUFFIXES += (".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SPLITS = ("train", "val", "test")
@@ -233,7 +226,7 @@ def subset(count: int, limit: int | None, seed: int) -> list[int]:
 
 
 def read(path: Path, transform: Callable, keep_mode: bool = False) -> Any:
-    """transform(image); or a line that says why not, for `batches` to raise in the main process.
+    """transform(image); or a line that says why not, for the main process to raise.
 
     Args:
         keep_mode: hand the image over as it is; else as RGB, and upright where the camera says which side is
@@ -340,76 +333,3 @@ def eight_bits(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def batches(
-    data: Dataset, batch_size: int, workers: int, title: str, device: torch.device, done: int = 0
-) -> Iterator[tuple[Any, Tensor]]:
-    """(images on the device, indices) under a progress bar, every image once, in order.
-
-    Images are a tensor, or a list of tensors where the data set gives more than the image (its mask, say).
-
-    Args:
-        done: number of images before these, for the progress bar.
-
-    Raises:
-        InputError: naming the first image that cannot be read; or workers that do not start, or die.
-    """
-    options = {"num_workers": workers, "worker_init_fn": _as_worker, "pin_memory": device.type == "cuda"}
-    first = FIRST if batch_size > 4 * FIRST and not done else batch_size
-    starts = [0, *range(first, len(data), batch_size)] if len(data) else []
-    chunks = [range(start, end) for start, end in pairwise([*starts, len(data)])]
-    loader = DataLoader(data, batch_sampler=chunks, collate_fn=_collate, **options)
-    bar = {"desc": title, "unit": " images", "unit_scale": True, "leave": False}
-    with tqdm(total=done + len(data), initial=done, **bar) as progress:
-        for images, indices in _workers_alive(loader):
-            if isinstance(images, str):
-                raise InputError(images)
-            several = isinstance(images, list)
-            moved = [x.to(device, non_blocking=True) for x in (images if several else [images])]
-            yield (moved if several else moved[0]), indices
-            progress.update(len(indices))
-
-
-def _workers_alive(loader: DataLoader) -> Iterator:
-    """Its batches; or what happened to the processes that read them."""
-    try:
-        with _interrupt_waits():
-            loaded = iter(loader)
-        yield from loaded
-    except OSError as error:
-        what = f"cannot start {loader.num_workers} processes that read images ({error})"
-        raise InputError(f"{what}; try fewer --workers") from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "exited" not in str(error):
-            raise
-        what = "a worker process that reads images was killed, perhaps for its memory"
-        raise InputError(f"{what}; try fewer --workers") from error
-
-
-@contextlib.contextmanager
-def _interrupt_waits() -> Iterator[None]:
-    """Ctrl-C takes effect when the workers have started: Python ignores what is raised while it forks."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came = []
-    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        signal.raise_signal(signal.SIGINT)
-
-
-def _as_worker(_: int) -> None:
-    """A terminal sends Ctrl-C to the workers, too; they end with the main process and print nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None  # of the thread that hands tensors over, when nobody takes them any more
-
-
-def _collate(items: Sequence[tuple[Any, int]]) -> tuple[Any, Tensor]:
-    broken = next((image for image, _ in items if isinstance(image, str)), None)
-    images, indices = zip(*items, strict=True)
-    return (broken or default_collate(images)), torch.tensor(indices)

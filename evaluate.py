@@ -299,7 +299,8 @@ def write(folder: Path, results: dict, sections: list[str]) -> None:
         with atomic_write(page) as new_page, atomic_write(table) as new_table:
             new_table.write_text(text, encoding="utf-8", errors="backslashreplace")
             path = page
-            report.write(new_page, report.page(title, results["settings"], sections))
+            document = report.page(title, results["settings"], sections)
+            new_page.write_text(document, encoding="utf-8", newline="\n", errors="backslashreplace")
             for path in (table, page):
                 if path.is_dir():
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

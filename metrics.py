@@ -48,18 +48,15 @@ class Segmentation:
                 labelled pixel.
         """
         if maps.ndim != 3 or masks.ndim != 3 or len(maps) != len(masks):
-            raise ValueError(
-                "expected maps [b, rows, cols] and masks [b, height, width], "
-                f"got {list(maps.shape)}, {list(masks.shape)}"
-            )
+            expected = "expected maps [b, rows, cols] and masks [b, height, width]"
+            raise ValueError(f"{expected}, got {list(maps.shape)}, {list(masks.shape)}")
         if not len(maps):
             return self
         if not maps.isfinite().all():
             raise ValueError("a map holds a NaN or an infinity")
         if masks.is_floating_point() or masks.max() > 1:
-            raise ValueError(
-                f"masks must hold 1, 0 or a negative number, got {masks.dtype} up to {masks.max()}"
-            )
+            found = f"{masks.dtype} up to {masks.max()}"
+            raise ValueError(f"masks must hold 1, 0 or a negative number, got {found}")
         if maps.device.type not in ("cpu", "cuda"):  # mps has no float64
             maps, masks = maps.cpu(), masks.cpu()
         truth = masks.flatten(1)  # [b, p]

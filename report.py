@@ -13,28 +13,22 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
 from unicodedata import east_asian_width
 
-import numpy as np
 from PIL import Image
 
-from files import atomic_write
-
-# Twelve tones after Okabe and Ito, darkened or lightened until each has a contrast of 4.5 : 1 to its ground.
-LIGHT = "#0072b2 #c04a00 #00694a #b0387e #332288 #222222 #7a0f22 #7d55d8 #7a6700 #6b6b6b #007a72 #7a4a1e"
-DARK = "#56b4e9 #ff8a4d #1fd6a0 #f5a3d0 #8f8fff #f2f2f2 #c98a5e #cbbcff #f0e442 #a6a6a6 #7fdbe6 #ff6f6f"
-TONES, MISSING, NONE = 12, "\u2013", MappingProxyType({})
+TONES = 12  # of report.css
+MISSING = "\u2013"
 DASHES = ("none", "8 3", "2 2.5", "9 3 2 3", "4 3", "14 4", "1 3", "9 3 2 3 2 3")
 MARKERS = (  # disc, square, triangle, diamond, triangle upside down, plus, hourglass, flat bar
     "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0Z",
@@ -47,6 +41,7 @@ MARKERS = (  # disc, square, triangle, diamond, triangle upside down, plus, hour
     "M-5-2h10v4h-10Z",
 )
 WIDTH, LETTER = 400, 7.2  # of a drawing and a wide letter; on a phone a unit is a little less than a pixel
+STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -62,39 +57,30 @@ class Head:
     head: int
     role: str = ""  # "": none
     role_share: float | None = None
-    categories: Mapping[str, float] = field(default_factory=dict)  # share of each
+    categories: Mapping[str, float] = field(default_factory=dict)  # share of each, in this order
     texts: Sequence[tuple[str, float]] = ()  # with the share that each explains
     spread: float | None = None  # its variance over the embedding's
     remainder: float | None = None  # share that no text explains
     images: Sequence[Image.Image] = ()  # where it writes most
 
 
-def page(title: str, settings: Mapping[str, object], sections: Sequence[str], lead: str = "") -> Html:
-    """The whole document. Its policy forbids scripts and everything from elsewhere.
-
-    Raises:
-        ValueError: two elements have one id (two grids of one anchor), so that links would go wrong.
-    """
+def page(title: str, settings: Mapping[str, object], sections: Sequence[str]) -> Html:
+    """The whole document. Its policy forbids scripts and everything from elsewhere."""
     parts = [tag("div", block(part), id=f"part-{i}") for i, part in enumerate(sections, start=1)]
     names = [re.search("<h2>(.*?)</h2>", part, re.DOTALL) for part in parts]
     links = [tag("li", tag("a", Html(name[1]), href=f"#part-{i}")) for i, name in enumerate(names, 1) if name]
     known = [tag("div", tag("dt", name), tag("dd", value)) for name, value in settings.items()]
-    light, dark = (";".join(f"--c{i}:{c}" for i, c in enumerate(tones.split())) for tones in (LIGHT, DARK))
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Html(STYLE.replace("LIGHT", light).replace("DARK", dark))),
+        tag("style", Html(STYLE)),
     )
-    top = [tag("h1", title), block(lead), tag("dl", *known, class_="settings") if known else ""]
+    top = [tag("h1", title), tag("dl", *known, class_="settings") if known else ""]
     nav = tag("nav", tag("ul", *links), aria_label="Contents") if len(links) > 2 else ""
     document = tag("html", head, tag("body", tag("header", *top, nav), tag("main", *parts)), lang="en")
-    twice = [name for name, count in Counter(re.findall(' id="([^"]*)"', document)).items() if count > 1]
-    if twice:
-        hint = "give each head_grid an anchor of its own"
-        raise ValueError(f"ids on a page must differ, got {twice[0]!r} twice; {hint}")
     return Html(f"<!doctype html>\n{document}\n")
 
 
@@ -119,39 +105,29 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: s
     return tag("div", inside, class_="wide", tabindex=0, role="group", aria_label=caption or "table")
 
 
-def pictures(items: Sequence[tuple[Image.Image, str]], *, size: int = 128, cap: int | None = None) -> Html:
+def pictures(items: Sequence[tuple[Image.Image, str]], *, size: int = 128) -> Html:
     """Pictures side by side.
 
     Args:
         items: (picture, caption); the caption is the alternative text, too.
         size: long side on the screen, in pixels; twice that is kept, for sharp screens.
-        cap: show this many and say how many more there are.
     """
     figures = []
-    for i, (image, caption) in enumerate(items[:cap], start=1):
+    for i, (image, caption) in enumerate(items, start=1):
         # Hidden from those who listen: it is read out with the picture.
         words = tag("figcaption", caption, aria_hidden="true") if caption else ""
         figures.append(tag("figure", picture(image, caption or f"picture {i}", size), words))
-    more = "" if items else "nothing to show"
-    if len(items) > len(figures):
-        more = f"{len(items) - len(figures):,} more not shown"
-    shown = tag("div", *figures, class_="pictures", style=f"--size:{size}px")
-    return Html(shown + tag("p", more, class_="note") * bool(more))
+    return tag("div", *(figures or ["nothing to show"]), class_="pictures", style=f"--size:{size}px")
 
 
-def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -> Html:
+def head_grid(heads: Sequence[Head]) -> Html:
     """A cell for each head in rows of layers, coloured and lettered by role, with a bar for the role's share.
 
-    Below follows a card for each head with all else that is known of it.
-
-    Args:
-        anchor: what the ids begin with; another one for each grid on a page.
-        images: at most this many on a card.
+    Below follows a card for each head with all else that is known of it. A page holds one grid.
     """
     there = {(head.layer, head.head): head for head in heads}
-    if len(there) < len(heads) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", anchor):
-        differ = f"heads must differ ({len(there)} of {len(heads)} do)"
-        raise ValueError(f"{differ} and anchor must be a plain word, got {anchor!r}")
+    if len(there) < len(heads):
+        raise ValueError(f"heads must differ ({len(there)} of {len(heads)} do)")
     roles = Counter(head.role for head in heads if head.role)
     marks = letters([role for role, _ in roles.most_common()])
     looks = {role: (tone(i), mark) for i, (role, mark) in enumerate(marks.items())}
@@ -165,48 +141,47 @@ def head_grid(heads: Sequence[Head], *, anchor: str = "head", images: int = 6) -
     for layer in sorted({head.layer for head in heads}):
         cells.append(tag("span", layer, class_="layer", title=f"layer {layer}"))
         row = [there.get((layer, i)) for i in range(across)]
-        cells += [cell(head, looks, anchor if more else "") if head else tag("span") for head in row]
+        cells += [cell(head, looks, more) if head else tag("span") for head in row]
     told = {"role": "group", "aria_label": "Heads in rows of layers"}
     grid = tag("div", *cells, class_="heads", **told, style=f"--across:{across}")
-    cards = [card(head, looks, anchor, images) for _, head in sorted(there.items())] if more else []
-    box = tag("div", grid, class_="wide", id=f"{anchor}-grid", tabindex=0)
+    cards = [card(head, looks) for _, head in sorted(there.items())] if more else []
+    box = tag("div", grid, class_="wide", id="head-grid", tabindex=0)
     return Html(tag("ul", *legend, class_="legend") + box + tag("div", *cards, class_="cards"))
 
 
-def cell(head: Head, looks: dict, anchor: str) -> Html:
-    """The square of one head; a link to its card where there is an anchor."""
+def cell(head: Head, looks: dict, has_card: bool) -> Html:
+    """The square of one head; a link to its card where it has one."""
     style, mark = looks[head.role]
     name, role, share = f"{head.layer}.{head.head}", head.role or "no role", percent(head.role_share)
     top = [tag("b", name), " ", tag("i", mark, class_="mark"), " "]
     words = [*top, tag("span", role), " ", tag("small", share), bar(head.role_share)]
-    link = f"#{anchor}-{head.layer}-{head.head}" if anchor else None
+    link = f"#head-{head.layer}-{head.head}" if has_card else None
     title = f"head {name}: {role}, {share}"
-    return tag("a" if anchor else "div", *words, class_="cell", style=style, href=link, title=title)
+    return tag("a" if has_card else "div", *words, class_="cell", style=style, href=link, title=title)
 
 
-def card(head: Head, looks: dict, anchor: str, images: int) -> Html:
+def card(head: Head, looks: dict) -> Html:
     """All that is known of one head."""
     style, mark = looks[head.role]
     name, role = f"{head.layer}.{head.head}", f"{head.role or 'no role'} {percent(head.role_share)}"
     known_facts = {"spread": head.spread, "unexplained": head.remainder}
     facts = [tag("span", f"{key} ", tag("b", percent(share))) for key, share in known_facts.items()]
-    shares = sorted(head.categories.items(), key=lambda item: -item[1] if known(item[1]) else math.inf)
     kinds = []
-    for kind, share in shares:
+    for kind, share in head.categories.items():
         style_of_kind, _ = looks.get(kind, looks[""])
         kinds.append(tag("li", kind, " ", tag("b", percent(share)), bar(share), style=style_of_kind))
     texts = [tag("li", text, " ", tag("b", percent(share))) for text, share in head.texts]
     told = f"head {name} writes much: image"
-    strip = [picture(image, f"{told} {i}", 96) for i, image in enumerate(head.images[:images], 1)]
+    strip = [picture(image, f"{told} {i}", 96) for i, image in enumerate(head.images, 1)]
     parts = [
         tag("h3", tag("i", mark, class_="mark"), f" Head {name} ", tag("small", role)),
         tag("p", *facts, class_="facts"),
         folded(kinds, "kinds"),
         folded(texts, "texts"),
         tag("div", *strip, class_="strip"),
-        tag("a", "↑ grid", href=f"#{anchor}-grid", aria_label=f"from head {name} to the ↑ grid"),
+        tag("a", "↑ grid", href="#head-grid", aria_label=f"from head {name} to the ↑ grid"),
     ]
-    return tag("article", *parts, class_="card", id=f"{anchor}-{head.layer}-{head.head}", style=style)
+    return tag("article", *parts, class_="card", id=f"head-{head.layer}-{head.head}", style=style)
 
 
 def folded(items: list[Html], name: str, first: int = 5) -> Html:
@@ -219,38 +194,24 @@ def folded(items: list[Html], name: str, first: int = 5) -> Html:
 Points = Sequence[tuple[float, ...]]
 Series = Mapping[str, Points]
 Lines = Mapping[str, float]  # names and values to compare with
+NO_LINES: Lines = MappingProxyType({})
 
 
-def curves(
-    series: Series, x_label: str, y_label: str, title: str, *, bands: Series = NONE, lines: Lines = NONE
-) -> Html:
-    """Lines through (x, y), broken where one of them is missing.
-
-    Args:
-        bands: for some of the series, by the same name: (x, low, high) around it.
-        lines: values of y.
-    """
+def curves(series: Series, x_label: str, y_label: str, title: str, lines: Lines = NO_LINES) -> Html:
+    """Lines through (x, y), broken where one of them is missing; `lines` are values of y."""
     lines = present(lines)
-    strange = set(bands) - set(series)
-    if strange:
-        raise ValueError(f"a band must have the name of a series, {', '.join(series)}; got {min(strange)!r}")
     dots = [point for points in series.values() for point in points if known(*point)]
-    edges = [(x, y) for band in bands.values() for x, *ends in band for y in ends if known(x, *ends)]
     if not dots:
         return chart(title, "", 0, [])
-    y = Axis([y for _, y in dots + edges] + list(lines.values()), 216, 26)
-    x = Axis([x for x, _ in dots + edges], y.room + 8, WIDTH - 16, about=6)
+    y = Axis([*(y for _, y in dots), *lines.values()], 216, 26)
+    x = Axis([x for x, _ in dots], y.room + 8, WIDTH - 16, about=6)
     drawn, legend, rows = grid(x, 26, 216, x_label, y, y_label), [], []
     for i, (name, points) in enumerate(series.items()):
-        band = bands.get(name, ())
-        drawn.append(curve(i, name, points, band, x, y))
+        drawn.append(curve(i, name, points, x, y))
         sample = [tag("path", d="M0 6H40", stroke_dasharray=dashes(i), class_="line"), marker(i, 20, 6)]
         key = tag("svg", *sample, viewBox="0 0 40 12", aria_hidden="true", style=tone(i))
         legend.append(tag("li", key, name))
-        ranges = {a: ends for a, *ends in band if known(a, *ends)}
-        for point in points:
-            if known(*point):
-                rows.append([name, *point, *(ranges.get(point[0], (None, None)) if bands else ())])
+        rows += [[name, *point] for point in points if known(*point)]
     floor = 24
     for name, value in sorted(lines.items(), key=lambda item: -item[1]):
         above, below = y(value) - 4, y(value) + 13
@@ -259,38 +220,35 @@ def curves(
         drawn.append(text(x.end, floor, f"{name} {y.tell(value, 1)}", "end", x.end - x.start))
     told = f"{y_label} against {x_label}: {', '.join(series)}. {len(dots)} points, "
     told += f"{y_label} from {y.low:.4g} to {y.high:.4g}."
-    data = table(["", x_label, y_label, *(["low", "high"] if bands else [])], rows)
+    data = table(["", x_label, y_label], rows)
     return chart(title, told, 258, drawn, data, tag("ul", *legend, class_="legend"))
 
 
-def curve(i: int, name: str, points: Points, band: Points, x: Axis, y: Axis) -> Html:
-    """One series: its band, its line, and markers at some of its points."""
-    parts = []
-    for there, run in groupby(band, key=lambda point: known(*point)):
-        run = list(run) * there
-        ring = trace([(a, low) for a, low, _ in run] + [(a, high) for a, _, high in reversed(run)], x, y)
-        parts.append(tag("path", d=ring, class_="band"))
-    parts.append(tag("path", d=trace(points, x, y), stroke_dasharray=dashes(i), class_="line"))
+def curve(i: int, name: str, points: Points, x: Axis, y: Axis) -> Html:
+    """One series: its line, lifted where a point is missing, and markers at some of its points."""
+    outline, pen = "", "M"
+    for point in points:
+        outline += f"{pen}{x(point[0])} {y(point[1])}" if known(*point) else ""
+        pen = "L" if known(*point) else "M"
+    parts = [tag("path", d=outline, stroke_dasharray=dashes(i), class_="line")]
     at = [point for point in points if known(*point)]
     for a, b in at[:: math.ceil(len(at) / 14) or 1]:
         parts.append(marker(i, x(a), y(b), f"{name}: {x.tell(a, 2)}, {y.tell(b, 2)}"))
     return tag("g", *parts, style=tone(i))
 
 
-def intervals(groups: Mapping[str, Sequence], title: str, x_label: str, *, lines: Lines = NONE) -> Html:
+def intervals(groups: Mapping[str, Sequence], title: str, x_label: str) -> Html:
     """Dots with whiskers, a line of text over each.
 
     Args:
         groups: from a name ("" for none) to rows (label, value, low, high); rows of one label look alike.
-        lines: values to compare with.
     """
     rows = [(group, *row) for group, members in groups.items() for row in members]
-    values, lines = [value for row in rows for value in row[2:] if known(value)], present(lines)
+    values = [value for row in rows for value in row[2:] if known(value)]
     if not values:
         return chart(title, "", 0, [])
-    x = Axis([*values, *lines.values()], 12, WIDTH - 12, about=6)
-    drawn, top, last = [], 8 + 16 * len(lines), ""
-    down = top
+    x = Axis(values, 12, WIDTH - 12, about=6)
+    drawn, down, last = [], 8, ""
     looks = {name: i for i, name in enumerate(dict.fromkeys(row[1] for row in rows))}
     for group, name, value, low, high in rows:
         if group != last:
@@ -306,11 +264,10 @@ def intervals(groups: Mapping[str, Sequence], title: str, x_label: str, *, lines
         drawn.append(text(WIDTH - 12, down + 12, numbers, "end"))
         drawn.append(tag("g", whisker, dot, style=tone(looks[name])))
         down += 32
-    back = grid(x, top, down + 4, x_label) + flags(lines, x, down + 4)
     skip = 0 if any(groups) else 1  # the column of groups without names
     data = table(["group", "", x_label, "low", "high"][skip:], [row[skip:] for row in rows])
     told = f"{x_label}: a dot with its interval for each of {len(rows)} rows."
-    return chart(title, told, down + 46, back + drawn, data)
+    return chart(title, told, down + 46, grid(x, 8, down + 4, x_label) + drawn, data)
 
 
 def histogram(values: Iterable[float], marks: Mapping[str, float], title: str, x_label: str) -> Html:
@@ -335,12 +292,6 @@ def histogram(values: Iterable[float], marks: Mapping[str, float], title: str, x
     rows += [(f"{name}: {x.tell(value, 1)}", "") for name, value in marks.items()]
     data = table([x_label, "count"], rows)
     return chart(title, told, y.start + 42, drawn, data)
-
-
-def write(path: str | os.PathLike, document: str) -> None:
-    """All or nothing: what stood there stays until the new file is complete, and after an OSError."""
-    with atomic_write(Path(path)) as partial:
-        partial.write_text(document, encoding="utf-8", newline="\n", errors="backslashreplace")
 
 
 def tag(name: str, /, *inside: object, **attributes: object) -> Html:
@@ -409,13 +360,8 @@ def thumbnail(image: Image.Image, size: int = 128) -> Image.Image:
 
 
 def picture(image: Image.Image, alt: str, size: int) -> Html:
-    """The picture on white, kept no larger than needed; as PNG where it is small and every pixel counts."""
-    if image.mode[0] in "IF":  # grey of 16 or more bits: from its darkest to its brightest
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        image = Image.fromarray((255 * (grey - grey.min()) / (np.ptp(grey) or 1)).astype(np.uint8))
-    image = image.convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    flat = thumbnail(flat, size)
+    """The picture, kept no larger than needed; as PNG where it is small and every pixel counts."""
+    flat = thumbnail(image.convert("RGB"), size)
     long, kind, data = max(flat.size), "PNG" if max(flat.size) <= 96 else "JPEG", io.BytesIO()
     flat.save(data, kind, quality=82, optimize=True)
     scale = size / long if long > size else 2 * size // long / 2  # in halves: pixels stay square
@@ -487,15 +433,6 @@ def text(
     return tag("text", words, x=x, y=y, text_anchor=anchor, class_=class_)
 
 
-def trace(points: Points, x: Axis, y: Axis) -> str:
-    """A path through the points; where one is missing, the pen is lifted."""
-    steps, pen = "", "M"
-    for point in points:
-        steps += f"{pen}{x(point[0])} {y(point[1])}" if known(*point) else ""
-        pen = "L" if known(*point) else "M"
-    return steps
-
-
 def marker(i: int, x: float, y: float, told: str = "") -> Html:
     """The mark of series i at a point; `told` is its tooltip."""
     title = tag("title", told) if told else ""
@@ -521,61 +458,3 @@ def chart(title: str, told: str, height: float, drawn: list[Html], data: str = "
     drawing = tag("svg", *words, *drawn, viewBox=f"0 0 {WIDTH} {height}", role="img")
     numbers = tag("details", tag("summary", "The numbers"), data)
     return tag("figure", head, legend, drawing, numbers, class_="chart")
-
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#545b66;--line:#d3d7de;--page:#fff;--card:#f5f6f8;
---ground:#e6e6e6;--link:#0b5cad;LIGHT}
-@media screen and (prefers-color-scheme:dark){:root{--ink:#e8ebef;--soft:#a9b1bc;--line:#3a414b;
---page:#15181c;--card:#1f2329;--ground:#333;--link:#7cbcff;DARK}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1140px;padding:16px;background:var(--page);color:var(--ink);
-font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}h1{font-size:1.7rem;line-height:1.2;margin:.4em 0}
-h2{font-size:1.3rem;margin:1.6em 0 .2em}h3{font-size:1rem;margin:0}a{color:var(--link)}
-p{max-width:75ch;margin:.4em 0}small,.note{font-size:.85rem;color:var(--soft);font-weight:400}
-ul{list-style:none;margin:0;padding:0}nav ul,.legend{display:flex;flex-wrap:wrap;gap:.2em 1.1em}
-.settings{margin:1em 0;padding:.6em 1em;background:var(--card);border-radius:6px;font-size:.9rem}
-.settings div{display:grid;grid-template-columns:6.5em 1fr;gap:.8em}dt{color:var(--soft)}dd{margin:0}
-section{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:0 28px}
-section>*{grid-column:1/-1;min-width:0}section>.chart{grid-column:auto;max-width:560px}figure{margin:0}
-figcaption{font-size:.85rem}.wide{overflow-x:auto;margin:.6em 0;max-width:100%}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding:.2em 0}
-th,td{padding:.3em .7em;text-align:right;overflow-wrap:normal;border-bottom:1px solid var(--line)}
-th{font-weight:600}td{white-space:nowrap}
-th:first-child,td:first-child{text-align:left;padding-left:0;overflow-wrap:anywhere}
-th:first-child{position:sticky;left:0;background:var(--page);min-width:7em;max-width:45vw}
-tbody th{font-weight:400}.chart{margin:.8em 0}.chart>figcaption{font-size:1rem;font-weight:600}
-.chart .legend{font-size:.85rem;margin:.3em 0}.chart>svg{display:block;width:100%;height:auto;margin:.3em 0}
-.legend svg{width:40px;height:12px;vertical-align:-1px;margin-right:.4em}
-text{font-size:12.5px;fill:var(--ink);stroke:var(--page);stroke-width:5px;paint-order:stroke}
-.strong{font-weight:600}.grid{stroke:var(--line);fill:none}.flag{stroke:var(--ink);stroke-width:1.2;fill:none}
-.line{stroke:var(--c);stroke-width:2;fill:none}.whisker{stroke:var(--c);stroke-width:2;fill:none}
-.dot{fill:var(--c);stroke:var(--page);stroke-width:.8}.band{fill:var(--c);opacity:.18}
-.column{fill:var(--c0);stroke:var(--page)}summary{cursor:pointer;color:var(--link);font-size:.85rem}
-.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--size)),1fr));gap:12px;
-margin:.6em 0}.pictures figcaption{max-width:calc(var(--size) + 12px)}
-.strip{display:flex;flex-wrap:wrap;gap:6px;margin:.5em 0}
-img{display:block;max-width:100%;height:auto;background:var(--ground)}.pixels{image-rendering:pixelated}
-.mark{display:inline-block;min-width:1.9em;padding:0 .25em;border-radius:3px;background:var(--c);
-color:var(--page);font:700 .75rem/1.5 monospace;text-align:center}
-.heads{display:grid;grid-template-columns:1.6em repeat(var(--across),1fr);gap:3px;padding:3px}
-.layer{align-self:center;color:var(--soft);font-size:.85rem}
-.cell{display:block;position:relative;padding:3px 5px 9px;border-radius:4px;background:var(--card);
-background:color-mix(in srgb,var(--c) 18%,var(--page));font-size:.78rem;line-height:1.45;text-decoration:none;
-color:var(--ink)}.cell>span,.cell small{display:none;width:0;min-width:100%}
-.cell .bar{display:block;width:auto}.cell b{white-space:nowrap}
-@media (min-width:700px){text{font-size:11px}
-.cell>span,.cell small{display:block;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}}
-.bar{display:block;height:5px;background:var(--line)}
-.bar::before{content:"";display:block;height:100%;width:var(--w);background:var(--c)}
-.cell .bar{position:absolute;left:0;right:0;bottom:0}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px;margin:1em 0}
-.card{background:var(--card);border-top:4px solid var(--c);border-radius:6px;padding:10px 14px}
-.card:target{outline:3px solid var(--link)}.facts{display:flex;flex-wrap:wrap;gap:0 1em}
-.facts,.card li,.card>a{font-size:.85rem}.card ul{margin:.5em 0}
-.card li{display:grid;grid-template-columns:1fr auto;gap:0 1em}.card .bar{grid-column:1/-1}
-@media print{body{max-width:none}nav,.chart summary,.card>a{display:none}.wide{overflow:visible}
-figure,.card,tr{break-inside:avoid}.card details::details-content{content-visibility:visible;display:block}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}a{color:inherit;text-decoration:none}}
-"""

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from unittest.mock import patch
 from urllib.parse import urlsplit
@@ -43,7 +43,7 @@ class Clip:
 
     model: nn.Module
     preprocess: Callable
-    tokenizer: Callable
+    open_tokenizer: Callable[[], Callable]
     name: str
     weights: str
     device: torch.device
@@ -51,6 +51,11 @@ class Clip:
     is_demo: bool = False
     cache: Path | None = None  # folder that keeps the embeddings of many texts
     notes: tuple[str, ...] = ()  # what open_clip warned of when it loaded the model
+
+    @cached_property
+    def tokenizer(self) -> Callable:
+        """Opened for the first text: the decomposition needs none."""
+        return self.open_tokenizer()
 
 
 def load_clip(
@@ -115,8 +120,9 @@ def _from_demo(
     weights = pretrained or f"demo/{name}.safetensors"
     chosen = {} if pretrained is None else {"weights": None if pretrained == "none" else pretrained}
     with _loading(name, pretrained, size):
-        loaded = demo.load(device, name=name, **chosen, precision=precision, **size)
-    return Clip(*loaded, name, weights, device, PRECISIONS[precision], is_demo=True)
+        network, preprocess, tokenizer = demo.load(device, name=name, **chosen, precision=precision, **size)
+    dtype = PRECISIONS[precision]
+    return Clip(network, preprocess, lambda: tokenizer, name, weights, device, dtype, is_demo=True)
 
 
 def _from_open_clip(
@@ -135,8 +141,8 @@ def _from_open_clip(
         network, _, preprocess = open_clip.create_model_and_transforms(model, source, **options)
     expected = f"No pretrained weights loaded for model '{model}'. Model initialized randomly."
     notes = tuple(f"open_clip: {line}" for line in warned if line != expected)
-    dtype = PRECISIONS[precision]
-    return Clip(network.eval(), preprocess, Tokenizer(model), model, weights, device, dtype, notes=notes)
+    dtype, tokenizer = PRECISIONS[precision], partial(open_tokenizer, model)
+    return Clip(network.eval(), preprocess, tokenizer, model, weights, device, dtype, notes=notes)
 
 
 def known_name(model: str) -> str:
@@ -259,25 +265,13 @@ def _mismatches(text: str) -> list[str]:
     return found
 
 
-class Tokenizer:
-    """open_clip's tokenizer of a model, opened for the first text: the decomposition needs none."""
-
-    def __init__(self, model: str) -> None:
-        self._model = model
-
-    @cached_property
-    def _opened(self) -> Callable:
-        try:
-            with patch.object(constants, "HF_HUB_OFFLINE", _hub_is_out_of_reach(self._model)):
-                return open_clip.get_tokenizer(self._model)
-        except Exception as error:  # of the hub, of transformers, of files
-            raise InputError(f"cannot open the tokenizer of {self._model}: {reason(error)}") from error
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        return self._opened(texts)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._opened, name)
+def open_tokenizer(model: str) -> Callable:
+    """open_clip's tokenizer of a model."""
+    try:
+        with patch.object(constants, "HF_HUB_OFFLINE", _hub_is_out_of_reach(model)):
+            return open_clip.get_tokenizer(model)
+    except Exception as error:  # of the hub, of transformers, of files
+        raise InputError(f"cannot open the tokenizer of {model}: {reason(error)}") from error
 
 
 CACHED = 500  # texts from which their embeddings are kept: fewer are soon made again
@@ -312,9 +306,9 @@ def embed_texts(clip: Clip, texts: Sequence[str], title: str | None = None, batc
         # A full disk costs the next run some time, and this one nothing.
         with suppress(OSError, SafetensorError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as partial:
+            with atomic_write(path) as new:
                 kept = found.cpu().contiguous()
-                save_file({"texts": kept}, partial, metadata={"hash": tensor_hash(kept)})
+                save_file({"texts": kept}, new, metadata={"hash": tensor_hash(kept)})
     return found
 
 
@@ -324,10 +318,8 @@ _hashes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 def weights_hash(model: nn.Module) -> str:
     """Of all parameters and buffers, and of the layers' types (GELU has no weights); made once a model."""
     if model not in _hashes:
-        parts = [str(model)]
-        for name, tensor in model.state_dict().items():
-            parts.append(f"{name} {tensor_hash(tensor)}")
-        _hashes[model] = digest("\n".join(parts).encode())
+        parts = (f"{name} {tensor_hash(tensor)}" for name, tensor in model.state_dict().items())
+        _hashes[model] = digest("\n".join([str(model), *parts]).encode())
     return _hashes[model]
 
 
@@ -383,9 +375,8 @@ def count_tokens(tokenizer: Callable, texts: Sequence[str]) -> tuple[list[int], 
 def activation(model: nn.Module) -> str:
     """ "GELU", "QuickGELU", ...: what the MLPs of the image tower apply, which no weight tells."""
     parts = model.visual.named_modules()
-    return "/".join(
-        sorted({type(part).__name__ for name, part in parts if name.split(".")[-1] in ("gelu", "act")})
-    )
+    kinds = {type(part).__name__ for name, part in parts if name.split(".")[-1] in ("gelu", "act")}
+    return "/".join(sorted(kinds))
 
 
 @torch.no_grad()

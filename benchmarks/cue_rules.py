@@ -42,7 +42,9 @@ def main() -> None:
     weights = parser.parse_args().weights
     job = Job(parse_args(["--task", "waterbirds"]))
     model, preprocess, tokenizer = demo.load(weights=weights)
-    clip = Clip(model, preprocess, tokenizer, demo.NAME, str(weights), torch.device("cpu"), is_demo=True)
+    clip = Clip(
+        model, preprocess, lambda: tokenizer, demo.NAME, str(weights), torch.device("cpu"), is_demo=True
+    )
     job.clip = clip
     bank = load_bank(default_bank(clip))
     cue = embed_texts(clip, bank.of("places"))

@@ -105,7 +105,9 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
     """{row: {worst, average, kinds, heads}} of one model: three accuracies, number of chosen heads."""
     job = Job(parse_args(["--task", "waterbirds"]))
     model, preprocess, tokenizer = demo.load(weights=weights)
-    clip = Clip(model, preprocess, tokenizer, demo.NAME, str(weights), torch.device("cpu"), is_demo=True)
+    clip = Clip(
+        model, preprocess, lambda: tokenizer, demo.NAME, str(weights), torch.device("cpu"), is_demo=True
+    )
     job.clip = clip
     test = DemoBirds(split, clip.preprocess)
     classes = classifier(clip, [*test.classes, *test.kinds], templates(clip))

@@ -13,10 +13,10 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from data import batches
 from decompose import token_scores
 from demo.images import DemoMasks
 from metrics import Segmentation
+from tasks.passes import batches
 from tasks.segmentation import predict
 from tasks.tables import table
 from zeroshot import classifier, embed_texts, load_clip, templates

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator
 import torch
 
 import evaluate
-from data import batches
 from demo.images import DemoBirds
 from tasks import passes
 from zeroshot import load_clip
@@ -92,7 +91,8 @@ def measure(task: str, job: str, size: int) -> dict:
         with torch.no_grad():
             for split in ("train", "test"):
                 start = time.perf_counter()
-                for images, indices in batches(DemoBirds(split, clip.preprocess), 64, 0, split, clip.device):
+                data = DemoBirds(split, clip.preprocess)
+                for images, indices in passes.batches(data, 64, 0, split, clip.device):
                     clip.model.encode_image(images)
                     counts.append(len(indices))
                 seconds.append(time.perf_counter() - start)

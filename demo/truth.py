@@ -108,3 +108,26 @@ def add_factors(found: list[dict], fired: Tensor, facts: dict[str, Tensor]) -> N
     shares = {factor: explained(fired[:, None, :, None], values)[0] for factor, values in facts.items()}
     for i, row in enumerate(found):
         row["factors"] = {factor: float(share[i]) for factor, share in shares.items()}
+
+
+def name_agreement(named: list[str], fired: Tensor, facts: dict[str, Tensor]) -> dict:
+    """How often the first text of a neuron names the factor that explains most of its effect.
+
+    Args:
+        named: the category of each neuron's first text.
+        fired: [images, n] how far the effects go along the neurons' directions, of images that had no part
+            in finding these.
+    """
+    shares = {factor: explained(fired[:, None, :, None], values)[0] for factor, values in facts.items()}
+    counts = agreement(shares, [{"role": name, "texts by category": {name: 1}} for name in named])
+    right, _, dealt = (counts[key] for key in AGREEMENTS)
+    return {"neurons": len(named), "clear": counts["clear heads"], "right": right, "dealt": dealt}
+
+
+def name_agreement_in_words(counts: dict) -> str:
+    """What `name_agreement` found."""
+    clear, right, dealt = (counts[key] for key in ("clear", "right", "dealt"))
+    share, chance = (f"{n / max(clear, 1):.0%}" for n in (right, dealt))
+    effect = f"the effect of {clear} of {counts['neurons']} neurons (test images)"
+    by = f"It is the one that the first text names in {right} ({share}), with texts dealt at random"
+    return f"A true factor explains over {THRESHOLD:.0%} of {effect}.\n{by} in {dealt:.1f} ({chance})."

@@ -2,13 +2,12 @@
 
 An accumulator has `merge(other)`, which adds what another one of its kind has seen. Its state is all of its
 attributes, or those that it lists in `state_names`. Here are three that serve many tasks, and the functions
-that save, load and copy any accumulator. Moments, Segmentation, CueVotes and the tasks' own classes are
+that save and load any accumulator. Moments, Segmentation, CueVotes and the tasks' own classes are
 accumulators, too.
 """
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Protocol
 
 import torch
@@ -82,18 +81,6 @@ def load_state_dict(accumulator: Accumulator, state: dict[str, Any]) -> None:
     """Put what `state_dict` returned back into an accumulator."""
     for name in _state_names(accumulator):
         setattr(accumulator, name, _from_state(getattr(accumulator, name), state[name]))
-
-
-def fresh_copy(accumulator: Accumulator) -> Any:
-    """A copy that another state can be loaded into; what does not change is shared with the original."""
-    other = copy.copy(accumulator)
-    for name in _state_names(accumulator):
-        value = getattr(accumulator, name)
-        if hasattr(value, "merge"):
-            setattr(other, name, fresh_copy(value))
-        elif isinstance(value, dict):
-            setattr(other, name, {k: fresh_copy(v) if hasattr(v, "merge") else v for k, v in value.items()})
-    return other
 
 
 def _state_names(accumulator: Accumulator) -> tuple[str, ...]:

@@ -139,12 +139,10 @@ def _readable(path: Path) -> Iterator[None]:
 def print_resume_hint(job: Job) -> None:
     """One line if an earlier run stopped and this one does not resume it, or if --resume finds nothing."""
     folder, resume = job.checkpoint_folder, job.args.resume
-    if folder.exists() and not resume:
-        hint = f"{folder} is of a run that stopped; this one starts anew, --resume would go on"
-        print(f"note: {visible(hint)}", file=sys.stderr)
-    if resume and not folder.exists():
-        hint = f"nothing to resume in {folder}; this run starts from the beginning"
-        print(f"note: {visible(hint)}", file=sys.stderr)
+    stopped = f"{folder} is of a run that stopped; this one starts anew, --resume would go on"
+    nothing = f"nothing to resume in {folder}; this run starts from the beginning"
+    if folder.exists() != resume:
+        print(f"note: {visible(nothing if resume else stopped)}", file=sys.stderr)
 
 
 def fingerprint(job: Job, data: Dataset, title: str) -> dict[str, Any]:

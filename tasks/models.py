@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
 
 import open_clip
 import torch
@@ -101,7 +101,8 @@ def small(name: str, seed: int = 0) -> Images:
     else:
         vision |= {"layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS, "attn_pooler_heads": HEADS}
         vision["image_size"] = GRID * vision.get("patch_size", 16)
-    with quiet(), torch.random.fork_rng(devices=[]), _timm_with(more):
+    create = partial(timm_model.timm.create_model, **more)
+    with quiet(), torch.random.fork_rng(devices=[]), patch.object(timm_model.timm, "create_model", create):
         torch.manual_seed(seed)
         model = Images(_tower(config))
         with torch.no_grad():
@@ -132,17 +133,6 @@ def pictures(model: Images, count: int = 2) -> Tensor:
     """[b, 3, rows, columns] noise of the size that the model takes."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, 3, *model.visual.image_size, generator=generator, dtype=torch.float64)
-
-
-@contextlib.contextmanager
-def _timm_with(more: dict) -> Iterator[None]:
-    """While open, timm makes its models with these options."""
-    create = timm_model.timm.create_model
-    timm_model.timm.create_model = lambda name, **options: create(name, **options, **more)
-    try:
-        yield
-    finally:
-        timm_model.timm.create_model = create
 
 
 def _tower(config: dict) -> nn.Module:

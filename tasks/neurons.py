@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 import report
 from decompose import head_maps
 from demo.images import DemoBirds
-from demo.truth import add_factors
+from demo.truth import add_factors, name_agreement, name_agreement_in_words
 from files import InputError
 from neurons import Neurons, neurons, second_order
 from textspan import Moments
@@ -37,7 +37,7 @@ from .job import Job, open_split, open_zero_shot
 from .passes import one_pass
 from .reference import check_varies
 from .removal import random_heads
-from .second_order import DIRECTION, MainAxes, truth_in_words
+from .second_order import DIRECTION, MainAxes
 from .tables import mean_and_std, percent, print_settings, table, zero_shot_settings
 
 KEPT = 6  # images of each neuron, for the page
@@ -98,7 +98,7 @@ def run(job: Job) -> tuple[dict, list]:
         "neurons": found,
     }
     if axes and fired is not None:
-        results["truth"] = axes.truth(fired, test.facts)
+        results["truth"] = name_agreement(axes.categories(), fired, test.facts)
     print_results(results)
     pictures = {}
     for row in found:
@@ -295,7 +295,7 @@ def print_results(results: dict) -> None:
         most = f"explains most of the variance of its {its} on the test images"
         print(f"Factor: the demo's that {most}, where all are independent.")
     if "truth" in results:
-        print(truth_in_words(results["truth"]))
+        print(name_agreement_in_words(results["truth"]))
 
 
 def in_words(row: dict, base: float) -> str:
@@ -341,7 +341,7 @@ def page(results: dict, images: dict[str, list[Image.Image]]) -> list[report.Htm
     texts = DIRECTION if second else "Texts: by their cosine with what the neuron adds when it fires more."
     accuracy = [report.table(["mean-ablated", "accuracy, %"], accuracies(results))]
     if "truth" in results:
-        accuracy.append(truth_in_words(results["truth"]))
+        accuracy.append(name_agreement_in_words(results["truth"]))
     title = "What single neurons add through later heads" if second else "What single neurons write"
     written = report.section(title, *parts, note=f"{texts} Images: those that fire it most.")
     return [report.section("Accuracy without them", *accuracy), written]

@@ -6,6 +6,7 @@ runs.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from files import InputError
 
-from .accumulators import Accumulator, fresh_copy, load_state_dict, state_dict
+from .accumulators import Accumulator, load_state_dict, state_dict
 
 
 class OtherProcessError(InputError):
@@ -76,7 +77,7 @@ def merge_over_processes(accumulators: Sequence[Accumulator]) -> None:
     for source in range(count):
         states = broadcast(mine if source == rank else None, source)
         for accumulator, state in zip(accumulators, states, strict=True):
-            other = accumulator if source == 0 else fresh_copy(accumulator)
+            other = accumulator if source == 0 else copy.deepcopy(accumulator)
             load_state_dict(other, state)
             if source > 0:
                 accumulator.merge(other)

@@ -17,10 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cue import THRESHOLD
-from demo.truth import AGREEMENTS, agreement
 from neurons import Neurons
-from roles import explained
 from zeroshot import Bank
 
 if TYPE_CHECKING:
@@ -50,16 +47,9 @@ class MainAxes:
         named = [(self.bank.texts[i], c) for i, c in pursuit(self.directions[j], self.texts, size)]
         return {"share": float(self.share[j]), "direction": named}
 
-    def truth(self, fired: Tensor, facts: dict[str, Tensor]) -> dict:
-        """How often the first text names the demo's factor that explains most of the effect of a neuron.
-
-        fired: [images, n] what `along` gave, of images that had no part in finding the directions.
-        """
-        named = [self.bank.categories[pursuit(x, self.texts, 1)[0][0]] for x in self.directions]
-        shares = {factor: explained(fired[:, None, :, None], values)[0] for factor, values in facts.items()}
-        counts = agreement(shares, [{"role": name, "texts by category": {name: 1}} for name in named])
-        right, _, dealt = (counts[key] for key in AGREEMENTS)
-        return {"neurons": len(named), "clear": counts["clear heads"], "right": right, "dealt": dealt}
+    def categories(self) -> list[str]:
+        """The category of the first text of every neuron's direction."""
+        return [self.bank.categories[pursuit(x, self.texts, 1)[0][0]] for x in self.directions]
 
 
 def pursuit(direction: Tensor, texts: Tensor, size: int) -> list[tuple[int, float]]:
@@ -72,12 +62,3 @@ def pursuit(direction: Tensor, texts: Tensor, size: int) -> list[tuple[int, floa
         coefficients = torch.linalg.lstsq(texts[picked].T, direction[:, None]).solution[:, 0]
         left = direction - coefficients @ texts[picked]
     return list(zip(picked, coefficients.tolist(), strict=True))
-
-
-def truth_in_words(counts: dict) -> str:
-    """What `truth` found."""
-    clear, right, dealt = (counts[key] for key in ("clear", "right", "dealt"))
-    share, chance = (f"{n / max(clear, 1):.0%}" for n in (right, dealt))
-    effect = f"the effect of {clear} of {counts['neurons']} neurons (test images)"
-    by = f"It is the one that the first text names in {right} ({share}), with texts dealt at random"
-    return f"A true factor explains over {THRESHOLD:.0%} of {effect}.\n{by} in {dealt:.1f} ({chance})."

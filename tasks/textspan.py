@@ -59,7 +59,8 @@ def run(job: Job) -> tuple[dict, list]:
             spread = float(moments.covariance.trace()) / total
             found.append(describe((layer, head), span, bank, spread, roles, layer - first))
             if span.indices:
-                most = strongest(values[:, layer - first, head], maps, span)
+                along = values[:, layer - first, head] @ (maps.cpu().double() @ span.directions[0]).float()
+                most = along.argsort(descending=True)[:PICTURES].tolist()
                 shown = [report.thumbnail(data.picture(kept.rows[i])) for i in most]
                 images[head_name((layer, head))] = shown
     used, largest = max(zip(roles.used, roles.categories, strict=True))
@@ -88,12 +89,6 @@ def one_category(bank: Bank) -> str:
     """Why a bank of one category gives no roles."""
     why = "a role is a category that explains more than random texts of the bank do"
     return f"{why}, and {bank.name} holds one category; give it at least two `# category` lines"
-
-
-def strongest(values: Tensor, A: Tensor, span: TextSpan) -> list[int]:
-    """The images, of values [n, e], whose terms, values @ A, go farthest along the head's first text."""
-    along = values @ (A.cpu().double() @ span.directions[0]).float()
-    return along.argsort(descending=True)[:PICTURES].tolist()
 
 
 def name_head(moments: Moments, texts: Tensor, size: int, asked: bool, head: Head) -> TextSpan:

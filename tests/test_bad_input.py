@@ -47,6 +47,7 @@ import tasks.heatmap
 import tasks.job
 import tasks.models
 from demo.images import DemoBirds
+from tasks import passes
 
 ROOT = Path(__file__).parent.parent
 # open_clip's list of configurations is one for all tests: a name that no other file uses.
@@ -1704,10 +1705,10 @@ def swallowed() -> None:
 
 
 def test_ctrl_c_while_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    start_workers, inherited = data.DataLoader.__iter__, signal.getsignal(signal.SIGINT)
+    start_workers, inherited = passes.DataLoader.__iter__, signal.getsignal(signal.SIGINT)
     heed_interrupts()
-    monkeypatch.setattr(data.DataLoader, "__iter__", lambda self: [swallowed(), start_workers(self)][1])
-    batches = data.batches(
+    monkeypatch.setattr(passes.DataLoader, "__iter__", lambda self: [swallowed(), start_workers(self)][1])
+    batches = passes.batches(
         torch.utils.data.TensorDataset(torch.zeros(4), torch.arange(4)), 2, 0, "", torch.device("cpu")
     )
     try:
@@ -1722,7 +1723,8 @@ def test_ctrl_c_while_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_does_not_speak_of_ctrl_c() -> None:
     """Nor does its thread that hands tensors over."""
     code = (
-        "import data, signal, threading; data._as_worker(0); signal.raise_signal(signal.SIGINT);"
+        "import signal, threading; from tasks import passes; passes._as_worker(0);"
+        "signal.raise_signal(signal.SIGINT);"
         "threading.Thread(target=lambda: __import__('sys').excepthook(*[None] * 3)).start(); print('on')"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

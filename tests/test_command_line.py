@@ -273,7 +273,7 @@ def test_every_data_set_is_read_by_workers_that_are_not_forked(tmp_path, method)
     with pytest.raises((AttributeError, TypeError), match=r"pickle|local object"):  # the control
         ForkingPickler.dumps(Closure())
     every = ConcatDataset(data_sets(tmp_path))
-    options = {"collate_fn": data._collate, "worker_init_fn": data._as_worker, "num_workers": 1}
+    options = {"collate_fn": passes._collate, "worker_init_fn": passes._as_worker, "num_workers": 1}
     read = list(DataLoader(every, 1, multiprocessing_context=method, **options))
     assert len(read) == len(every)
     assert not [image for image, _ in read if isinstance(image, str)]
@@ -288,7 +288,7 @@ def test_the_first_of_large_batches_is_small_and_the_rest_are_full():
             return torch.zeros(1), i
 
     def sizes(some, size, done=0):
-        found = [indices for _, indices in data.batches(some, size, 0, "x", torch.device("cpu"), done)]
+        found = [indices for _, indices in passes.batches(some, size, 0, "x", torch.device("cpu"), done)]
         assert [i for indices in found for i in indices.tolist()] == list(range(len(some)))
         return [len(indices) for indices in found]
 

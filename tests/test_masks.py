@@ -12,9 +12,10 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torchvision import transforms
 
-from data import InputError, batches
+from data import InputError
 from demo.images import DemoBirds, DemoMasks
 from masks import ImageNetSegmentation, MaskFolder, mask_geometry, seen
+from tasks.passes import batches
 
 CPU = torch.device("cpu")
 

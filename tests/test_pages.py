@@ -117,7 +117,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(pages, tmp_path, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "write", full)
+    monkeypatch.setattr(report, "page", full)
     assert main(["--task", "check", *QUICK, "--out", str(tmp_path)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert old.read_text() == "earlier page"

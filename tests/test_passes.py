@@ -27,7 +27,7 @@ from files import InputError
 from masks import MaskFolder
 from metrics import Segmentation
 from tasks import checkpoint, passes, processes
-from tasks.accumulators import Largest, Rows, Sums, fresh_copy, load_state_dict, state_dict
+from tasks.accumulators import Largest, Rows, Sums, load_state_dict, state_dict
 from tasks.checkpoint import Checkpoint
 from tasks.debias import Outcomes
 from tasks.job import Job
@@ -165,7 +165,7 @@ def test_a_fresh_copy_does_not_change_the_original(kind):
     accumulator = make()
     fill(accumulator, torch.arange(25))
     before = copy.deepcopy(state_dict(accumulator))
-    copied = fresh_copy(accumulator)
+    copied = copy.deepcopy(accumulator)
     load_state_dict(copied, state_dict(make()))
     fill(copied, torch.arange(25, 40))
     for a, b in zip(flat(before), flat(state_dict(accumulator)), strict=True):

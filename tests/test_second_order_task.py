@@ -18,13 +18,13 @@ import tasks.neurons as task
 from data import InputError
 from decompose import DecompositionError
 from demo.images import DemoBirds, DemoMasks
-from demo.truth import FACTOR_OF
+from demo.truth import FACTOR_OF, name_agreement_in_words
 from evaluate import main, parse_args
 from neurons import second_order
 from tasks import segmentation
 from tasks.job import Job
 from tasks.neurons import choose_layer
-from tasks.second_order import pursuit, truth_in_words
+from tasks.second_order import pursuit
 from tasks.segmentation import neuron_maps
 from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
 
@@ -140,7 +140,7 @@ def test_the_truth_counts_neurons_whose_first_text_names_the_true_factor(ran, tr
     expected = {"neurons": 256, "clear": len(true), "right": right, "dealt": pytest.approx(dealt)}
     assert ran.results["truth"] == expected
     assert 0 < right < len(true) < 256
-    assert truth_in_words(ran.results["truth"]) in ran.out
+    assert name_agreement_in_words(ran.results["truth"]) in ran.out
 
 
 def test_what_is_printed_is_on_the_page_and_in_the_results(ran):

@@ -127,6 +127,20 @@ def test_words_are_drawn_inside_their_boxes_and_name_another_class(tmp_path):
     assert len({tuple(box.tolist()) for box in data.boxes}) > 1
 
 
+def test_words_are_as_high_as_the_published_ones_and_outlined_in_a_second_colour(tmp_path):
+    data = opened(folders(tmp_path, ("tench", "magpie"), count=20))
+    heights = 224 * (data.boxes[:, 2] - data.boxes[:, 0])
+    assert heights.max() <= 44  # a font of 40 pixels with an outline
+    assert heights.min() >= 15  # one of 20 pixels, without the room above and below its letters
+    assert heights.max() - heights.min() > 8
+    image, _ = data[0]
+    top, left, bottom, right = (224 * data.boxes[0]).round().int().tolist()
+    counts = torch.unique(
+        (4 * image[:, top:bottom, left:right]).round().flatten(1).T, dim=0, return_counts=True
+    )[1]
+    assert (counts > 30).sum() >= 3  # the background, and two colours
+
+
 def test_the_same_seed_draws_the_same_in_any_process(tmp_path):
     folder = folders(tmp_path)
     data = opened(folder)
@@ -145,9 +159,13 @@ def test_long_words_are_drawn_smaller_and_longer_ones_refused(tmp_path):
 
 
 def test_a_limit_keeps_rows_and_says_of_how_many(tmp_path):
-    data = opened(named(tmp_path), limit=2)
+    data = opened(named(tmp_path / "c"), limit=2)
     assert len(data) == 2
     assert "2 of 3 photographs" in data.description
+    for source in (tmp_path / "c", annotated(tmp_path / "a"), tabled(tmp_path / "b", "csv")):
+        kept = [opened(source, limit=1, seed=seed).files[0] for seed in range(8)]
+        assert len({str(files) for files in kept}) > 1
+        assert [opened(source, limit=1, seed=seed).files[0] for seed in range(8)] == kept
 
 
 def broken_names(folder):
@@ -164,6 +182,10 @@ def missing_image(folder):
 
 def not_json(folder):
     (annotated(folder) / "annotations.json").write_text("[1, 2")
+
+
+def no_text(folder):
+    (annotated(folder) / "annotations.json").write_bytes(b"\xff\xfe\x00")
 
 
 def other_keys(folder):
@@ -212,6 +234,7 @@ def foreign(folder):
         (broken_names, r"dog.png is not named like the others.*label=dog_text=cat"),
         (same_word, r"shows 'dog' and bears the same word"),
         (missing_image, r"1 of 2 images that are not there, first IMG_2936.JPG"),
+        (no_text, r"annotations.json: .*decode"),
         (not_json, r"expected \{\"NAME.JPG\""),
         (other_keys, r"expected \{\"NAME.JPG\".*'true object'"),
         (list_of_rows, r"expected \{\"NAME.JPG\""),
