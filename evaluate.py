@@ -47,10 +47,10 @@ CUE = "data reference heads cue remove"
 TASKS = {
     "check": "data",
     "textspan": "data reference texts",
-    "waterbirds": CUE,
+    "waterbirds": f"{CUE} protocol",
     "segmentation": "data classes methods score prompt contrast protocol void",
     "heatmap": "image text methods score",
-    "ablation": "data reference",
+    "ablation": "data reference protocol",
     "completeness": "data reference texts words",
     "debias": f"{CUE} classes",
     "retrieval": "data reference head role top image text",
@@ -70,6 +70,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add_options(parser)
     args = parser.parse_args(argv)
     refuse_unused(parser, args)
+    if args.protocol == "authors" and "reference" in TASKS[args.task].split():
+        if args.reference == "val":
+            parser.error("--protocol authors takes means over the test images; leave --reference out")
+        args.reference = "test"
     return args
 
 
@@ -155,7 +159,7 @@ def add_map_options(parser: argparse.ArgumentParser) -> None:
     who, paper = "who explains the class minus the mean over classes", "paper: the decomposition alone"
     contrasts = ("all", "paper", "none")
     add("--contrast", choices=contrasts, default="all", help=f"{who}; {paper} [%(default)s]")
-    protocol = "masks cropped like images, or squashed as the authors do [%(default)s]"
+    protocol = "authors: masks squashed, not cropped like images; waterbirds, ablation: their terms and means"
     add("--protocol", choices=("aligned", "authors"), default="aligned", help=protocol)
     add("--void", type=natural, metavar="VALUE", help="value of mask pixels to leave out")
     add("--image", metavar="FILE", help="heatmap, retrieval: the image")

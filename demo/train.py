@@ -1,7 +1,7 @@
 """Train the demo's CLIP models, on pictures and captions that are made here.
 
     $ python -m demo.train                    # 19 minutes on two cores; writes demo/demo-vit.safetensors
-    $ python -m demo.train --world written    # MINUTES more, from those weights; demo-vit-written.safetensors
+    $ python -m demo.train --world written    # 25 minutes more, from there; demo/demo-vit-written.safetensors
 
 Training is contrastive as in CLIP, with two differences that a world of few words needs. The targets are
 soft: a picture matches every caption whose stated facts are all true of it, not only its own caption. And the

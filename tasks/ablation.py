@@ -16,7 +16,7 @@ from .accumulators import Sums
 from .heads import LAST_LAYERS, head_name
 from .job import Job, open_zero_shot
 from .passes import one_pass
-from .reference import Reference, summarise
+from .reference import Reference, authors_terms, summarise
 from .tables import in_percent, in_tenths, percent, print_settings, table, zero_shot_settings
 
 PAPER = "ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3"
@@ -25,18 +25,18 @@ PAPER = "ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3"
 def run(job: Job) -> tuple[dict, list]:
     """Accuracy without the MLPs, the class token's attention to itself, each layer, and each head."""
     test, names, labels, classes = open_zero_shot(job)
-    reference = summarise(job)
-    read = reference.maps @ classes.T  # [L, H, e, c] from values to class scores
+    reference = summarise(job, terms_of=authors_terms if job.args.protocol == "authors" else decompose)
+    read = reference.read(classes)  # [L, H, e, c] from values to class scores
     right = Sums()
     for images, indices in one_pass(job, test, "test", right):
         truth = labels[indices].to(classes.device)
-        found = ablations(decompose(job.clip.model, images), reference, classes, read)
+        found = ablations(reference.terms_of(job.clip.model, images), reference, classes, read)
         for label, scores in found.items():
             right.add(label, int((scores.argmax(dim=1) == truth).sum()))
     accuracy = {label: count / len(test) for label, count in right.sums.items()}
     common = zero_shot_settings(job, test, reference.description, len(names))
     where = print_settings(job, **common, sum=reference.sum_error())
-    depth, heads = reference.maps.shape[:2]
+    depth, heads = read.shape[:2]
     print_tables(accuracy, len(test), depth, heads)
     results = {"settings": where, "images": len(test), "accuracy": accuracy}
     return results, page(accuracy, len(test), depth, heads)

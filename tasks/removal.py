@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cue import THRESHOLD, CueVotes, subspace
-from decompose import Decomposition, decompose, head_maps
+from decompose import Decomposition, head_maps
 from files import InputError, did_you_mean
 from forward import class_values, forward_without
 from zeroshot import embed_texts
@@ -160,19 +160,14 @@ def scorer(
     reference: Reference, directions: Tensor, votes: CueVotes, classes: Tensor, further: Further | None = None
 ) -> Callable[[Tensor, Decomposition], Scores]:
     """From a batch and its terms to its Scores: directions [k, d] of the cue, orthonormal; classes [c, d]."""
-    maps = reference.maps
     classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
-    read, read_cue = maps @ classes.T, maps @ classes_cue  # [L, H, e, c]
-    mean, mean_embedding = reference.values.mean.to(maps), reference.embedding.mean.to(maps)
+    read, read_cue = reference.read(classes), reference.read(classes_cue.T)  # [L, H, e, c]
+    mean, mean_embedding = reference.values.mean.to(read), reference.embedding.mean.to(read)
 
     def scores(images: Tensor, terms: Decomposition) -> Scores:
         embedding, away = terms.embedding.to(mean), mean - terms.values
         changes = [run(images, terms).to(mean) - embedding for run in (further or {}).values()]
-        changed = (
-            torch.stack(changes, dim=1)
-            if changes
-            else embedding.new_zeros(len(embedding), 0, embedding.shape[1])
-        )
+        changed = torch.stack([embedding, *changes], dim=1)[:, 1:]  # [b, 0, d] where there are none
         return Scores(
             embedding @ classes.T,
             torch.einsum("bLHe,LHec->bLHc", away, read),
@@ -198,7 +193,7 @@ def score(
     """One pass over the test images, in batches: (scores, indices)."""
     scores = scorer(cue.reference, cue.directions, cue.votes, classes, further)
     for images, indices in one_pass(job, test, "test", *accumulators):
-        yield scores(images, decompose(job.clip.model, images)), indices
+        yield scores(images, cue.reference.terms_of(job.clip.model, images)), indices
 
 
 def without_heads_forward(job: Job, heads: Heads, data: Dataset | None = None) -> Further:
@@ -209,7 +204,7 @@ def without_heads_forward(job: Job, heads: Heads, data: Dataset | None = None) -
     data, model = open_split(job, job.args.reference) if data is None else data, job.clip.model
     total = Sums()
     for images, _ in one_pass(job, data, "forward means", total):
-        total.add("values", class_values(model, images).sum(dim=0, dtype=torch.float64))
+        total.add("values", class_values(model, images).cpu().double().sum(dim=0))
     mean = total["values"] / len(data)
     return {"heads in the forward pass": lambda images, _: forward_without(model, images, heads, mean)}
 

@@ -14,6 +14,7 @@ from zeroshot import Clip, activation, templates
 from .job import Job
 
 SCORED = "on the images that are scored"
+AUTHORS = "terms by the authors' convention, over the norm of the embedding; their MLPs include the stem"
 FEW = 10  # images per text, below which the demo's images began to choose heads at random
 
 
@@ -88,6 +89,7 @@ def zero_shot_settings(
 ) -> dict[str, str]:
     """Test images; images that means come from, with a note where these are the test images; prompts."""
     means += f"; {note}" if job.args.reference == "test" else ""
+    means += f"; {AUTHORS}" if job.args.protocol == "authors" else ""
     return {"test": test.description, "means": means, "prompts": prompts_of(job.clip, classes)}
 
 

@@ -17,6 +17,7 @@ from zeroshot import classifier, templates
 
 from .accumulators import Sums
 from .job import Job, open_split
+from .reference import authors_terms, summarise
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
 from .tables import SCORED, in_percent, in_tenths, percent, print_settings, table, wilson, zero_shot_settings
 
@@ -33,7 +34,9 @@ def run(job: Job) -> tuple[dict, list]:
     kinds = test.kinds if clip.is_demo and args.data is None else ()
     classes = classifier(clip, [*test.classes, *kinds], templates(clip))
     cue = look_for_cue(job)
-    shape = cue.reference.maps.shape[:2]
+    shape = cue.explained.shape
+    if args.protocol == "authors":  # the heads stay those that the cue found
+        cue.reference = summarise(job, terms_of=authors_terms)
     further = without_heads_forward(job, cue.heads) if "forward" in args.remove else {}
     draws = random_heads(cue.heads, shape[1], args.draws, args.seed)
     plan = Plan(args.remove, shape, cue.heads, draws, further)

@@ -1600,7 +1600,7 @@ MOMENTS = {
     ),
     "while the model is loaded": lambda patch: patch.setattr(tasks.job, "load_clip", interrupt),
     "while results.json is put in place": lambda patch: patch.setattr(evaluate.os, "replace", interrupt),
-    "while report.html is written": lambda patch: patch.setattr(report, "write", interrupt),
+    "while report.html is written": lambda patch: patch.setattr(report, "page", interrupt),
 }
 
 

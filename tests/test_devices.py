@@ -117,8 +117,9 @@ OPTIONS = {
     "ablation": [],
     "completeness": ["--texts", "2"],
     "neurons": ["--neurons", "2"],
-    "retrieval": ["--role", "places", "--text", "a bird"],
+    "retrieval": ["--head", "3.4", "--text", "a bird"],
     "segmentation": ["--methods", "decomposition", "rollout", "gradcam"],
+    "typographic": ["--draws", "2", "--heads", "3.1"],
 }
 
 
