@@ -3,8 +3,8 @@
 
 Reading a head's list of texts is subjective, and its longest category often wins by size alone. Here every
 category is asked the same question: give each image the category's text that fits it best; how much of the
-head's variance lies between images of different text? The best category of many would explain something of
-any head, so the same is asked of the bank with its texts dealt to the categories at random.
+head's variance lies between images of different text? The best of many explains something of any head, so
+the same is asked with the texts dealt to the categories at random.
 
     roles = find_roles(values, maps, embedding, texts, categories)   # of some thousand images; no labels
     roles.name(layer, head)                                          # "places", or None
@@ -106,7 +106,7 @@ def explained(written: Tensor, label: Tensor) -> Tensor:
 
 
 def explainer(written: Tensor) -> Callable[[Tensor], Tensor]:
-    """`explained` of these values for many labels: what does not depend on the label is computed once."""
+    """`explained` of these values, for many labels: the deviations are computed once."""
     mean = written.mean(dim=0)
     deviations = (written - mean).contiguous()
     total = deviations.square().sum(dim=0).sum(dim=-1)

@@ -415,8 +415,7 @@ class Bank:
     @property
     def name(self) -> str:
         """The path of the file, within the repository where it lies there."""
-        root = Path(__file__).parent
-        return str(self.path.relative_to(root) if self.path.is_relative_to(root) else self.path)
+        return str(self.path).removeprefix(f"{Path(__file__).parent}{os.sep}")
 
 
 def default_bank(clip: Clip) -> Path:

@@ -124,15 +124,13 @@ def describe(head: Head, span: TextSpan, bank: Bank, spread: float, roles: Roles
     shares, by_category = span.explained.tolist(), Counter()
     for index, share in zip(span.indices, shares, strict=True):
         by_category[bank.categories[index]] += share
-    halves = [
-        max(zip(half.tolist(), roles.categories, strict=True)) for half in roles.halves[:, :, row, head[1]]
-    ]
+    mine = roles.halves[:, :, row, head[1]]
     return {
         "head": head_name(head),
         "role": roles.name(row, head[1]),
         "categories": dict(zip(roles.categories, roles.share[:, row, head[1]].tolist(), strict=True)),
         "chance": float(roles.bar[row, head[1]]),
-        "halves": [(category, share) for share, category in halves],
+        "halves": [(roles.categories[int(half.argmax())], float(half.max())) for half in mine],
         "spread": spread,
         "texts": [(bank.texts[i], share) for i, share in zip(span.indices, shares, strict=True)],
         "texts by category": dict(by_category),

@@ -13,6 +13,8 @@ from statistics import mean, stdev
 
 import pytest
 
+from evaluate import main
+
 ROOT = Path(__file__).parent.parent
 STUDY = json.loads((ROOT / "benchmarks" / "cue_study.json").read_text())["figures"]
 STRENGTHS, SEEDS = list(STUDY), ["2", "3", "4"]
@@ -137,3 +139,31 @@ def test_decomposition_abs_is_level_with_the_best_on_two_measures_and_behind_on_
     assert behind[0] == 1.2
     assert table["chefer2021"][0] == best[0]
     assert max(behind[1:]) <= 0.1
+
+
+def printed_roles() -> str:
+    """The block of docs/walkthrough.md that compares roles with the true factors."""
+    page = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+    return re.search(r"^A true factor explains over 30% of \d+ of 32 heads.*?(?=\n```)", page, re.M | re.S)[0]
+
+
+def test_what_the_readme_says_of_roles_is_what_the_walkthrough_shows():
+    block, readme = printed_roles(), prose("README.md")
+    clear, right, greedy = (
+        int(re.search(pattern, block)[1])
+        for pattern in (r"30% of (\d+)", r"from categories +(\d+)\.0", r"greedy texts +(\d+)\.0")
+    )
+    given, others = (
+        int(re.search(r"Of all (\d+)", block)[1]),
+        12 - int(re.search(r"heads, (\d+) are", block)[1]),
+    )
+    assert f"explains over 30 % of {clear} heads. Of these, {right} have the right role and" in readme
+    assert f"and {clear - (given - others)} none, {others} others get one" in readme
+    assert f"the greedy texts' category is right for {greedy}" in readme
+    assert right == given - others  # so no clear head has a wrong role
+
+
+@pytest.mark.slow
+def test_the_roles_of_the_walkthrough_are_those_that_the_command_prints(tmp_path, capsys):
+    assert main(["--task", "textspan", "--out", str(tmp_path)]) == 0
+    assert printed_roles() in capsys.readouterr().out

@@ -30,14 +30,14 @@ from demo import scenes
 from demo.images import DemoBirds
 from demo.truth import agreement, same_factors
 from evaluate import parse_args
-from roles import find_roles
+from roles import explained, find_roles, in_own_space
 from tasks.ablation import ablations
 from tasks.completeness import random_texts
 from tasks.job import Job
 from tasks.reference import Kept, Reference
 from tasks.removal import Plan, Scores, auto_heads, random_heads
 from tasks.retrieval import cosine, heads_of, sheet
-from tasks.tables import percent
+from tasks.tables import FEW, percent
 from tasks.waterbirds import random_control
 from textspan import Moments, reconstruct, textspan
 from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates
@@ -1407,6 +1407,26 @@ def test_of_shuffled_banks_hardly_a_head_gets_a_role_and_that_is_printed(spans):
     assert len(shuffled) == 10
     assert sum(shuffled) <= 10  # of 320 heads
     assert f"shuffled over texts, {', '.join(map(str, shuffled))} of 32 heads" in spans.out
+
+
+def test_few_images_choose_wrong_heads_and_ten_per_text_hardly_any(clip):
+    """Where --task waterbirds and its like begin to warn, on the demo's places."""
+    data = DemoBirds("train", clip.preprocess, 500, seed=0)
+    found, generator = stack(clip, data), torch.Generator().manual_seed(0)
+    written, embedding = in_own_space(found.values, head_maps(clip.model)), found.embedding
+    texts = embed_texts(clip, load_bank(default_bank(clip)).of("places"))
+    true = explained(written, data.facts["place"]) > 0.3
+    wrong, per_text = {}, {}
+    for images in (30, 300):
+        rows = [torch.randperm(500, generator=generator)[:images] for _ in range(10)]
+        labels = [((embedding[row] - embedding[row].mean(dim=0)) @ texts.T).argmax(dim=1) for row in rows]
+        chosen = [explained(written[row], label) > 0.3 for row, label in zip(rows, labels, strict=True)]
+        wrong[images] = np.mean([int((heads & ~true).sum()) for heads in chosen])
+        per_text[images] = np.mean([images / len(label.unique()) for label in labels])
+    assert per_text[30] < 3
+    assert wrong[30] > 2
+    assert per_text[300] > FEW
+    assert wrong[300] < 0.3
 
 
 def test_the_true_factors_of_the_demo_are_not_those_of_a_folder(tmp_path, folder):
