@@ -260,6 +260,9 @@ def page_of_rows(results: dict, heads: int) -> report.Html:
             report.histogram(values, marks, f"Attacked, without {heads} random heads", "accuracy, %")
         )
     words = answers_in_words(results["answers"])
+    if drawn:
+        control = control_in_words(drawn, rows["heads mean-ablated"]["attacked"], len(results["others"]))
+        words = f"{control}\n{words}"
     return report.section("Seen although something else is written", *parts, note=words)
 
 
