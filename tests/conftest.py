@@ -1,5 +1,6 @@
 """For all tests: the demo world is small, and a picture of it is drawn once."""
 
+import gc
 from functools import partial
 
 import pytest
@@ -9,6 +10,11 @@ from runs import assert_refused
 from demo.images import DemoBirds
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
+
+
+def pytest_collection_finish():
+    """What torch, open_clip and the collected tests are made of is not looked through at every collection."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1565,6 +1565,7 @@ def test_a_worker_that_dies(
     refused(kinds(nothing, "--workers", "2")(world, tmp_path), tmp_path, capsys, "worker", "--workers")
 
 
+@pytest.mark.slow
 def test_no_more_processes(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1323,6 +1323,7 @@ def test_an_older_release_has_the_same_embedding(release):
     assert far(older.encode_image(pictures(model)), model.encode_image(pictures(model))) < EXACT
 
 
+@pytest.mark.slow
 @every_release
 @every_method
 @pytest.mark.parametrize("batch", [3, 7])  # 7 images of 7 tokens: no shape tells the axes apart

@@ -148,6 +148,7 @@ def test_texts_and_methods_are_given_in_any_of_the_usual_ways(tmp_path, kinds):
     assert found[0]["files"] == found[1]["files"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -266,6 +267,7 @@ class Closure(Dataset):
         self.transform = lambda image: image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_every_data_set_is_read_by_workers_that_are_not_forked(tmp_path, method):
     if method not in torch.multiprocessing.get_all_start_methods():
@@ -311,6 +313,7 @@ def test_heatmap_shows_how_far_it_is(tmp_path, capsys, kinds):
 # Memory.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["textspan", "neurons", "retrieval"])
 def test_pictures_for_the_page_are_small_at_once(tmp_path, monkeypatch, task):
     """The page keeps 256 pixels of a picture, retrieval's 288."""

@@ -123,6 +123,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", OPTIONS)
 def test_every_task_runs_on_it(tmp_path, device, task):
     (tmp_path / "bank.txt").write_text(

@@ -206,6 +206,7 @@ def test_the_interventions_change_the_predictions(table):
     assert base not in others
 
 
+@pytest.mark.slow
 def test_another_seed_draws_other_images(tmp_path, table):
     _, other = run(tmp_path, "--task waterbirds", *QUICK, "--seed 1")
     assert other["rows"]["base"] != table["rows"]["base"]
@@ -279,6 +280,7 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["tiny.safetensors", "tiny.pt"])
 def test_any_open_clip_model_runs_with_its_own_tokenizer_and_the_general_bank(
     tmp_path, tiny, waterbirds, file

@@ -488,6 +488,7 @@ def test_the_table_shows_the_curves(completeness, curves):
         assert f"{key}: {100 * value:.1f} [" in " ".join(completeness.out.split())
 
 
+@pytest.mark.slow
 def test_batch_size_and_workers_change_no_curve(tmp_path, curves, words):
     again = run(tmp_path, "--task completeness", *QUICK, "--words", str(words), *CHANGE).results["curves"]
     for pool, points in again.items():
@@ -995,6 +996,7 @@ def test_the_table_shows_the_rows(debias):
         )  # one decimal
 
 
+@pytest.mark.slow
 def test_batch_size_and_workers_change_nothing_of_debias(tmp_path, debias):
     again = run(tmp_path, "--task debias", *QUICK, *DRAWS, *CHANGE).results
     assert again["heads"] == debias.results["heads"]
@@ -1329,6 +1331,7 @@ def test_agreement_without_clear_heads_is_of_none():
     assert found["other heads without a role"] == 1
 
 
+@pytest.mark.slow
 def test_the_truth_is_the_share_of_the_terms_between_values_of_the_factor(spans, clip):
     data = DemoBirds("val", clip.preprocess, limit=TRUTH)
     heads = stack(clip, data).heads.numpy()
@@ -1409,6 +1412,7 @@ def test_of_shuffled_banks_hardly_a_head_gets_a_role_and_that_is_printed(spans):
     assert f"shuffled over texts, {', '.join(map(str, shuffled))} of 32 heads" in spans.out
 
 
+@pytest.mark.slow
 def test_few_images_choose_wrong_heads_and_ten_per_text_hardly_any(clip):
     """Where --task waterbirds and its like begin to warn, on the demo's places."""
     data = DemoBirds("train", clip.preprocess, 500, seed=0)
@@ -1445,6 +1449,7 @@ def test_where_there_are_few_other_sets_of_heads_all_are_taken_and_named():
     assert len({frozenset(heads) for heads in random_heads(chosen, 8, 222, seed=0)}) == 222
 
 
+@pytest.mark.slow
 def test_a_bank_of_other_categories_has_no_agreement(tmp_path):
     (tmp_path / "bank.txt").write_text(
         "# places\nat the beach\nin the forest\non the open sea\n# light\nat night\nat sunset\nin fog\n"

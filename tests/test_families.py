@@ -1020,6 +1020,7 @@ def test_the_model_is_left_as_found(family, call):
     assert found(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_path")
 @some_families
 @pytest.mark.parametrize("name", ["decompose", "token_scores", "heatmap", "neurons", "check"])

@@ -67,6 +67,7 @@ def test_nothing_is_allocated_for_a_configuration_at_full_size():
     assert all(parameter.is_meta for parameter in tower.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), ONE_OF_EACH.items(), ids=ONE_OF_EACH)
 def test_a_small_copy_is_of_its_family_and_sums_to_its_embedding(name, kind):
     found, model = listed(name), models.small(name)
@@ -198,6 +199,7 @@ TASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_runs_on_other_read_outs(tmp_path, tower, bank, waterbirds, task):  # noqa: F811
     code, results = run(tmp_path, "--task", task, *tower, *bank, *TASKS[task], "--data", str(waterbirds))
@@ -238,6 +240,7 @@ def test_neurons_under_attention_pooling_are_summed_up_rightly(tmp_path, tower, 
 # Other image sizes.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pixels", [96, 33])
 def test_another_image_size_is_another_grid_of_the_same_weights(tmp_path, pixels):
     clip = load_clip(device="cpu", image_size=pixels)
@@ -269,6 +272,7 @@ def test_another_image_size_is_another_grid_of_the_same_weights(tmp_path, pixels
     )
 
 
+@pytest.mark.slow
 def test_another_image_size_through_timm_and_with_a_pooler():
     clip = load_clip("ViT-B-16-SigLIP", "none", "cpu", image_size=96)
     assert decompose(clip.model, torch.randn(1, 3, 96, 96)).error() < 1e-5
@@ -609,6 +613,7 @@ def test_weights_that_cannot_be_read(tmp_path, capsys, file):
     assert file in refusal(tmp_path, capsys, "--model", demo.NAME, "--pretrained", str(tmp_path / file))
 
 
+@pytest.mark.slow
 def test_no_tokenizer_is_needed_to_check_and_its_absence_is_said_where_it_is(tmp_path, capsys, monkeypatch):
     def missing(name):
         raise ModuleNotFoundError("No module named 'transformers'")

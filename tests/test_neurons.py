@@ -650,6 +650,7 @@ def options(**more):
         "task": "neurons",
         "layer": None,
         "order": 1,
+        "protocol": "aligned",
         "neurons": 5,
         "text_bank": None,
         "limit": 96,

@@ -353,6 +353,7 @@ def waterbirds(tmp_path):
     return SimpleNamespace(root=tmp_path / "birds", rows=rows)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process")
 @pytest.mark.parametrize(
     ("task", "options"),

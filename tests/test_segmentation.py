@@ -171,6 +171,7 @@ SHARP = [
 BLUNT = ["gradcam", "lrp", "lrp-conserving", "legrad", "grad-eclip"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SHARP + BLUNT)
 def test_the_highest_value_of_a_map_follows_the_bird_into_every_corner(clip, scenes, method):
     images, kinds, corners = scenes
@@ -344,6 +345,7 @@ def test_every_figure_is_that_of_the_methods_themselves(tmp_path, clip, ten, pro
         assert_same_row(rows[method], measured(maps, masks, clip=method == "decomposition"))
 
 
+@pytest.mark.slow
 def test_the_options_change_the_figures_of_those_that_see_them(tmp_path):
     methods = ["decomposition", "decomposition-abs", "chefer2021-mm", "raw-attention", "random"]
     argv = ["--limit 10 --seed 2", "--methods", *methods]
@@ -437,6 +439,7 @@ def some_rows(tmp_path_factory):
         return segment(tmp_path_factory.mktemp("some"), *SOME)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process")  # forking a process with threads
 @pytest.mark.parametrize("change", [["--batch-size 7"], ["--batch-size 1"], ["--workers 2 --batch-size 6"]])
 def test_batch_size_and_workers_change_nothing(tmp_path, some_rows, change):
@@ -453,6 +456,7 @@ def test_half_precision_gives_nearly_the_same(tmp_path, some_rows):
         assert rows[method]["mAP"] != some_rows[method]["mAP"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv", [["--batch-size 3"], ["--prompt crow"], ["--methods random"], ["--score dot"]]
 )
@@ -889,6 +893,7 @@ def test_the_thinnest_image_is_drawn(tmp_path, size):
     assert min(picture.size) == max(1, round(LONG_SIDE * min(size) / max(size)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1", "I;16", "CMYK"])
 def test_an_image_of_any_kind_is_drawn_as_what_it_shows(tmp_path, mode):
     ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64).round().astype(np.uint8)
@@ -946,6 +951,7 @@ def test_a_jpeg_taken_on_its_side_comes_out_upright(tmp_path):
     assert found[:80].mean() > found[-80:].mean() + 50
 
 
+@pytest.mark.slow
 def test_a_text_of_any_characters_gives_a_safe_name(tmp_path, tiny):
     texts = [
         "../../escape",

@@ -186,6 +186,7 @@ def test_the_task_measures_every_variant_in_every_way(tmp_path):
     assert sheet.width > 1000
 
 
+@pytest.mark.slow
 def test_the_rows_are_those_of_the_images_one_by_one(tmp_path):
     """Base, ablation and the forward pass, worked out with the library alone."""
     from forward import class_values, forward_without
@@ -219,6 +220,7 @@ def test_photographs_of_others_run_through_the_same_table(tmp_path):
     assert "rules" not in ran.results  # where the words stand is not known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["waterbirds", "debias"])
 def test_removal_in_the_forward_pass_is_a_row_of_other_tasks_too(tmp_path, task):
     more = "" if task == "waterbirds" else "--classes crow gull"

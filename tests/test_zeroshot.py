@@ -289,6 +289,7 @@ def test_a_broken_file_is_made_anew(cached):
     assert sum(cached.counted) == 4 * CACHED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [
