@@ -235,6 +235,7 @@ def test_removing_the_cue_everywhere_needs_no_heads(tmp_path):
     assert "none" in results["settings"]["heads"]
 
 
+@pytest.mark.slow
 def test_textspan_names_every_head(tmp_path, capsys):
     code, results = run(tmp_path, "--task textspan", *QUICK)
     assert code == 0

@@ -64,6 +64,7 @@ def pages(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_page_is_whole_and_needs_nothing_else(pages, task):
     page = visit(pages / task / "report.html")

@@ -299,6 +299,7 @@ CONTRASTED = {
 MIXED = ["decomposition", "decomposition-abs", "gradcam", "legrad", "chefer2021-mm", "raw-attention"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompt", "contrast", "score"),
     [

@@ -220,6 +220,7 @@ def ran(result):
     return result.stdout == "ran\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", PROGRAMS)
 def test_a_copied_file_runs(run, file):
     assert ran(run(file, beside=FILES[file]))
