@@ -114,7 +114,7 @@ class Waterbirds(ImageFiles):
             raise InputError(f"{path}, line {reader.line_num}: {error}; expected {expected}") from error
         for line, row in enumerate(rows, start=2):
             where = f"{path}, line {line}"
-            row["img_filename"] = self._inside(row["img_filename"], where)
+            row["img_filename"] = inside(self.root, row["img_filename"], f"{where}: img_filename")
             for name, allowed in (("y", "01"), ("place", "01"), ("split", "012")):
                 found = row[name]
                 row[name] = number = (found or "").removesuffix(".0")  # as pandas writes a column with gaps
@@ -123,17 +123,6 @@ class Waterbirds(ImageFiles):
                     raise InputError(f"{where}: {expected}, found {found!r}")
                 row[name] = int(number)
         return rows
-
-    def _inside(self, file: str | None, where: str) -> str:
-        """The name of an image, which must lie in the folder; where a link leads is the user's choice."""
-        if not file or "\0" in file:
-            raise InputError(f"{where}: img_filename must name a file, found {file!r}")
-        if "\\" in file and not os.path.lexists(self.root / file):
-            file = file.replace("\\", "/")  # written on Windows
-        name = os.path.relpath(self.root / file, self.root)
-        if name.split(os.sep)[0] == os.pardir:
-            raise InputError(f"{where}: img_filename {file} lies outside {self.root}")
-        return name
 
     def caption(self, index: int) -> str:
         return f"{self.files[index]}: {self.classes[self.y[index]]} on {self.places[self.place[index]]}"
@@ -184,6 +173,22 @@ class ImageFolder(ImageFiles):
             found = f"found {', '.join(there)} there; choose with --reference"
             raise InputError(f"no folder {root / wanted}: {found}")
         return root / wanted, [path.name for path in inside if path.name not in there]
+
+
+def inside(root: Path, file: str | None, where: str) -> str:
+    """The name of an image that a file lists, which must lie in the folder; a link may lead anywhere.
+
+    Raises:
+        InputError: it does not; `where` says where the name stands.
+    """
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise InputError(f"{where} must name a file, found {file!r}")
+    if "\\" in file and not os.path.lexists(root / file):
+        file = file.replace("\\", "/")  # written on Windows
+    name = os.path.relpath(root / file, root)
+    if name.split(os.sep)[0] == os.pardir:
+        raise InputError(f"{where} {file} lies outside {root}")
+    return name
 
 
 def label(root: Path, files: Sequence[Path]) -> tuple[list[str], list[int], str]:

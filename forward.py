@@ -6,7 +6,7 @@
 Replacing a head's term by its mean (section 4 of the paper) changes the sum of terms alone: it takes out what
 the head writes directly to the embedding. Here every later layer sees the change, so what the head writes
 through them goes, too. The result is the embedding of another forward pass, and no longer a sum of terms of
-the first. With zeros it is the intervention of Dyslexify (arXiv 2508.20570).
+the first. With zeros it is the intervention of Dyslexify (Hufe et al., ICLR 2026).
 
 This file needs torch, and decompose.py and attention.py beside it (with families.py it takes EVA, too).
 MIT licence, (c) 2026 The TextSpan reference authors.

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
-from data import ImageFolder, file_sizes, images_below, read, subset
+from data import ImageFolder, file_sizes, images_below, inside, read, subset
 from files import InputError, read_lines
 
 # What a picture can bear; "synthetic": the attacked word again, set by a computer.
@@ -105,7 +105,7 @@ class AttackedPhotos(WrittenImages):
         self.description = f"{root}, {len(rows):,} of {total:,} photographs, {len(self.classes)} classes"
 
     def load(self, index: int, variant: str) -> Tensor | str:
-        return read(self.root / self.files[index][variant], self.transform, self.root)
+        return read(self.root / self.files[index][variant], self.transform)
 
     def fingerprint(self) -> list:
         sizes = file_sizes(self.root, [files["attacked"] for files in self.files])
@@ -251,11 +251,10 @@ def _scam(path: Path) -> Rows:
     """Of a table with a row for each photograph and variant, as Hugging Face's image folders have it."""
     lines = read_lines(path, f"cannot read {path}")
     try:
-        table = (
-            list(csv.DictReader(lines))
-            if path.suffix == ".csv"
-            else [json.loads(x) for x in lines if x.strip()]
-        )
+        if path.suffix == ".csv":
+            table = list(csv.DictReader(lines))
+        else:
+            table = [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
         raise InputError(f"{path}: expected one JSON object per line ({error})") from error
     names = {"SCAM": "attacked", "NoSCAM": "clean", "SynthSCAM": "synthetic"}
@@ -280,7 +279,7 @@ def _there(path: Path, rows: Rows) -> Rows:
     """The rows, once there are some and their images exist."""
     if not rows:
         raise InputError(f"{path} lists no image with a word on it")
-    files = [file for _, _, files in rows for file in files.values()]
+    files = [inside(path.parent, file, f"{path}: image") for *_, files in rows for file in files.values()]
     gone = [file for file in files if not (path.parent / file).is_file()]
     if gone:
         raise InputError(

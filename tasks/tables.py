@@ -37,6 +37,12 @@ def percent(accuracy: float, count: int) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def spread(shares: Iterable[float]) -> dict[str, float]:
+    """For results.json: mean, standard deviation and maximum."""
+    values = torch.tensor(list(shares), dtype=torch.float64)
+    return {"mean": float(values.mean()), "std": float(values.std(correction=0)), "max": float(values.max())}
+
+
 def images_per_text(images: int, used: int, texts: int) -> str:
     """How many texts divide the images, for the settings; with a warning where the images are few."""
     said = f"{images:,} images fit {used} of {texts} texts best, {images / used:.1f} images per text"

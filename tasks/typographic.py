@@ -1,14 +1,15 @@
 """--task typographic: see what a picture shows although something else is written on it.
 
-The name of another class, written on a picture, pulls the model to that class. In the embedding its direction
-is that of the class itself, so that taking out the direction takes out the class, too. What tells them apart
-is where in the model they are written: some heads read. They are found as --task debias finds the heads of a
+The name of another class, written on a picture, pulls the model to that class. In the embedding it shares
+directions with the class itself, so that taking them out costs some of the class, too. What tells them apart
+is where in the model they come from: some heads read. They are found as --task debias finds the heads of a
 cue, from texts that say that a word is written, and without labels.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import product
 
 import torch
 from PIL import Image
@@ -32,7 +33,7 @@ from .job import Job
 from .passes import one_pass
 from .reading import COVERED, contact_sheet, cover, map_of_heads, measure_rules, name_heads, picks
 from .removal import Cue, Further, Plan, cue_of, in_blocks, random_heads, scorer, without_heads_forward
-from .tables import in_tenths, logits, mean_and_std, percent, print_settings, table
+from .tables import in_tenths, logits, mean_and_std, percent, print_settings, spread, table
 
 TITLES = {"clean": "no word", "attacked": "attacked", "own": "own word", "blank": "blank sign"}
 TITLES |= {"synthetic": "synthetic", "read": "called by the word"}
@@ -71,7 +72,7 @@ def run(job: Job) -> tuple[dict, list]:
     results = {
         "rows": rows,
         "answers": tally.answers(),
-        "random": control(drawn, draws, cue, plan.sets),
+        "random": control(drawn, draws, cue.heads, plan.sets),
         "others": others,
         **cue.results(),
     }
@@ -177,29 +178,27 @@ def principal_cosines(cue: Cue, classes: Tensor) -> str:
     return " ".join(f"{cosine:.2f}" for cosine in cosines.tolist())
 
 
+def rest(chosen: list[Head], shape: tuple[int, int]) -> list[Head]:
+    """The heads of the model, of layers and heads `shape`, that were not chosen."""
+    return [head for head in product(range(shape[0]), range(shape[1])) if head not in chosen]
+
+
 def other_heads(chosen: list[Head], shape: tuple[int, int], draws: int, seed: int) -> list[list[Head]]:
     """Sets of as many heads that were not chosen, of any layers; none if there are too few."""
-    left = [
-        (layer, head) for layer in range(shape[0]) for head in range(shape[1]) if (layer, head) not in chosen
-    ]
+    left = rest(chosen, shape)
     generator, count = torch.Generator().manual_seed(seed), len(chosen)
     if len(left) < count:
         return []
     return [[left[i] for i in torch.randperm(len(left), generator=generator)[:count]] for _ in range(draws)]
 
 
-def control(drawn: list[dict], draws: list[list], cue: Cue, sets: str) -> dict | None:
+def control(drawn: list[dict], draws: list[list[Head]], chosen: list[Head], sets: str) -> dict | None:
     """What mean-ablating random heads does to attacked pictures; `shared`: chosen heads in each draw."""
     if not drawn:
         return None
-    values = torch.tensor([row["attacked"] for row in drawn], dtype=torch.float64)
-    shared = [len({*heads} & {*cue.heads}) for heads in draws]
-    spread = {
-        "mean": float(values.mean()),
-        "std": float(values.std(correction=0)),
-        "max": float(values.max()),
-    }
-    return {"draws": len(drawn), "sets": sets, "attacked": spread, "rows": drawn, "shared": shared}
+    shared = [len({*heads} & {*chosen}) for heads in draws]
+    attacked = spread(row["attacked"] for row in drawn)
+    return {"draws": len(drawn), "sets": sets, "attacked": attacked, "rows": drawn, "shared": shared}
 
 
 def print_rows(results: dict, images: int, heads: int) -> None:
@@ -269,7 +268,7 @@ def page_of_rows(results: dict, heads: int) -> report.Html:
 @torch.no_grad()
 def draw_sheet(job: Job, cue: Cue, test: WrittenImages, classes: Tensor, says: Tensor) -> Image.Image:
     """Some pictures with the maps of the reading heads and of the others, and the model's two answers."""
-    model, depth, width = job.clip.model, *cue.reference.maps.shape[:2]
+    model, others = job.clip.model, rest(cue.heads, cue.reference.maps.shape[:2])
     count = min(SHOWN, len(test))
     images = torch.stack([test[i][0] for i in range(count)]).to(job.clip.device, job.clip.dtype)
     terms = decompose(model, images)
@@ -278,9 +277,6 @@ def draw_sheet(job: Job, cue: Cue, test: WrittenImages, classes: Tensor, says: T
     change = torch.einsum("bhe,hed->bd", away[:, layers, heads], cue.reference.maps[layers, heads])
     written = (-change @ says.T).argmax(dim=1)
     seen = ((terms.embedding + change) @ classes.T).argmax(dim=1)
-    others = [
-        (layer, head) for layer in range(depth) for head in range(width) if (layer, head) not in cue.heads
-    ]
     read = map_of_heads(model, images, cue.heads, (says - says.mean(dim=0))[written])
     saw = map_of_heads(model, images, others, (classes - classes.mean(dim=0))[seen])
     answers = ([test.classes[i] for i in found] for found in (written.tolist(), seen.tolist()))

@@ -19,7 +19,17 @@ from .accumulators import Sums
 from .job import Job, open_split
 from .reference import authors_terms, summarise
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
-from .tables import SCORED, in_percent, in_tenths, percent, print_settings, table, wilson, zero_shot_settings
+from .tables import (
+    SCORED,
+    in_percent,
+    in_tenths,
+    percent,
+    print_settings,
+    spread,
+    table,
+    wilson,
+    zero_shot_settings,
+)
 
 GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 
@@ -113,11 +123,7 @@ def random_control(ours: dict, drawn: list[dict]) -> dict:
     worst = [row["worst"] for row in drawn]
     below = sum(value < ours["worst"] for value in worst) / len(drawn)
     control = {"draws": len(drawn), "worst values": worst, "below the chosen heads": below}
-    for key in ("worst", "average"):
-        values = torch.tensor([row[key] for row in drawn], dtype=torch.float64)
-        spread = values.std(correction=0).item()
-        control[key] = {"mean": values.mean().item(), "std": spread, "max": values.max().item()}
-    return control
+    return control | {key: spread(row[key] for row in drawn) for key in ("worst", "average")}
 
 
 def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, int], chosen: int) -> None:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from files import InputError
@@ -253,9 +253,32 @@ def test_what_cannot_be_used_is_refused_in_a_line(tmp_path, spoil, message):
         opened(tmp_path)
 
 
+def test_a_listed_photograph_lies_in_the_folder(tmp_path):
+    annotated(tmp_path / "inner")
+    save(tmp_path / "IMG_2934.JPG")
+    assert len(opened(tmp_path / "inner")) == 2
+    path = tmp_path / "inner" / "annotations.json"
+    path.write_text(path.read_text().replace("IMG_2934", "../IMG_2934"))
+    with pytest.raises(InputError, match=r"IMG_2934.JPG lies outside"):
+        opened(tmp_path / "inner")
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="no folder"):
         opened(tmp_path / "nowhere")
+
+
+def test_photographs_are_upright_and_in_colour_as_everywhere(tmp_path):
+    """A camera's rotation is undone, and what is transparent is white."""
+    camera, clear = Image.new("RGB", (40, 30), "red"), Image.new("RGBA", (40, 30), (0, 0, 0, 0))
+    exif = camera.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    camera.save(tmp_path / "label=dog_text=cat.jpg", exif=exif)
+    clear.save(tmp_path / "label=cat_text=dog.png")
+    data = opened(tmp_path)
+    images = {data.classes[data.seen[i]]: data[i][0] for i in range(2)}
+    assert images["dog"].shape == (3, 40, 30)
+    assert (images["cat"] == 1).all()
 
 
 def test_a_photograph_that_cannot_be_read_is_a_line_for_whoever_loads_it(tmp_path):
