@@ -220,14 +220,14 @@ def neuron_maps(job: Job, data: Masked) -> Callable[[Tensor, Tensor], Tensor]:
     if not layers:
         raise DecompositionError("a model of one layer has no heads after an MLP")
     first = job.clip.preprocess(data.pair(0)[0])[None].to(job.clip.device, job.clip.dtype)
-    seen = [Activity(layer, whole_maps(second_order(model, first, layer))) for layer in layers]
+    activities = [Activity(layer, whole_maps(second_order(model, first, layer))) for layer in layers]
     few = Subset(data, subset(len(data), CENTRE_IMAGES, job.args.seed))
-    for (images, *_), indices in one_pass(job, few, NEURONS, *seen):
-        for activity in seen:
+    for (images, *_), indices in one_pass(job, few, NEURONS, *activities):
+        for activity in activities:
             split = second_order(model, images, activity.layer)
             job.check_finite(split.embedding)
             activity.update(split, indices)
-    directions = torch.cat([activity.directions() for activity in seen]).to(first.device)  # [n, d]
+    directions = torch.cat([activity.directions() for activity in activities]).to(first.device)  # [n, d]
 
     def maps(images: Tensor, texts: Tensor) -> Tensor:
         kept = []

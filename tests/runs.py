@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from evaluate import main
@@ -26,6 +27,13 @@ def run(tmp_path, *argv):
     path = tmp_path / "results" / argv[argv.index("--task") + 1] / "results.json"
     results = json.loads(path.read_text()) if path.exists() else None
     return Ran(code, results, out.getvalue())
+
+
+def captured(task, job):
+    """Results, sections of the page, and what was printed of a task that is run on a job of one's own."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        results, sections = task.run(job)
+    return SimpleNamespace(results=results, sections=sections, out=out.getvalue())
 
 
 def assert_refused(tmp_path, capsys, argv, *fragments):

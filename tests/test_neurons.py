@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from runs import captured
 from test_decompose import (
     EXACT,
     FAR,
@@ -672,13 +673,7 @@ def options(**more):
 
 @pytest.fixture(scope="module")
 def ran():
-    """Results, sections of the page, and what was printed."""
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        results, sections = task.run(options())
-    return SimpleNamespace(results=results, sections=sections, out=out.getvalue())
+    return captured(task, options())
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """--task neurons --order 2 and the maps by neurons, against the same worked out from all effects at once."""
 
-import contextlib
-import io
 import json
 from types import SimpleNamespace
 
@@ -10,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import captured
 from small import FAR
 from test_roles import epsilon_squared
 
@@ -38,9 +37,7 @@ def job(*more, task="neurons"):
 
 @pytest.fixture(scope="module")
 def ran():
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        results, sections = task.run(job("--order", "2", "--neurons", "5"))
-    return SimpleNamespace(results=results, sections=sections, out=out.getvalue())
+    return captured(task, job("--order", "2", "--neurons", "5"))
 
 
 @pytest.fixture(scope="module")
