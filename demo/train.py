@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,10 +120,12 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         model, _, tokenizer = load(weights=args.init, force_patch_dropout=args.patch_dropout)
         guide = Source(args.pictures, 1000 + args.seed, 0.5, captions.GUIDE, rng, tokenizer)
         web = Source(args.pictures // 2, 2000 + args.seed, args.alignment, captions.WEB, rng, tokenizer)
+        batch = lambda step: (web if step % 3 == 0 else guide).batch(args.batch_size)  # noqa: E731
         watch = score
     else:
         model, tokenizer = load_reader(args.init, args.patch_dropout)
         signs = Signs(args.pictures, 4000 + args.seed, rng, tokenizer)
+        batch = partial(signs.batch, args.batch_size)
         watch = score_written
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -137,10 +140,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         for group in optimizer.param_groups:
             decay = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
             group["lr"] = args.lr * min(1, (step + 1) / 100) * decay
-        if args.world == "birds":
-            images, tokens, matches = (web if step % 3 == 0 else guide).batch(args.batch_size)
-        else:
-            images, tokens, matches = signs.batch(args.batch_size, step)
+        images, tokens, matches = batch(step)
         model.train()
         embeddings = model.encode_image(images), model.encode_text(tokens)
         loss = contrastive_loss(*embeddings, model.logit_scale.exp(), matches)
