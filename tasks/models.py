@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import demo
 from decompose import ClipTower, DecompositionError, open_tower
-from zeroshot import known_name, quiet
+from loading import known_name, quiet
 
 LAYERS, WIDTH, HEADS, GRID = 2, 64, 4, 4  # of the small copies; patches in a row
 

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import Dataset
 
 from files import visible
-from zeroshot import Clip, activation, templates
+from loading import Clip, activation
+from zeroshot import templates
 
 from .job import Job
 

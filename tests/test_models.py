@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from test_evaluate import run, waterbirds  # noqa: F401
 
 import demo
-import zeroshot
+import loading
 from decompose import decompose, heatmap, open_tower, token_scores
 from evaluate import main
 from files import InputError
+from loading import activation, load_clip
 from neurons import neurons
 from tasks import check, models
-from zeroshot import activation, load_clip
 
 EXACT = 1e-10
 ONE_OF_EACH = {  # family, read-out
@@ -324,7 +324,7 @@ def tiny(tmp_path, monkeypatch):
         return model.eval()
 
     # Whether the hub answers does not matter where the download is another.
-    monkeypatch.setattr(zeroshot, "getproxies", lambda: {"https": "one"})
+    monkeypatch.setattr(loading, "getproxies", lambda: {"https": "one"})
     return make
 
 
@@ -524,7 +524,7 @@ def no_network(monkeypatch, tmp_path):
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(zeroshot, "getproxies", dict)
+    monkeypatch.setattr(loading, "getproxies", dict)
 
 
 @pytest.mark.parametrize(
@@ -543,9 +543,9 @@ def test_without_a_network_a_tag_is_refused_at_once_in_whole_sentences(tmp_path,
 
 def test_nobody_is_asked_where_files_are_enough(tiny, tmp_path, monkeypatch):
     tiny("tiny-plain")
-    monkeypatch.setattr(zeroshot, "getproxies", dict)
+    monkeypatch.setattr(loading, "getproxies", dict)
     monkeypatch.setattr(
-        zeroshot.socket, "create_connection", lambda *_, **__: pytest.fail("asked the network")
+        loading.socket, "create_connection", lambda *_, **__: pytest.fail("asked the network")
     )
     clip = load_clip("tiny-plain", str(tmp_path / "tiny-plain.safetensors"), "cpu")
     clip.tokenizer(["a bird"])
