@@ -25,6 +25,11 @@ from .tables import in_tenths, percent, print_settings, table, zero_shot_setting
 from .textspan import name_head
 
 SIZES = (0, 1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40, 50, 60)
+LEAD = (
+    "Accuracy when each head of the last layers keeps only what lies along its first texts, for several "
+    "pools of texts: the sooner a curve reaches the line of the whole heads, the more its texts hold."
+)
+PAPER = "The paper, ViT-L-14 on ImageNet: 72.8 with 60 texts per head, 75.3 unchanged."
 WHOLE = "last layers' heads, whole"
 
 
@@ -66,7 +71,10 @@ def run(job: Job) -> tuple[dict, list]:
         "curves": {pool: [(m, accuracy[pool, m]) for m in sizes] for pool in pools},
         "whole": {key: accuracy[key, None] for key in ("unchanged", WHOLE)},
     }
-    print_results(results)
+    print("\n" + table(*pool_rows(results["curves"])) + "\n")
+    for key, share in whole_rows(results):
+        print(f"{key + ':':<28}{share}")
+    print(PAPER)
     return results, page(results)
 
 
@@ -137,23 +145,27 @@ def read_along(
     return coordinates, read
 
 
-def print_results(results: dict) -> None:
-    """A table of pools of texts by number of texts, and what these compare with."""
-    curves = results["curves"]
-    header = ["texts per head", *curves]
+def pool_rows(curves: dict[str, list[tuple[int, float]]]) -> tuple[list[str], list[list[str]]]:
+    """A table of pools of texts by number of texts."""
     columns = zip(*curves.values(), strict=True)
     rows = [[str(points[0][0]), *in_tenths(accuracy for _, accuracy in points)] for points in columns]
-    print("\n" + table(header, rows) + "\n")
-    for key, accuracy in results["whole"].items():
-        print(f"{key + ':':<28}{percent(accuracy, results['images'])}")
-    print("The paper, ViT-L-14 on ImageNet: 72.8 with 60 texts per head, 75.3 unchanged.")
+    return ["texts per head", *curves], rows
 
 
-def page(results: dict) -> list[report.Html]:
+def whole_rows(results: dict) -> list[list[str]]:
+    """What the pools compare with."""
+    return [[key, percent(accuracy, results["images"])] for key, accuracy in results["whole"].items()]
+
+
+def page(results: dict) -> list[str]:
     """The same for report.html, drawn."""
     curves = results["curves"].items()
     series = {pool: [(m, 100 * accuracy) for m, accuracy in points] for pool, points in curves}
     lines = {key: 100 * value for key, value in results["whole"].items()}
     title = "Accuracy when heads are replaced by their texts"
     drawn = report.curves(series, "texts per head", "accuracy, %", title, lines=lines)
-    return [report.section("How much of the heads do their texts hold?", drawn)]
+    numbers = [
+        report.table(*pool_rows(results["curves"])),
+        report.table(["", "accuracy, %"], whole_rows(results)),
+    ]
+    return [LEAD, report.section("How much of the heads do their texts hold?", drawn, *numbers, note=PAPER)]

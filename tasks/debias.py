@@ -7,6 +7,8 @@ follows the cue, before and after. Where folders or metadata give labels, also t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,19 @@ from zeroshot import classifier, templates
 from .accumulators import Sums
 from .job import Images, Job, check_class_names, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
-from .tables import in_tenths, logits, mean_and_std, percent, print_settings, table
+from .tables import in_tenths, logits, mean_and_std, percent, print_settings, say, table
+from .waterbirds import page_of_heads
+
+LEAD = (
+    "What changes when a zero-shot classifier can no longer use the cue: how many predictions, and how far"
+    " class scores still follow it; accuracies only where labels are known."
+)
+NOTE = (
+    "Follows the cue: share of the variance of class scores between images that different texts of the cue "
+    "fit best, corrected\n"
+    "for their number. It falls where the classifier stops using the cue, but not to 0 where the cue truly "
+    "goes with a class."
+)
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -51,10 +65,11 @@ def run(job: Job) -> tuple[dict, list]:
         means=cue.reference.description,
         **cue.settings(),
     )
-    print_rows(rows, control, len(test), len(cue.heads))
-    print(f"Random: {plan.sets}, mean-ablated." if control else "")
+    cells = table_rows(rows, control, len(test), len(cue.heads))
+    print("\n" + table(*cells))
+    notes = say(NOTE, *([f"Random: {plan.sets}, mean-ablated."] if control else []))
     results = {"settings": where, "rows": rows, "random": control, **cue.results()}
-    return results, page(rows, control)
+    return results, page(results, cells, notes)
 
 
 def class_problem(asked: list[str] | None, test: Images) -> tuple[list[str], Tensor | None]:
@@ -131,7 +146,10 @@ class Outcomes(Sums):
         return found
 
 
-def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: int) -> None:
+def table_rows(
+    rows: dict[str, dict], control: list[dict], count: int, heads: int
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table, with the random control."""
     accuracies = [key for key in ("average", "worst class", "worst group") if key in rows["base"]]
     keys = ("changed", "cue", *accuracies)
     header = ["%", "predictions changed", "follows the cue", *accuracies]
@@ -144,23 +162,18 @@ def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: in
     if control:
         draws = [[row[key] for row in control] for key in keys]
         lines.append([f"{heads} random heads, mean ± std", *map(mean_and_std, draws)])
-    print("\n" + table(header, lines))
-    share = "share of the variance of class scores between images that different texts of the cue fit best"
-    print(f"\nFollows the cue: {share}, corrected")
-    falls = "It falls where the classifier stops using the cue"
-    print(f"for their number. {falls}, but not to 0 where the cue truly goes with a class.")
+    return header, lines
 
 
-def page(rows: dict[str, dict], control: list[dict]) -> list[report.Html]:
-    """The same for report.html, with a histogram of the random control."""
-    keys = list(rows["base"])
-    cells = [[label.strip(), *in_tenths(row[key] for key in keys)] for label, row in rows.items()]
-    header = ["%", *("follows the cue" if key == "cue" else key for key in keys)]
-    parts = [report.table(header, cells)]
+def page(results: dict, cells: tuple[list[str], list[list[str]]], notes: Sequence[str]) -> list[str]:
+    """The same for report.html, with a histogram of the random control, and the heads."""
+    rows, control, (header, lines) = results["rows"], results["random"], cells
+    parts = [report.table(header, [[label.strip(), *line] for label, *line in lines])]
     if control:
         marked = [label for label in ("base", "heads mean-ablated") if label in rows]
         marks = {label: 100 * rows[label]["cue"] for label in marked}
         values = [100 * row["cue"] for row in control]
         title = "How far class scores follow the cue, without random heads"
         parts.append(report.histogram(values, marks, title, "%"))
-    return [report.section("What taking the cue out did", *parts)]
+    changed = report.section("What taking the cue out did", *parts, note=notes)
+    return [LEAD, changed, page_of_heads(results)]

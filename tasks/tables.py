@@ -90,6 +90,12 @@ def print_lines(lines: dict[str, str]) -> dict[str, str]:
     return lines
 
 
+def say(*notes: str) -> tuple[str, ...]:
+    """Print notes below a table, each from a new line, and return them for the page."""
+    print("\n" + "\n".join(notes))
+    return notes
+
+
 def zero_shot_settings(
     job: Job, test: Dataset, means: str, classes: int | Sequence[str], note: str = SCORED
 ) -> dict[str, str]:

@@ -9,6 +9,7 @@ cue, from texts that say that a word is written, and without labels.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -33,10 +34,18 @@ from .job import Job
 from .passes import one_pass
 from .reading import COVERED, contact_sheet, cover, map_of_heads, measure_rules, name_heads, picks
 from .removal import Cue, Further, Plan, cue_of, in_blocks, random_heads, scorer, without_heads_forward
-from .tables import in_tenths, logits, mean_and_std, percent, print_settings, spread, table
+from .tables import in_tenths, logits, mean_and_std, percent, print_settings, say, spread, table
+from .waterbirds import page_of_heads
 
 TITLES = {"clean": "no word", "attacked": "attacked", "own": "own word", "blank": "blank sign"}
 TITLES |= {"synthetic": "synthetic", "read": "called by the word"}
+LEAD = (
+    "How often a picture is still called by what it shows when another class's name is written on it, with"
+    " and without what reads, and what each way costs on pictures without a word."
+)
+ATTACKED = "Attacked: another class's name is written on the picture. [..]: 95 % interval (Wilson)."
+TRUE = "True: the word that is written explains over 30 % of what they write on the reference images."
+WHERE = "Pictures, where the reading heads look (red), and where the others look (blue), with both answers"
 SHOWN = 16  # pictures of the contact sheet
 SOME = 64  # reference pictures whose maps say how hot a patch with a word is
 
@@ -77,7 +86,8 @@ def run(job: Job) -> tuple[dict, list]:
         **cue.results(),
     }
     path = args.out / "typographic" / "sheet.png"
-    save_picture(draw_sheet(job, cue, test, classes, says), path)
+    drawn_sheet = draw_sheet(job, cue, test, classes, says)
+    save_picture(drawn_sheet, path)
     where = print_settings(
         job,
         test=test.description,
@@ -86,12 +96,16 @@ def run(job: Job) -> tuple[dict, list]:
         **cue.settings(),
         shared=f"directions of cue and classes have principal cosines {principal_cosines(cue, classes)}",
     )
-    print_rows(results, len(test), len(cue.heads))
-    print("".join(f"{note}\n" for note in notes), end="")
-    sections = [page_of_rows(results, len(cue.heads))]
+    cells = table_rows(results, len(test), len(cue.heads))
+    print("\n" + table(*cells))
+    said = say(*notes_on(results), *notes)
+    shown = report.pictures([(drawn_sheet, WHERE)], size=drawn_sheet.width // 2)
+    sections = [LEAD, page_of_rows(results, len(cue.heads), cells, said)]
+    sections += [report.section("Where pictures are read and seen", shown), page_of_heads(results)]
     if reference.boxes is not None and not notes:
         results["rules"] = compare_rules(job, cue, reference)
-        sections.append(report.section("Which heads read", report.table(*rules_table(results["rules"]))))
+        rules = report.table(*rules_table(results["rules"]))
+        sections.append(report.section("Which heads read", rules, note=TRUE))
     print(f"\nWhere each picture is read and where it is seen: {path}")
     return {"settings": where, **results}, sections
 
@@ -201,8 +215,8 @@ def control(drawn: list[dict], draws: list[list[Head]], chosen: list[Head], sets
     return {"draws": len(drawn), "sets": sets, "attacked": attacked, "rows": drawn, "shared": shared}
 
 
-def print_rows(results: dict, images: int, heads: int) -> None:
-    """The table, with the random control under it, and both answers."""
+def table_rows(results: dict, images: int, heads: int) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table, with the random control under it."""
     rows, drawn = results["rows"], results["random"]
     names = list(rows["base"])
     header, lines = ["accuracy, %", *(TITLES[name] for name in names)], []
@@ -219,11 +233,14 @@ def print_rows(results: dict, images: int, heads: int) -> None:
     if results["others"]:
         shares = [[row[name] for row in results["others"]] for name in names]
         lines.append([f"{heads} heads that were not chosen", *map(mean_and_std, shares)])
-    print("\n" + table(header, lines))
-    print("\nAttacked: another class's name is written on the picture. [..]: 95 % interval (Wilson).")
-    if drawn:
-        print(control_in_words(drawn, rows["heads mean-ablated"]["attacked"], len(results["others"])))
-    print(answers_in_words(results["answers"]))
+    return header, lines
+
+
+def notes_on(results: dict) -> list[str]:
+    """What stands below the table: what attacked means, the random control, and both answers."""
+    drawn, ours = results["random"], results["rows"]["heads mean-ablated"]["attacked"]
+    control = [control_in_words(drawn, ours, len(results["others"]))] if drawn else []
+    return [ATTACKED, *control, answers_in_words(results["answers"])]
 
 
 def control_in_words(drawn: dict, ours: float, others: int) -> str:
@@ -247,22 +264,17 @@ def answers_in_words(answers: dict[str, float]) -> str:
     return f"{words}from the reading heads alone, what is written ({written} %). Both are right for {both} %."
 
 
-def page_of_rows(results: dict, heads: int) -> report.Html:
-    rows, drawn = results["rows"], results["random"]
-    header = ["accuracy, %", *(TITLES[name] for name in rows["base"])]
-    cells = [[label.strip(), *in_tenths(row.values())] for label, row in rows.items()]
-    parts = [report.table(header, cells, "Attacked: another class's name is written on the picture")]
+def page_of_rows(
+    results: dict, heads: int, cells: tuple[list[str], list[list[str]]], notes: Sequence[str]
+) -> report.Html:
+    rows, drawn, (header, lines) = results["rows"], results["random"], cells
+    parts = [report.table(header, [[label.strip(), *line] for label, *line in lines])]
     if drawn:
         marks = {label: 100 * rows[label]["attacked"] for label in ("base", "heads mean-ablated")}
         values = [100 * row["attacked"] for row in drawn["rows"]]
-        parts.append(
-            report.histogram(values, marks, f"Attacked, without {heads} random heads", "accuracy, %")
-        )
-    words = answers_in_words(results["answers"])
-    if drawn:
-        control = control_in_words(drawn, rows["heads mean-ablated"]["attacked"], len(results["others"]))
-        words = f"{control}\n{words}"
-    return report.section("Seen although something else is written", *parts, note=words)
+        title = f"Attacked, without {heads} random heads"
+        parts.append(report.histogram(values, marks, title, "accuracy, %"))
+    return report.section("Seen although something else is written", *parts, note=notes)
 
 
 @torch.no_grad()
@@ -294,7 +306,7 @@ def compare_rules(job: Job, cue: Cue, reference: WrittenImages) -> dict:
         right = len(true & {*heads})
         results[rule] = {"heads": [list(head) for head in heads], "right": right, "true": len(true)}
     print("\n" + table(*rules_table(results)))
-    print("\nTrue: the word that is written explains over 30 % of what they write on the reference images.")
+    print("\n" + TRUE)
     results["measures"] = {name: values.tolist() for name, values in measures.items()}
     return results
 
