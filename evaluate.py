@@ -297,7 +297,8 @@ def write(folder: Path, results: dict, sections: list[str], command: str) -> Non
     import report
 
     if not sections or isinstance(sections[0], report.Html):  # it does not say what it shows
-        asks = importlib.import_module(f"tasks.{results['task']}").__doc__.partition(": ")[2].split("\n")[0]
+        first, *_ = importlib.import_module(f"tasks.{results['task']}").__doc__.split("\n")
+        asks = first.partition(": ")[2].partition(" (section")[0]
         sections = [asks[:1].upper() + asks[1:], *sections]
     settings = report.origin(command, results["seconds"], folder) | results["settings"]
     title = f"{results['task']}: {results['settings']['model'].split(',')[0]}"

@@ -18,6 +18,7 @@ from PIL import Image
 from .markup import Html, block, picture, tag
 
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+SENTENCE = 24  # letters: what is longer in a cell is words, which may be broken into lines
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -95,15 +96,19 @@ def section(heading: str, *parts: str, note: str | Sequence[str] = ()) -> Html:
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: str = "") -> Html:
-    """First column left, others right. A table that is too wide scrolls in its own box."""
-    lines = []
+    """Words left, numbers right. A table that is too wide scrolls in its own box."""
+    rows, lines = list(rows), []
+    wordy = {i for row in rows for i, cell in enumerate(row) if len(str(cell)) > SENTENCE}
+    looks = ["words" if i in wordy else None for i in range(len(header))]
     for row in rows:
         if len(row) != len(header):
             expected = f"a row must have {len(header)} cells like the header"
             raise ValueError(f"{expected}, got {len(row)}: {list(row)!r}")
-        cells = (tag("td", cell) if i else tag("th", cell, scope="row") for i, cell in enumerate(row))
-        lines.append(tag("tr", *cells))
-    top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in header)))
+        first, *others = zip(row, looks, strict=True)
+        cells = [tag("td", cell, class_=look) for cell, look in others]
+        lines.append(tag("tr", tag("th", first[0], scope="row"), *cells))
+    names = (tag("th", cell, scope="col", class_=look) for cell, look in zip(header, looks, strict=True))
+    top = tag("thead", tag("tr", *names))
     body = tag("tbody", *(lines or [tag("tr", tag("td", "nothing to show", colspan=len(header)))]))
     inside = tag("table", tag("caption", caption) if caption else "", top, body)
     return tag("div", inside, class_="wide", tabindex=0, role="group", aria_label=caption or "table")

@@ -99,7 +99,7 @@ def run(job: Job) -> tuple[dict, list]:
     cells = table_rows(results, len(test), len(cue.heads))
     print("\n" + table(*cells))
     said = say(*notes_on(results), *notes)
-    shown = report.pictures([(drawn_sheet, WHERE)], size=drawn_sheet.width // 2)
+    shown = report.pictures([(drawn_sheet, WHERE)], size=drawn_sheet.width)
     sections = [LEAD, page_of_rows(results, len(cue.heads), cells, said)]
     sections += [report.section("Where pictures are read and seen", shown), page_of_heads(results)]
     if reference.boxes is not None and not notes:
