@@ -18,7 +18,7 @@ from PIL import Image
 from .markup import Html, block, picture, tag
 
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-SENTENCE = 24  # letters: what is longer in a cell is words, which may be broken into lines
+SENTENCE = 24  # letters: what is longer in a cell is words, even with a number in it
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -98,12 +98,12 @@ def section(heading: str, *parts: str, note: str | Sequence[str] = ()) -> Html:
 def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: str = "") -> Html:
     """Words left, numbers right. A table that is too wide scrolls in its own box."""
     rows, lines = list(rows), []
-    wordy = {i for row in rows for i, cell in enumerate(row) if len(str(cell)) > SENTENCE}
-    looks = ["words" if i in wordy else None for i in range(len(header))]
     for row in rows:
         if len(row) != len(header):
             expected = f"a row must have {len(header)} cells like the header"
             raise ValueError(f"{expected}, got {len(row)}: {list(row)!r}")
+    looks = [look_of(column) for _, *column in zip(header, *rows, strict=True)]
+    for row in rows:
         first, *others = zip(row, looks, strict=True)
         cells = [tag("td", cell, class_=look) for cell, look in others]
         lines.append(tag("tr", tag("th", first[0], scope="row"), *cells))
@@ -112,6 +112,13 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: s
     body = tag("tbody", *(lines or [tag("tr", tag("td", "nothing to show", colspan=len(header)))]))
     inside = tag("table", tag("caption", caption) if caption else "", top, body)
     return tag("div", inside, class_="wide", tabindex=0, role="group", aria_label=caption or "table")
+
+
+def look_of(column: Sequence[object]) -> str:
+    """Does a column hold words, which are read from the left and may be broken into lines, or numbers?"""
+    cells = [str(cell) for cell in column]
+    numbers = any(re.search(r"\d", cell) for cell in cells) and max(map(len, cells)) <= SENTENCE
+    return "numbers" if numbers else "words"
 
 
 def pictures(items: Sequence[tuple[Image.Image, str]], *, size: int = 128) -> Html:

@@ -90,7 +90,7 @@ def run_all() -> tuple[dict, list]:
     print("\n" + table(SUMMARY, summary))
     for reason, group in refused:
         print(f"\nrefused, {reason}: {group}")
-    counted = say(f"{len(good)} of {len(rows)} can be decomposed.")
+    (counted,) = say(f"{len(good)} of {len(rows)} can be decomposed.")
     wrong = [row["model"] for row in good if not max(row["errors"]) <= TOLERANCE[torch.float64]]
     if wrong:
         raise DecompositionError(f"an error is larger than the tolerance: {', '.join(wrong)}")

@@ -803,7 +803,7 @@ def test_everything_printed_is_in_the_results(ran):
         assert any(line.startswith(f"{key}:") and line.endswith(value) for line in lines)
     base = ran.results["accuracy"]["base"]
     for row in ran.results["neurons"]:
-        at = lines.index(f"neuron {in_words(row, base)}")
+        at = lines.index(f"neuron {row['neuron']:<7} {in_words(row, base)}")
         assert lines[at + 1] == "  towards    " + "; ".join(
             f"{text} {fit:+.2f}" for text, fit in row["towards"]
         )

@@ -640,6 +640,14 @@ def test_cells_are_written_as_numbers_or_a_dash():
     assert "nothing to show" in table(["a", "b"], [])
 
 
+def test_columns_of_words_are_told_from_columns_of_numbers():
+    rows = [["a", "1.5", "dot", "a sentence that goes on for 30 letters", ""], ["b", "-", "cosine", "c", 2]]
+    read = Reader(table(["", "x", "score", "why", "n"], rows))
+    looks = [have.get("class") for have, _ in read.all("td")]
+    assert looks == 2 * ["numbers", "words", "words", "numbers"]
+    assert [have.get("class") for have, _ in read.all("th", scope="col")][1:] == looks[:4]
+
+
 def test_a_cell_for_every_head_in_its_row_and_column():
     some = [head for head in heads(layers=3, across=4) if (head.layer, head.head) != (1, 2)]
     read = Reader(head_grid(some))
