@@ -10,9 +10,8 @@ from itertools import pairwise
 from numbers import Integral
 from types import MappingProxyType
 
-from .document import table
-from .drawing import LETTER, WIDTHS, Axis, chart, dashes, grid, marker, present, text
-from .markup import Html, known, tag, tone
+from .document import Html, known, table, tag
+from .drawing import LETTER, WIDTHS, Axis, chart, dashes, grid, marker, present, text, tone
 
 Points = Sequence[tuple[float, ...]]
 Series = Mapping[str, Points]

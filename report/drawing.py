@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from unicodedata import east_asian_width
 
-from .markup import MISSING, Html, known, tag
+from .document import MISSING, Html, known, tag
 
+TONES = 16  # of report.css
 DASHES = ("none", "8 3", "2 2.5", "9 3 2 3", "4 3", "14 4", "1 3", "9 3 2 3 2 3")
 MARKERS = (  # disc, square, triangle, diamond, triangle upside down, plus, hourglass, flat bar
     "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0Z",
@@ -94,6 +95,11 @@ def marker(i: int, x: float, y: float, told: str = "") -> Html:
 def dashes(i: int) -> str:
     """The dash pattern of series i: with the markers, 32 series look different."""
     return DASHES[(i + 2 * (i // 8)) % 8]
+
+
+def tone(i: int) -> str:
+    """The colour of series i, as a style."""
+    return f"--c:var(--c{i % TONES})"
 
 
 def present(lines: Mapping[str, float]) -> dict[str, float]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from PIL import Image
 
-from .markup import MISSING, Html, bar, known, percent, picture, tag, tone
+from .document import MISSING, Html, known, picture, tag
+from .drawing import tone
 
-NO_WORDS: Mapping[str, str] = MappingProxyType({})
 OPEN = 12  # cards of the heads that write most; the others are to be opened
 
 
@@ -36,7 +35,7 @@ class Head:
         return f"{self.layer}.{self.head}"
 
 
-def head_grid(heads: Sequence[Head], words: Mapping[str, str] = NO_WORDS) -> Html:
+def head_grid(heads: Sequence[Head], words: Mapping[str, str] | None = None) -> Html:
     """A cell for each head in rows of layers, coloured and lettered by role, with a bar for the role's share.
 
     Below follows a card for each head with all else that is known of it, the one that writes most first.
@@ -64,7 +63,7 @@ def head_grid(heads: Sequence[Head], words: Mapping[str, str] = NO_WORDS) -> Htm
     shown = tag("div", *cards[:OPEN], class_="cards")
     summary = tag("summary", f"{len(cards) - OPEN} more heads, which write less")
     rest = tag("details", summary, tag("div", *cards[OPEN:], class_="cards"))
-    told = [tag("div", tag("dt", name), tag("dd", meaning)) for name, meaning in words.items()]
+    told = [tag("div", tag("dt", name), tag("dd", meaning)) for name, meaning in (words or {}).items()]
     said = tag("dl", *told, class_="settings key") if told else ""
     return Html(grid + said + shown + rest * (len(cards) > OPEN))
 
@@ -145,6 +144,16 @@ def strip(head: Head, how_much: str, images: Sequence[Image.Image]) -> Html:
     shown = [picture(image, f"{told} {i}", 96) for i, image in enumerate(images, 1)]
     words = tag("p", f"writes {how_much}", class_="over")
     return Html((words + tag("div", *shown, class_="strip")) * bool(shown))
+
+
+def percent(share: float | None) -> str:
+    """A whole percentage, with one decimal where it is small."""
+    return f"{share:.{int(0 < abs(share) < 0.095)}%}" if known(share) else MISSING
+
+
+def bar(share: float | None) -> Html:
+    """A bar as long as the share."""
+    return tag("span", class_="bar", style=f"--w:{100 * min(1, max(0, share)) if known(share) else 0:.1f}%")
 
 
 def folded(items: list[Html], name: str, first: int = 5) -> Html:

@@ -21,10 +21,6 @@ from .passes import one_pass
 from .reference import Reference, authors_terms, summarise
 from .tables import in_percent, in_tenths, percent, print_settings, say, table, zero_shot_settings
 
-LEAD = (
-    "Accuracy when terms are replaced by their means: of whole groups, of each layer's attention, and of "
-    "each head alone. What accuracy needs is where it falls."
-)
 PAPER = "ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3"
 
 
@@ -112,7 +108,7 @@ def page(accuracy: dict[str, float], count: int, depth: int, heads: int, notes: 
     by_head = report.by_value(shares, "Accuracy without each head, %", 100 * accuracy["base"], "unchanged")
     words = "Accuracy in percent without this head; the colour is its difference from the unchanged model."
     return [
-        LEAD,
+        "Accuracy when terms are replaced by their means; what the model needs is where it falls.",
         report.section("Groups of terms, and layers", by_group, by_layer, note=notes),
         report.section("Each head alone", words, by_head),
     ]

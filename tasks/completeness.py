@@ -21,15 +21,10 @@ from .heads import LAST_LAYERS
 from .job import Job, open_zero_shot
 from .passes import one_pass
 from .reference import Reference, summarise
-from .tables import in_tenths, percent, print_settings, table, zero_shot_settings
+from .tables import Shown, in_tenths, percent, print_settings, print_table, say, zero_shot_settings
 from .textspan import name_head
 
 SIZES = (0, 1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40, 50, 60)
-LEAD = (
-    "Accuracy when each head of the last layers keeps only what lies along its first texts, for several "
-    "pools of texts: the sooner a curve reaches the line of the whole heads, the more its texts hold."
-)
-PAPER = "The paper, ViT-L-14 on ImageNet: 72.8 with 60 texts per head, 75.3 unchanged."
 WHOLE = "last layers' heads, whole"
 
 
@@ -71,11 +66,7 @@ def run(job: Job) -> tuple[dict, list]:
         "curves": {pool: [(m, accuracy[pool, m]) for m in sizes] for pool in pools},
         "whole": {key: accuracy[key, None] for key in ("unchanged", WHOLE)},
     }
-    print("\n" + table(*pool_rows(results["curves"])) + "\n")
-    for key, share in whole_rows(results):
-        print(f"{key + ':':<28}{share}")
-    print(PAPER)
-    return results, page(results)
+    return results, page(results, print_results(results))
 
 
 def along_texts(
@@ -145,27 +136,25 @@ def read_along(
     return coordinates, read
 
 
-def pool_rows(curves: dict[str, list[tuple[int, float]]]) -> tuple[list[str], list[list[str]]]:
-    """A table of pools of texts by number of texts."""
+def print_results(results: dict) -> Shown:
+    """A table of pools of texts by number of texts, and what these compare with: for the page, too."""
+    curves = results["curves"]
+    header = ["texts per head", *curves]
     columns = zip(*curves.values(), strict=True)
     rows = [[str(points[0][0]), *in_tenths(accuracy for _, accuracy in points)] for points in columns]
-    return ["texts per head", *curves], rows
+    shown, count = print_table(header, rows), results["images"]
+    whole = [f"{key + ':':<28}{percent(accuracy, count)}" for key, accuracy in results["whole"].items()]
+    return shown, say(*whole, "The paper, ViT-L-14 on ImageNet: 72.8 with 60 texts per head, 75.3 unchanged.")
 
 
-def whole_rows(results: dict) -> list[list[str]]:
-    """What the pools compare with."""
-    return [[key, percent(accuracy, results["images"])] for key, accuracy in results["whole"].items()]
-
-
-def page(results: dict) -> list[str]:
+def page(results: dict, shown: Shown) -> list[str]:
     """The same for report.html, drawn."""
     curves = results["curves"].items()
     series = {pool: [(m, 100 * accuracy) for m, accuracy in points] for pool, points in curves}
     lines = {key: 100 * value for key, value in results["whole"].items()}
     title = "Accuracy when heads are replaced by their texts"
     drawn = report.curves(series, "texts per head", "accuracy, %", title, lines=lines)
-    numbers = [
-        report.table(*pool_rows(results["curves"])),
-        report.table(["", "accuracy, %"], whole_rows(results)),
-    ]
-    return [LEAD, report.section("How much of the heads do their texts hold?", drawn, *numbers, note=PAPER)]
+    lead = "Accuracy when each head keeps only what lies along its first texts: the sooner a curve reaches "
+    lead += "the line of the whole heads, the more its texts hold."
+    title = "How much of the heads do their texts hold?"
+    return [lead, report.section(title, drawn, shown[0], note=shown[1])]

@@ -7,8 +7,6 @@ follows the cue, before and after. Where folders or metadata give labels, also t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,19 +19,8 @@ from zeroshot import classifier, templates
 from .accumulators import Sums
 from .job import Images, Job, check_class_names, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
-from .tables import in_tenths, logits, mean_and_std, percent, print_settings, say, table
+from .tables import Shown, in_tenths, logits, mean_and_std, percent, print_settings, print_table, say
 from .waterbirds import page_of_heads
-
-LEAD = (
-    "What changes when a zero-shot classifier can no longer use the cue: how many predictions, and how far"
-    " class scores still follow it; accuracies only where labels are known."
-)
-NOTE = (
-    "Follows the cue: share of the variance of class scores between images that different texts of the cue "
-    "fit best, corrected\n"
-    "for their number. It falls where the classifier stops using the cue, but not to 0 where the cue truly "
-    "goes with a class."
-)
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -65,11 +52,11 @@ def run(job: Job) -> tuple[dict, list]:
         means=cue.reference.description,
         **cue.settings(),
     )
-    cells = table_rows(rows, control, len(test), len(cue.heads))
-    print("\n" + table(*cells))
-    notes = say(NOTE, *([f"Random: {plan.sets}, mean-ablated."] if control else []))
+    shown = print_rows(rows, control, len(test), len(cue.heads), plan.sets)
     results = {"settings": where, "rows": rows, "random": control, **cue.results()}
-    return results, page(results, cells, notes)
+    lead = "What changes when the classifier cannot use the cue: predictions, how far class scores follow "
+    lead += "the cue and, where labels are known, accuracies."
+    return results, [lead, page(rows, control, shown), page_of_heads(results)]
 
 
 def class_problem(asked: list[str] | None, test: Images) -> tuple[list[str], Tensor | None]:
@@ -146,10 +133,8 @@ class Outcomes(Sums):
         return found
 
 
-def table_rows(
-    rows: dict[str, dict], control: list[dict], count: int, heads: int
-) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table, with the random control."""
+def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: int, sets: str) -> Shown:
+    """The table with the random control under it, and notes: for the page, too."""
     accuracies = [key for key in ("average", "worst class", "worst group") if key in rows["base"]]
     keys = ("changed", "cue", *accuracies)
     header = ["%", "predictions changed", "follows the cue", *accuracies]
@@ -162,18 +147,20 @@ def table_rows(
     if control:
         draws = [[row[key] for row in control] for key in keys]
         lines.append([f"{heads} random heads, mean ± std", *map(mean_and_std, draws)])
-    return header, lines
+    shown = print_table(header, lines)
+    share = "share of the variance of class scores between images that different texts of the cue fit best"
+    falls = "It falls where the classifier stops using the cue, but not to 0 where the cue truly goes with a"
+    notes = [f"Follows the cue: {share}, corrected\nfor their number. {falls} class."]
+    return shown, say(*notes, *([f"Random: {sets}, mean-ablated."] if control else []))
 
 
-def page(results: dict, cells: tuple[list[str], list[list[str]]], notes: Sequence[str]) -> list[str]:
-    """The same for report.html, with a histogram of the random control, and the heads."""
-    rows, control, (header, lines) = results["rows"], results["random"], cells
-    parts = [report.table(header, [[label.strip(), *line] for label, *line in lines])]
+def page(rows: dict[str, dict], control: list[dict], shown: Shown) -> report.Html:
+    """The same for report.html, with a histogram of the random control."""
+    (numbers, notes), parts = shown, []
     if control:
         marked = [label for label in ("base", "heads mean-ablated") if label in rows]
         marks = {label: 100 * rows[label]["cue"] for label in marked}
         values = [100 * row["cue"] for row in control]
         title = "How far class scores follow the cue, without random heads"
         parts.append(report.histogram(values, marks, title, "%"))
-    changed = report.section("What taking the cue out did", *parts, note=notes)
-    return [LEAD, changed, page_of_heads(results)]
+    return report.section("What taking the cue out did", numbers, *parts, note=notes)

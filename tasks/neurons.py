@@ -38,16 +38,12 @@ from .passes import one_pass
 from .reference import check_varies
 from .removal import random_heads
 from .second_order import DIRECTION, MainAxes
-from .tables import mean_and_std, percent, print_settings, say, table, zero_shot_settings
+from .tables import Shown, mean_and_std, percent, print_settings, print_table, say, zero_shot_settings
 
 KEPT = 6  # images of each neuron, for the page
 SHOWN = 3  # texts and images of each neuron on screen
 DRAWS = 20  # of random neurons
 ENDS = ("towards", "away from", "direction")  # where a neuron has texts
-LEAD = (
-    "The neurons of one MLP whose effect on the embedding varies most: texts near what each adds, and the "
-    "images that fire it most, in order."
-)
 TOWARDS = (
     "Towards, away from: texts by their cosine with what it adds when it fires more. Activations are divided "
     "by the LayerNorms'\nstandard deviations, as they reach the embedding."
@@ -103,11 +99,11 @@ def run(job: Job) -> tuple[dict, list]:
     }
     if axes and fired is not None:
         results["truth"] = name_agreement(axes.categories(), fired, test.facts)
-    notes = print_results(results)
+    shown = print_results(results)
     pictures = {}
     for row in found:
         pictures[row["neuron"]] = [report.thumbnail(data.picture(i)) for i, _, _ in row["images"]]
-    return results, page(results, pictures, notes)
+    return results, page(results, pictures, shown)
 
 
 def choose_layer(asked: int | None, depth: int, order: int = 1) -> int:
@@ -281,28 +277,26 @@ def likeness(direction: Tensor, texts: Tensor) -> Tensor:
     return F.cosine_similarity(texts - texts.mean(dim=0), direction[None], dim=1)
 
 
-def print_results(results: dict) -> Sequence[str]:
-    """A paragraph for each neuron, accuracies; returns the notes below them."""
+def print_results(results: dict) -> Shown:
+    """A paragraph for each neuron, accuracies, notes; the last two are returned for the page."""
     for row in results["neurons"]:
         print(f"\nneuron {row['neuron']:<7} {in_words(row, results['accuracy']['base'])}")
         for sign in [end for end in ENDS if end in row]:
             print(f"  {sign:<10} " + "; ".join(f"{text} {fit:+.2f}" for text, fit in row[sign]))
         shown = "; ".join(f"{i}: {caption}" for i, caption, _ in row["images"][:SHOWN])
         print(f"  {'fired by':<10} {shown}")
-    print("\n" + table(["mean-ablated", "accuracy, %"], accuracies(results)))
+    accuracy = print_table(["mean-ablated", "accuracy, %"], accuracies(results))
     spread = "variance of what the neuron itself adds, over the embedding's; neurons can cancel"
     first = results["neurons"][0]
-    lines = [
-        f"Spread: {spread}: shares need not sum to 100 %.",
-        f"{DIRECTION if 'direction' in first else TOWARDS} [..]: 95 % interval (Wilson).",
-    ]
+    notes = [f"Spread: {spread}: shares need not sum to 100 %."]
+    notes.append(f"{DIRECTION if 'direction' in first else TOWARDS} [..]: 95 % interval (Wilson).")
     if "factors" in first:
         its = "effect along its direction" if "direction" in first else "activation"
         most = f"explains most of the variance of its {its} on the test images"
-        lines.append(f"Factor: the demo's that {most}, where all are independent.")
+        notes.append(f"Factor: the demo's that {most}, where all are independent.")
     if "truth" in results:
-        lines.append(name_agreement_in_words(results["truth"]))
-    return say(*lines)
+        notes.append(name_agreement_in_words(results["truth"]))
+    return accuracy, say(*notes)
 
 
 def in_words(row: dict, base: float) -> str:
@@ -333,21 +327,19 @@ def accuracies(results: dict) -> list[list[str]]:
     return rows
 
 
-def page(results: dict, images: dict[str, list[Image.Image]], notes: Sequence[str]) -> list[str]:
+def page(results: dict, images: dict[str, list[Image.Image]], shown: Shown) -> list[str]:
     """The same for report.html, with pictures."""
     parts = []
     for row in results["neurons"]:
-        parts.append(report.tag("h3", f"Neuron {row['neuron']}"))
-        parts.append(in_words(row, results["accuracy"]["base"]))
+        heading = report.tag("h3", f"Neuron {row['neuron']}")
+        parts += [heading, in_words(row, results["accuracy"]["base"])]
         ends = [end for end in ENDS if end in row]
         lines = zip(*(row[end] for end in ends), strict=True)
         cells = [[f"{text} ({x:+.2f})" for text, x in line] for line in lines]
         parts.append(report.table(ends, cells))
         captions = [f"{caption} ({activation:.2f})" for _, caption, activation in row["images"]]
         parts.append(report.pictures(list(zip(images[row["neuron"]], captions, strict=True))))
-    title = (
-        "What single neurons add through later heads" if "direction" in row else "What single neurons write"
-    )
-    written = report.section(title, *parts, note=notes)
-    accuracy = report.table(["mean-ablated", "accuracy, %"], accuracies(results))
-    return [LEAD, written, report.section("Accuracy without them", accuracy)]
+    what = "add through later heads" if "direction" in row else "write"
+    written = report.section(f"What single neurons {what}", *parts, note=shown[1])
+    lead = "The neurons of one MLP whose effect varies most: what each adds, in texts, and what fires it."
+    return [lead, written, report.section("Accuracy without them", shown[0])]

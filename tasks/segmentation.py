@@ -39,10 +39,6 @@ from .tables import in_tenths, print_settings, prompts_of, table
 
 NEURONS = "neurons"  # here alone: it takes a pass over the images before its first map
 BLOB, RANDOM = "centred blob", "random"  # what a method must beat
-LEAD = (
-    "How well the map of each method, which says where the model sees the class of an image, agrees with "
-    "the object's mask; a method should beat the centred blob and the random map."
-)
 NOTE = (
     "A map is resized to its mask; above its mean is foreground. mIoU: background and foreground, summed "
     "over all images.\nmAP: ± standard error over images; random is about 50. The decomposition is clipped "
@@ -307,4 +303,5 @@ def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]
     for title, tiles in pictures.items():
         shown += [report.tag("h3", title), report.pictures(tiles)]
     maps = report.section("Some of the maps", *shown, note=f"Images drawn with the seed. {SCALE_NOTE}")
-    return [LEAD, measured, maps]
+    lead = "How well each method's map of where the model sees a class agrees with the object's mask."
+    return [lead, measured, maps]

@@ -29,20 +29,14 @@ from .tables import images_per_text, print_settings
 MOST, LEAST = 6, 3  # images per head on the page
 SHOWN = 4  # texts per head on screen; all are in results.json
 ROLE_IMAGES = 4000  # that roles are found on; they are kept, in the heads' own space
-LEAD = (
-    "Each cell is an attention head, coloured by its role: the category of texts whose choice explains "
-    "most of what the head writes into the embedding."
-)
 KEY = {
-    "order": "by spread: the variance of what the head writes over the embedding's. Heads can cancel, so "
-    "shares need not sum to 100 %",
+    "spread": "variance of what the head writes over the embedding's; shares can cancel; the largest first",
     "unexplained": "share of the head's variance that its texts leave",
-    "by chance": "the most that any category explains with texts dealt to categories at random; "
-    "a role explains more",
+    "by chance": "the most that any category explains with texts dealt at random; a role explains more",
     "halves": "the best category in either half of the images; a role is the best in both",
     "bars": "share of the head's variance between images that different texts of the category fit best",
     "texts": "in the order that they were found, with the share of variance along what each adds",
-    "images": "of those that roles were found on: where it writes most, and least, along its first text",
+    "images": "of those that roles were found on, by what the head writes along its first text",
 }
 
 
@@ -193,7 +187,8 @@ def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report
         halves = ", ".join(f"{category} {share:.0%}" for category, share in head["halves"])
         facts = {"by chance": f"{head['chance']:.0%}", "halves": halves}
         heads.append(report.Head(layer, number, head["role"] or "", largest, shown, *texts, facts))
-    sections = [LEAD, report.section("What each head writes", report.head_grid(heads, KEY))]
+    lead = "Each cell is an attention head, coloured by its role: the kind of text that explains most of it."
+    sections = [lead, report.section("What each head writes", report.head_grid(heads, KEY))]
     if "agreement" in results:
         sections.append(truth.page_of_agreement(results["agreement"], results["shuffled"]))
     return sections

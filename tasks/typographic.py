@@ -9,7 +9,6 @@ cue, from texts that say that a word is written, and without labels.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -34,18 +33,15 @@ from .job import Job
 from .passes import one_pass
 from .reading import COVERED, contact_sheet, cover, map_of_heads, measure_rules, name_heads, picks
 from .removal import Cue, Further, Plan, cue_of, in_blocks, random_heads, scorer, without_heads_forward
-from .tables import in_tenths, logits, mean_and_std, percent, print_settings, say, spread, table
+from .tables import Shown, in_tenths, logits, mean_and_std, percent, print_settings, print_table, say, spread
 from .waterbirds import page_of_heads
 
+LEAD = (
+    "How often a picture is still called by what it shows when another class's name is written on it, with "
+    "and without what reads, and what each way costs on pictures without a word."
+)
 TITLES = {"clean": "no word", "attacked": "attacked", "own": "own word", "blank": "blank sign"}
 TITLES |= {"synthetic": "synthetic", "read": "called by the word"}
-LEAD = (
-    "How often a picture is still called by what it shows when another class's name is written on it, with"
-    " and without what reads, and what each way costs on pictures without a word."
-)
-ATTACKED = "Attacked: another class's name is written on the picture. [..]: 95 % interval (Wilson)."
-TRUE = "True: the word that is written explains over 30 % of what they write on the reference images."
-WHERE = "Pictures, where the reading heads look (red), and where the others look (blue), with both answers"
 SHOWN = 16  # pictures of the contact sheet
 SOME = 64  # reference pictures whose maps say how hot a patch with a word is
 
@@ -96,16 +92,14 @@ def run(job: Job) -> tuple[dict, list]:
         **cue.settings(),
         shared=f"directions of cue and classes have principal cosines {principal_cosines(cue, classes)}",
     )
-    cells = table_rows(results, len(test), len(cue.heads))
-    print("\n" + table(*cells))
-    said = say(*notes_on(results), *notes)
-    shown = report.pictures([(drawn_sheet, WHERE)], size=drawn_sheet.width)
-    sections = [LEAD, page_of_rows(results, len(cue.heads), cells, said)]
-    sections += [report.section("Where pictures are read and seen", shown), page_of_heads(results)]
+    shown = print_rows(results, len(test), len(cue.heads), notes)
+    caption = "Where the reading heads look (red), where the others look (blue), and both answers"
+    sheet = report.pictures([(drawn_sheet, caption)], size=drawn_sheet.width)
+    seen = report.section("Where each picture is read, and where it is seen", sheet)
+    sections = [LEAD, page_of_rows(results, len(cue.heads), shown), seen, page_of_heads(results)]
     if reference.boxes is not None and not notes:
-        results["rules"] = compare_rules(job, cue, reference)
-        rules = report.table(*rules_table(results["rules"]))
-        sections.append(report.section("Which heads read", rules, note=TRUE))
+        results["rules"], rules, note = compare_rules(job, cue, reference)
+        sections.append(report.section("Which heads read", rules, note=note))
     print(f"\nWhere each picture is read and where it is seen: {path}")
     return {"settings": where, **results}, sections
 
@@ -215,8 +209,8 @@ def control(drawn: list[dict], draws: list[list[Head]], chosen: list[Head], sets
     return {"draws": len(drawn), "sets": sets, "attacked": attacked, "rows": drawn, "shared": shared}
 
 
-def table_rows(results: dict, images: int, heads: int) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table, with the random control under it."""
+def print_rows(results: dict, images: int, heads: int, notes: list[str]) -> Shown:
+    """The table, with the random control under it, and notes: for the page, too."""
     rows, drawn = results["rows"], results["random"]
     names = list(rows["base"])
     header, lines = ["accuracy, %", *(TITLES[name] for name in names)], []
@@ -233,14 +227,11 @@ def table_rows(results: dict, images: int, heads: int) -> tuple[list[str], list[
     if results["others"]:
         shares = [[row[name] for row in results["others"]] for name in names]
         lines.append([f"{heads} heads that were not chosen", *map(mean_and_std, shares)])
-    return header, lines
-
-
-def notes_on(results: dict) -> list[str]:
-    """What stands below the table: what attacked means, the random control, and both answers."""
-    drawn, ours = results["random"], results["rows"]["heads mean-ablated"]["attacked"]
-    control = [control_in_words(drawn, ours, len(results["others"]))] if drawn else []
-    return [ATTACKED, *control, answers_in_words(results["answers"])]
+    said = ["Attacked: another class's name is written on the picture. [..]: 95 % interval (Wilson)."]
+    if drawn:
+        ours = rows["heads mean-ablated"]["attacked"]
+        said.append(control_in_words(drawn, ours, len(results["others"])))
+    return print_table(header, lines), say(*said, answers_in_words(results["answers"]), *notes)
 
 
 def control_in_words(drawn: dict, ours: float, others: int) -> str:
@@ -264,17 +255,15 @@ def answers_in_words(answers: dict[str, float]) -> str:
     return f"{words}from the reading heads alone, what is written ({written} %). Both are right for {both} %."
 
 
-def page_of_rows(
-    results: dict, heads: int, cells: tuple[list[str], list[list[str]]], notes: Sequence[str]
-) -> report.Html:
-    rows, drawn, (header, lines) = results["rows"], results["random"], cells
-    parts = [report.table(header, [[label.strip(), *line] for label, *line in lines])]
+def page_of_rows(results: dict, heads: int, shown: Shown) -> report.Html:
+    rows, drawn, parts = results["rows"], results["random"], [shown[0]]
     if drawn:
         marks = {label: 100 * rows[label]["attacked"] for label in ("base", "heads mean-ablated")}
         values = [100 * row["attacked"] for row in drawn["rows"]]
-        title = f"Attacked, without {heads} random heads"
-        parts.append(report.histogram(values, marks, title, "accuracy, %"))
-    return report.section("Seen although something else is written", *parts, note=notes)
+        parts.append(
+            report.histogram(values, marks, f"Attacked, without {heads} random heads", "accuracy, %")
+        )
+    return report.section("Seen although something else is written", *parts, note=shown[1])
 
 
 @torch.no_grad()
@@ -297,18 +286,19 @@ def draw_sheet(job: Job, cue: Cue, test: WrittenImages, classes: Tensor, says: T
     return contact_sheet(list(zip(shown, read, saw, *answers, strict=True)))
 
 
-def compare_rules(job: Job, cue: Cue, reference: WrittenImages) -> dict:
-    """Print which heads other rules take, and how many of them read in truth."""
+def compare_rules(job: Job, cue: Cue, reference: WrittenImages) -> tuple[dict, report.Html, str]:
+    """Print which heads other rules take, and how many of them read in truth; table and note for the page."""
     measures = measure_rules(job, reference)
     found = {"cue (texts alone)": cue.heads, **picks(measures, len(cue.heads))}
     true, results = set(found["true word"]), {}
     for rule, heads in found.items():
         right = len(true & {*heads})
         results[rule] = {"heads": [list(head) for head in heads], "right": right, "true": len(true)}
-    print("\n" + table(*rules_table(results)))
-    print("\n" + TRUE)
+    shown = print_table(*rules_table(results))
+    meaning = "True: the word that is written explains over 30 % of what they write on the reference images."
+    (note,) = say(meaning)
     results["measures"] = {name: values.tolist() for name, values in measures.items()}
-    return results
+    return results, shown, note
 
 
 def rules_table(results: dict) -> tuple[list[str], list[list[str]]]:

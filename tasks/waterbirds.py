@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from statistics import NormalDist
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 import report
@@ -22,21 +21,21 @@ from .reference import authors_terms, summarise
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
 from .tables import (
     SCORED,
+    Shown,
     in_percent,
     in_tenths,
     percent,
     print_settings,
+    print_table,
     say,
     spread,
-    table,
     wilson,
     zero_shot_settings,
 )
 
 LEAD = (
-    "Birds are told apart by the model as it is, and without what it writes about the background: a bird "
-    "that is not where its kind lives (land/water, water/land) should then be right as often as the "
-    "others."
+    "Right answers of the model as it is, and without what it writes about the background: birds that are "
+    "not where their kind lives (land/water, water/land) should then be right as often as the others."
 )
 GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 
@@ -67,9 +66,12 @@ def run(job: Job) -> tuple[dict, list]:
     note = f"the authors' way, {SCORED}"
     common = zero_shot_settings(job, test, cue.reference.description, test.classes, note)
     where = print_settings(job, **common, **cue.settings())
-    notes = print_rows(rows, control, counts, len(cue.heads))
+    shown = print_rows(rows, control, counts, len(cue.heads))
     results = {"settings": where, "rows": rows, "random": control, **cue.results()}
-    return results, page(results, counts, examples(test), notes)
+    first = [int((groups.group == i).nonzero()[0]) for i in range(4)]
+    one = [(test.picture(i), f"{group}: {test.caption(i)}") for group, i in zip(GROUPS, first, strict=True)]
+    seen = report.section("One image of each group", report.pictures(one, size=200))
+    return results, [LEAD, *page(results, counts, shown), seen]
 
 
 def count_groups(test: DemoBirds | Waterbirds, limit: int | None) -> dict[str, int]:
@@ -133,20 +135,8 @@ def random_control(ours: dict, drawn: list[dict]) -> dict:
     return control | {key: spread(row[key] for row in drawn) for key in ("worst", "average")}
 
 
-def random_rows(control: dict | None, chosen: int) -> list[list[str]]:
-    """Rows of the random control: a label, then the worst group and the average."""
-    if control is None:
-        return []
-    both = [control["worst"], control["average"]]
-    means = [f"{100 * drawn['mean']:.1f} ± {100 * drawn['std']:.1f}" for drawn in both]
-    most, label = in_tenths(drawn["max"] for drawn in both), f"{chosen} random heads"
-    return [[f"{label}, mean ± std", *means], [f"{label}, best", *most]]
-
-
-def print_rows(
-    rows: dict[str, dict], control: dict | None, counts: dict[str, int], chosen: int
-) -> Sequence[str]:
-    """The table, groups as bird/place, and the random control under it; returns the notes below."""
+def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, int], chosen: int) -> Shown:
+    """The table, groups as bird/place, the random control under it, and notes."""
     kinds, total = "kinds" in rows["base"], sum(counts.values())
     header = ["accuracy, %", *GROUPS, "worst group", "average", "kinds of birds"]
     lines = [["n", *(f"{count:,}" for count in counts.values()), "", f"{total:,}", f"{total:,}"]]
@@ -156,57 +146,39 @@ def print_rows(
         lines.append([label, *in_tenths(row["groups"].values()), *summary, *in_tenths([row.get("kinds", 0)])])
     words = "none: no other set of as many heads from the same layers is left"
     if control is not None:
-        lines += [[label, *[""] * 4, *cells, ""] for label, *cells in random_rows(control, chosen)]
+        both = [control["worst"], control["average"]]
+        means = [f"{100 * drawn['mean']:.1f} ± {100 * drawn['std']:.1f}" for drawn in both]
+        most = in_tenths(drawn["max"] for drawn in both)
+        lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *means, ""])
+        lines.append([f"{chosen} random heads, best", *[""] * 4, *most, ""])
         below = round(control["below the chosen heads"] * control["draws"])
         words = f"{control['sets']}, mean-ablated; the chosen heads' worst group is above {below} of them."
     columns = 8 if kinds else 7
-    print("\n" + table(header[:columns], [line[:columns] for line in lines]))
     groups = "Groups are bird/place. [..]: 95 % interval (Wilson; worst group: of the smallest accuracy)."
-    return say(groups, f"Random: {words}")
+    shown = print_table(header[:columns], [line[:columns] for line in lines])
+    return shown, say(groups, f"Random: {words}")
 
 
-def examples(test: DemoBirds | Waterbirds) -> list[tuple[Image.Image, str]]:
-    """The first test image of each group, with its caption."""
-    group = 2 * test.y + test.place
-    first = {name: int((group == i).nonzero()[0]) for i, name in enumerate(GROUPS)}
-    return [(test.picture(i), f"{name}: {test.caption(i)}") for name, i in first.items()]
-
-
-def page(results: dict, counts: dict[str, int], shown: list, notes: Sequence[str]) -> list[str]:
-    """The same for report.html, drawn; shown: pictures of the groups."""
-    rows, control = results["rows"], results["random"]
-    seen = report.section("One image of each group", report.pictures(shown, size=200))
-    numbers = page_of_accuracies(rows, counts, random_rows(control, len(results["heads"])), notes)
-    sections = [LEAD, numbers, *([page_of_control(rows, control)] if control is not None else [])]
-    return [*sections, page_of_heads(results), seen]
+def page(results: dict, counts: dict[str, int], shown: Shown) -> list[report.Html]:
+    """The same for report.html, drawn."""
+    rows, groups, (numbers, notes) = results["rows"], {}, shown
+    for group, count in counts.items():
+        shares = [(label, row["groups"][group]) for label, row in rows.items()]
+        groups[group] = [(label.strip(), *in_percent(share, count)) for label, share in shares]
+    drawn = report.intervals(groups, "Each group, with 95 % intervals (Wilson)", "accuracy, %")
+    sections = [report.section("Accuracy with and without the cue", numbers, drawn, note=notes)]
+    if results["random"] is not None:
+        sections.append(page_of_control(rows, results["random"]))
+    return [*sections, page_of_heads(results)]
 
 
 def page_of_heads(results: dict) -> report.Html:
-    """The heads by what the cue explains of them, from the results of any task that takes a cue out."""
+    """The heads by what the cue explains of them, from the results of a task that takes a cue out."""
     shares = {(i, j): share for i, row in enumerate(results["explained"]) for j, share in enumerate(row)}
     roles = {head: "chosen" if [*head] in results["heads"] else "not chosen" for head in shares}
     heads = [report.Head(*head, roles[head], share) for head, share in shares.items()]
     words = "Share of each head's variance between images that different texts of the cue fit best."
     return report.section("Which heads look at the cue", words, report.head_grid(heads))
-
-
-def page_of_accuracies(
-    rows: dict[str, dict], counts: dict[str, int], drawn: list, notes: Sequence[str]
-) -> report.Html:
-    kinds = "kinds" in rows["base"]
-    header = ["accuracy, %", *counts, "worst group", "average", *(["kinds of birds"] if kinds else [])]
-    cells = []
-    for label, row in rows.items():
-        shares = [*row["groups"].values(), row["worst"], row["average"], *([row["kinds"]] if kinds else [])]
-        cells.append([label.strip(), *in_tenths(shares)])
-    groups = {group: [] for group in counts}
-    for group, count in counts.items():
-        for label, row in rows.items():
-            groups[group].append((label.strip(), *in_percent(row["groups"][group], count)))
-    cells += [[label, *[""] * len(counts), *shares, *[""] * kinds] for label, *shares in drawn]
-    numbers = report.table(header, cells, "Groups are bird/place")
-    chart = report.intervals(groups, "Each group, with 95 % intervals (Wilson)", "accuracy, %")
-    return report.section("Accuracy with and without the cue", numbers, chart, note=notes)
 
 
 def page_of_control(rows: dict[str, dict], control: dict) -> report.Html:

@@ -852,7 +852,7 @@ def short(**more):
 
 
 def test_another_layer_and_more_neurons_than_it_has(capsys, monkeypatch):
-    monkeypatch.setattr(task, "page", lambda results, images, note: [])  # 1,536 pictures
+    monkeypatch.setattr(task, "page", lambda *_: [])  # 1,536 pictures
     results, _ = task.run(options(limit=24, layer=-3, neurons=300))
     assert (results["layer"], len(results["neurons"]), results["random"]) == (1, 256, [])
     assert all(row["neuron"].startswith("1.") for row in results["neurons"])
