@@ -72,7 +72,7 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], caption: s
     for row in rows:
         first, *others = zip(row, looks, strict=True)
         cells = [tag("td", *in_two(cell), class_=look) for cell, look in others]
-        lines.append(tag("tr", tag("th", first[0], scope="row"), *cells))
+        lines.append(tag("tr", tag("th", tag("span", first[0]), scope="row"), *cells))
     names = (tag("th", cell, scope="col", class_=look) for cell, look in zip(header, looks, strict=True))
     top = tag("thead", tag("tr", *names))
     body = tag("tbody", *(lines or [tag("tr", tag("td", "nothing to show", colspan=len(header)))]))

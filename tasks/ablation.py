@@ -6,8 +6,6 @@ the test images scores every ablation, so nothing is kept of an image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -81,7 +79,7 @@ def whole_groups(accuracy: dict[str, float]) -> list[str]:
     return [label for label in accuracy if not label.startswith(("attention of layer", "head "))]
 
 
-def print_tables(accuracy: dict[str, float], count: int, depth: int, heads: int) -> Sequence[str]:
+def print_tables(accuracy: dict[str, float], count: int, depth: int, heads: int) -> tuple[str, ...]:
     """All accuracies; returns the notes below them."""
     rows = [[label, percent(accuracy[label], count)] for label in whole_groups(accuracy)]
     print("\n" + table(["mean-ablated", "accuracy, %"], rows))
@@ -95,7 +93,7 @@ def print_tables(accuracy: dict[str, float], count: int, depth: int, heads: int)
     return say(f"[..]: 95 % interval (Wilson). The paper, ImageNet, all MLPs ablated: {PAPER}.")
 
 
-def page(accuracy: dict[str, float], count: int, depth: int, heads: int, notes: Sequence[str]) -> list[str]:
+def page(accuracy: dict[str, float], count: int, depth: int, heads: int, notes: tuple) -> list[str]:
     """The same for report.html, drawn."""
     groups = {"": [(label, *in_percent(accuracy[label], count)) for label in whole_groups(accuracy)]}
     by_group = report.intervals(groups, "Accuracy when mean-ablated, 95 % intervals (Wilson)", "accuracy, %")

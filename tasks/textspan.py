@@ -30,7 +30,7 @@ MOST, LEAST = 6, 3  # images per head on the page
 SHOWN = 4  # texts per head on screen; all are in results.json
 ROLE_IMAGES = 4000  # that roles are found on; they are kept, in the heads' own space
 KEY = {
-    "spread": "variance of what the head writes over the embedding's; shares can cancel; the largest first",
+    "spread": "variance of what the head writes over the embedding's; the largest first; heads can cancel",
     "unexplained": "share of the head's variance that its texts leave",
     "by chance": "the most that any category explains with texts dealt at random; a role explains more",
     "halves": "the best category in either half of the images; a role is the best in both",
@@ -65,7 +65,7 @@ def run(job: Job) -> tuple[dict, list]:
             if span.indices:
                 along = values[:, layer - first, head] @ (maps.cpu().double() @ span.directions[0]).float()
                 order = along.argsort(descending=True).tolist()
-                few = [data.picture(kept.rows[i]) for i in order[:MOST] + order[MOST:][: -LEAST - 1 : -1]]
+                few = (data.picture(kept.rows[i]) for i in order[:MOST] + order[MOST:][: -LEAST - 1 : -1])
                 images[head_name((layer, head))] = [report.thumbnail(image, 96) for image in few]
     used, largest = max(zip(roles.used, roles.categories, strict=True))
     votes = images_per_text(len(kept.rows), used, bank.categories.count(largest))
