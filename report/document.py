@@ -89,7 +89,7 @@ def in_two(cell: object) -> tuple[object, ...]:
 def look_of(column: Sequence[object]) -> str:
     """Does a column hold words, which are read from the left and may be broken into lines, or numbers?"""
     cells = [str(cell) for cell in column]
-    numbers = any(re.search(r"\d", cell) for cell in cells) and max(map(len, cells)) <= SENTENCE
+    numbers = any(re.match(r"[-+±]?[\d.]", cell) for cell in cells) and max(map(len, cells)) <= SENTENCE
     return "numbers" if numbers else "words"
 
 

@@ -633,7 +633,10 @@ def test_cells_are_written_as_numbers_or_a_dash():
 
 
 def test_columns_of_words_are_told_from_columns_of_numbers():
-    rows = [["a", "1.5", "dot", "a sentence that goes on for 30 letters", ""], ["b", "-", "cosine", "c", 2]]
+    rows = [
+        ["a", "1.5", "dot (2)", "3 sentences that go on for 30 letters", ""],
+        ["b", "-", "cosine", "c", 2],
+    ]
     read = Reader(table(["", "x", "score", "why", "n"], rows))
     looks = [have.get("class") for have, _ in read.all("td")]
     assert looks == 2 * ["numbers", "words", "words", "numbers"]
@@ -749,3 +752,13 @@ def test_every_kind_of_picture_is_shown(mode):
 def test_no_pictures_are_said_to_be_none():
     assert "nothing to show" in pictures([])
     assert "nothing to show" not in pictures([(image(), "a")])
+
+
+def test_an_interval_in_a_cell_is_small_print_behind_its_value():
+    cells = ["54.8 [51.8, 58.6]", "66.3 ± 14.8", "a ± b", "-0.5", "2 of 3 [x]"]
+    shown = table(["", *"abcde"], [["", *cells]])
+    assert re.findall("<td[^>]*>(.*?)</td>", shown) == [
+        "54.8<small> [51.8, 58.6]</small>",
+        "66.3<small> ± 14.8</small>",
+        *cells[2:],
+    ]
