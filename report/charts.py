@@ -44,11 +44,9 @@ def curves(series: Series, x_label: str, y_label: str, title: str, lines: Lines 
         line = tag("path", d="M0 6H40", stroke_dasharray=dashes(i), class_="line")
         legend.append(sample(name, line, marker(i, 20, 6), style=tone(i)))
         rows += [[name, *point] for point in points if known(*point)]
-    legend += [
-        sample(f"{name} {y.tell(value, 1)}", flag(i, "M0 6H40"))
-        for i, (name, value) in enumerate(lines.items())
-    ]
-    rows += [[name, "", value] for name, value in lines.items()]
+    for i, (name, value) in enumerate(lines.items()):
+        legend.append(sample(f"{name} {y.tell(value, 1)}", flag(i, "M0 6H40")))
+        rows.append([name, "", value])
     told = f"{y_label} against {x_label}: {', '.join(series)}. {len(dots)} points, "
     told += f"{y_label} from {y.low:.4g} to {y.high:.4g}."
     return chart(title, told, draw, table(["", x_label, y_label], rows), legend)

@@ -29,9 +29,7 @@ LETTER = 7.2  # of a wide letter; a unit is about a pixel
 class Axis:
     """Round ticks that cover the values, and where on paper a value lies, from `start` to `end`.
 
-    Args:
-        about: number of ticks; there are at most about twice as many.
-        whole: no ticks between whole numbers.
+    about: half to twice as many ticks; whole: none between whole numbers.
     """
 
     def __init__(
@@ -112,10 +110,7 @@ def chart(
 ) -> Html:
     """The drawing under its title, and its numbers to be opened.
 
-    Args:
-        told: what is drawn, for those who do not see it.
-        draw: from one of WIDTHS to (height, what is drawn); None where there is nothing to draw.
-        data: the numbers, as a table.
+    told: for those who do not see it; draw: from one of WIDTHS to (height, what is drawn), or None.
     """
     head = tag("figcaption", title)
     if draw is None:

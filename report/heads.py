@@ -71,10 +71,7 @@ def head_grid(heads: Sequence[Head], words: Mapping[str, str] | None = None) -> 
 def by_value(values: Mapping[tuple[int, int], float], told: str, middle: float, name: str) -> Html:
     """A cell for each head with its value, coloured by how far it is below (orange) or above (blue) `middle`.
 
-    Args:
-        values: {(layer, head): value}, shown with one decimal.
-        told: what the values are.
-        name: of the middle, for the legend.
+    values: {(layer, head): value}; told: what they are; name: of the middle, for the legend.
     """
     most = max((abs(value - middle) for value in values.values()), default=0) or 1
 

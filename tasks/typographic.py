@@ -98,8 +98,8 @@ def run(job: Job) -> tuple[dict, list]:
     seen = report.section("Where each picture is read, and where it is seen", sheet)
     sections = [LEAD, page_of_rows(results, len(cue.heads), shown), seen, page_of_heads(results)]
     if reference.boxes is not None and not notes:
-        results["rules"], rules, note = compare_rules(job, cue, reference)
-        sections.append(report.section("Which heads read", rules, note=note))
+        results["rules"], rules = compare_rules(job, cue, reference)
+        sections.append(rules)
     print(f"\nWhere each picture is read and where it is seen: {path}")
     return {"settings": where, **results}, sections
 
@@ -286,26 +286,16 @@ def draw_sheet(job: Job, cue: Cue, test: WrittenImages, classes: Tensor, says: T
     return contact_sheet(list(zip(shown, read, saw, *answers, strict=True)))
 
 
-def compare_rules(job: Job, cue: Cue, reference: WrittenImages) -> tuple[dict, report.Html, str]:
-    """Print which heads other rules take, and how many of them read in truth; table and note for the page."""
+def compare_rules(job: Job, cue: Cue, reference: WrittenImages) -> tuple[dict, report.Html]:
+    """Print which heads other rules take, and how many of them read in truth: for the page, too."""
     measures = measure_rules(job, reference)
     found = {"cue (texts alone)": cue.heads, **picks(measures, len(cue.heads))}
-    true, results = set(found["true word"]), {}
+    true, results, rows = set(found["true word"]), {}, []
     for rule, heads in found.items():
         right = len(true & {*heads})
         results[rule] = {"heads": [list(head) for head in heads], "right": right, "true": len(true)}
-    shown = print_table(*rules_table(results))
+        rows.append([rule, name_heads(heads), f"{right} of {len(heads)}", f"{right} of {len(true)}"])
+    shown = print_table(["rule", "heads", "right", "of the true ones"], rows)
     meaning = "True: the word that is written explains over 30 % of what they write on the reference images."
-    (note,) = say(meaning)
     results["measures"] = {name: values.tolist() for name, values in measures.items()}
-    return results, shown, note
-
-
-def rules_table(results: dict) -> tuple[list[str], list[list[str]]]:
-    header, rows = ["rule", "heads", "right", "of the true ones"], []
-    for rule, found in results.items():
-        if rule != "measures":
-            heads = [tuple(head) for head in found["heads"]]
-            share = f"{found['right']} of {found['true']}"
-            rows.append([rule, name_heads(heads), f"{found['right']} of {len(heads)}", share])
-    return header, rows
+    return results, report.section("Which heads read", shown, note=say(meaning))
