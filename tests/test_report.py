@@ -463,6 +463,7 @@ def test_where_there_is_room_an_interval_takes_one_line():
 def test_lines_to_compare_with_are_named_in_the_legend_where_nothing_crosses_them():
     values = {"a": 50, "b": 50.1, "c": 49.9, "d": 99}
     chart = curves({"s": [(0, 0), (1, 100)]}, "x", "y", "t", lines=values)
+    assert [text for _, text in Reader(chart).all("tr")][3:] == [f"{a}{b:.4g}" for a, b in values.items()]
     named = [text for _, text in Reader(chart).all("li")]
     assert named == ["s", *(f"{name} {value:.1f}" for name, value in values.items())]
     for svg in drawings(chart):
@@ -689,6 +690,12 @@ def test_images_where_a_head_writes_least_stand_below_those_where_it_writes_most
     alts = [have["alt"] for have, _ in read.all("img")]
     assert alts == [f"head 0.3 writes {end}" for end in ("most: image 1", "most: image 2", "least: image 1")]
     assert [text for _, text in read.all("p", class_="over")] == ["writes most", "writes least"]
+
+
+def test_all_that_is_known_of_a_head_stands_on_its_card():
+    read = Reader(head_grid([Head(0, 3, spread=0.5, remainder=0.25, facts={"by chance": "42%", "x": "<y>"})]))
+    (facts,) = [text for _, text in read.all("p", class_="facts")]
+    assert facts == "spread 50%unexplained 25%by chance 42%x <y>"
 
 
 def test_a_value_twice_as_far_from_the_middle_is_coloured_twice_as_deep():
