@@ -50,7 +50,7 @@ def head_grid(heads: Sequence[Head], words: Mapping[str, str] | None = None) -> 
     looks[""], roles[""] = ("--c:var(--soft)", MISSING), sum(not head.role for head in heads)
     legend = []
     for role, (style, mark) in looks.items():
-        named = [tag("i", mark, class_="mark"), f" {role or 'no role'} ", tag("small", roles[role])]
+        named = [tag("strong", mark, class_="mark"), f" {role or 'no role'} ", tag("small", roles[role])]
         legend += [tag("li", *named, style=style)] * bool(roles[role])
     more = any(head.categories or head.texts or head.images or known(head.spread) for head in heads)
     cells = {place: cell(head, looks, more) for place, head in there.items()}
@@ -105,7 +105,7 @@ def cell(head: Head, looks: dict, has_card: bool) -> Html:
     """The square of one head; a link to its card where it has one."""
     style, mark = looks[head.role]
     role, share = head.role or "no role", percent(head.role_share)
-    top = [tag("b", head.name), " ", tag("i", mark, class_="mark"), " "]
+    top = [tag("b", head.name), " ", tag("strong", mark, class_="mark"), " "]
     words = [*top, tag("span", role), " ", tag("small", share), bar(head.role_share)]
     link = f"#head-{head.layer}-{head.head}" if has_card else None
     title = f"head {head.name}: {role}, {share}"
@@ -124,7 +124,7 @@ def card(head: Head, looks: dict) -> Html:
         kinds.append(tag("li", kind, " ", tag("b", percent(share)), bar(share), style=style_of_kind))
     texts = [tag("li", text, " ", tag("b", percent(share))) for text, share in head.texts]
     parts = [
-        tag("h3", tag("i", mark, class_="mark"), f" Head {head.name} ", tag("small", role)),
+        tag("h3", tag("strong", mark, class_="mark"), f" Head {head.name} ", tag("small", role)),
         tag("p", *facts, class_="facts"),
         folded(kinds, "kinds"),
         folded(texts, "texts"),

@@ -659,7 +659,7 @@ def test_a_cell_for_every_head_in_its_row_and_column():
 def test_roles_are_told_apart_without_colour():
     roles = [f"{a}{b}" for a in ("colour", "count", "place", "plant", "animal") for b in ("s", "ish", "able")]
     grid = Reader(head_grid([Head(0, i, role, 0.5) for i, role in enumerate(roles)]))
-    marks = [text for have, text in grid.all("i", class_="mark")]
+    marks = [text for have, text in grid.all("strong", class_="mark")]
     assert len(set(marks)) == len(roles) == 15  # more than there are colours
     assert "no role" not in head_grid([Head(0, 0, "a", 0.5)])
 
