@@ -27,6 +27,7 @@ import importlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -208,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     code, message, speaks = 130, "interrupted; no results were written", True
     # The message is printed when the exception is gone, and with it the progress bars that it kept open.
     with contextlib.suppress(KeyboardInterrupt):
-        code, message, speaks = run_or_refuse(args)
+        code, message, speaks = run_or_refuse(args, sys.argv[1:] if argv is None else argv)
     if message and args.task and "--resume" not in message:
         state = args.out / args.task / ".state"
         message += f" (--resume goes on from what {state} holds)" if state.exists() else ""
@@ -219,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def run_or_refuse(args: argparse.Namespace) -> tuple[int, str, bool]:
+def run_or_refuse(args: argparse.Namespace, typed: list[str]) -> tuple[int, str, bool]:
     """(exit code, what was wrong, whether this process is the one to say it)."""
     import torch  # takes seconds: --help and typing errors need not wait
 
@@ -237,7 +238,7 @@ def run_or_refuse(args: argparse.Namespace) -> tuple[int, str, bool]:
     first = processes.process_rank() == 0
     try:
         with locked(args.out / args.task) if first else contextlib.nullcontext():
-            run(job, first)
+            run(job, first, shlex.join(["python", "evaluate.py", *typed]))
     except processes.OtherProcessError as error:
         time.sleep(3)  # the other one knows more, and torchrun ends this one when it has spoken
         return 2, str(error), first
@@ -255,7 +256,7 @@ def run_or_refuse(args: argparse.Namespace) -> tuple[int, str, bool]:
     return 0, "", True
 
 
-def run(job: Job, first: bool) -> None:
+def run(job: Job, first: bool, command: str) -> None:
     """The task and its files. What it prints comes last: if nobody can take it, nothing else is lost."""
     from tasks import checkpoint
 
@@ -267,7 +268,7 @@ def run(job: Job, first: bool) -> None:
             results, sections = importlib.import_module(f"tasks.{task}").run(job)
         if first:
             elapsed = time.monotonic() - job.started
-            write(folder, results | {"task": task, "seconds": round(elapsed, 1)}, sections)
+            write(folder, results | {"task": task, "seconds": round(elapsed, 1)}, sections, command)
             shutil.rmtree(job.checkpoint_folder, ignore_errors=True)
             paths = f"a page to look at: {folder / 'report.html'}; everything: {folder / 'results.json'}"
             printed.write(f"\n{time.monotonic() - job.started:.0f} s; {paths}\n")
@@ -291,10 +292,15 @@ def printable() -> Iterator[None]:
             raise InputError(f"cannot print: {why}; what was to be said is in --out, too") from error
 
 
-def write(folder: Path, results: dict, sections: list[str]) -> None:
+def write(folder: Path, results: dict, sections: list[str], command: str) -> None:
     """results.json and the page; the earlier ones are replaced when both are complete."""
     import report
 
+    if not sections or isinstance(sections[0], report.Html):  # it does not say what it shows
+        first, *_ = importlib.import_module(f"tasks.{results['task']}").__doc__.split("\n")
+        asks = first.partition(": ")[2].partition(" (section")[0]
+        sections = [asks[:1].upper() + asks[1:], *sections]
+    settings = report.origin(command, results["seconds"], folder) | results["settings"]
     title = f"{results['task']}: {results['settings']['model'].split(',')[0]}"
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     table, page = folder / "results.json", folder / "report.html"
@@ -303,7 +309,7 @@ def write(folder: Path, results: dict, sections: list[str]) -> None:
         with atomic_write(page) as new_page, atomic_write(table) as new_table:
             new_table.write_text(text, encoding="utf-8", errors="backslashreplace")
             path = page
-            document = report.page(title, results["settings"], sections)
+            document = report.page(title, settings, sections)
             new_page.write_text(document, encoding="utf-8", newline="\n", errors="backslashreplace")
             for path in (table, page):
                 if path.is_dir():

@@ -82,9 +82,8 @@ def page_of_agreement(counts: dict, shuffled: list[int]) -> report.Html:
     """The same for report.html."""
     clear = counts["clear heads"]
     rows = [(key, f"{counts[key]:.1f} of {clear}", share_in_words(counts[key], clear)) for key in AGREEMENTS]
-    known = f"one factor explains over {THRESHOLD:.0%} of {clear} of {counts['heads']} heads"
-    words = f"In the demo the truth is known: {known}. It is the role in"
-    rest = "\n".join(agreement_in_words(counts, shuffled).splitlines()[-3:])
+    words, *_, other, right, dealt = agreement_in_words(counts, shuffled).splitlines()
+    rest = f"{other} {right} {dealt}"
     return report.section("Roles and the true factors", words, report.table(["", "heads", ""], rows), rest)
 
 

@@ -17,7 +17,7 @@ from .heads import LAST_LAYERS, head_name
 from .job import Job, open_zero_shot
 from .passes import one_pass
 from .reference import Reference, authors_terms, summarise
-from .tables import in_percent, in_tenths, percent, print_settings, table, zero_shot_settings
+from .tables import in_percent, in_tenths, percent, print_settings, say, table, zero_shot_settings
 
 PAPER = "ViT-B-16 70.2 to 67.0, ViT-L-14 75.3 to 74.1, ViT-H-14 78.0 to 76.3"
 
@@ -37,9 +37,9 @@ def run(job: Job) -> tuple[dict, list]:
     common = zero_shot_settings(job, test, reference.description, len(names))
     where = print_settings(job, **common, sum=reference.sum_error())
     depth, heads = read.shape[:2]
-    print_tables(accuracy, len(test), depth, heads)
+    notes = print_tables(accuracy, len(test), depth, heads)
     results = {"settings": where, "images": len(test), "accuracy": accuracy}
-    return results, page(accuracy, len(test), depth, heads)
+    return results, page(accuracy, len(test), depth, heads, notes)
 
 
 def ablations(terms: Decomposition, reference: Reference, classes: Tensor, read: Tensor) -> dict[str, Tensor]:
@@ -75,9 +75,13 @@ def head_rows(accuracy: dict[str, float], depth: int, heads: int) -> list[list[s
     return [[f"layer {i}", *in_tenths(accuracy[name] for name in row)] for i, row in names.items()]
 
 
-def print_tables(accuracy: dict[str, float], count: int, depth: int, heads: int) -> None:
-    groups = [label for label in accuracy if not label.startswith(("attention of layer", "head "))]
-    rows = [[label, percent(accuracy[label], count)] for label in groups]
+def whole_groups(accuracy: dict[str, float]) -> list[str]:
+    return [label for label in accuracy if not label.startswith(("attention of layer", "head "))]
+
+
+def print_tables(accuracy: dict[str, float], count: int, depth: int, heads: int) -> tuple[str, ...]:
+    """All accuracies; returns the notes below them."""
+    rows = [[label, percent(accuracy[label], count)] for label in whole_groups(accuracy)]
     print("\n" + table(["mean-ablated", "accuracy, %"], rows))
     layers = []
     for i in range(depth):
@@ -86,17 +90,23 @@ def print_tables(accuracy: dict[str, float], count: int, depth: int, heads: int)
     print("\n" + table(["attention of layer", "all up to it", "it alone"], layers))
     header = ["each head alone", *map(str, range(heads))]
     print("\n" + table(header, head_rows(accuracy, depth, heads)))
-    print(f"\n[..]: 95 % interval (Wilson). The paper, ImageNet, all MLPs ablated: {PAPER}.")
+    return say(f"[..]: 95 % interval (Wilson). The paper, ImageNet, all MLPs ablated: {PAPER}.")
 
 
-def page(accuracy: dict[str, float], count: int, depth: int, heads: int) -> list[report.Html]:
+def page(accuracy: dict[str, float], count: int, depth: int, heads: int, notes: tuple) -> list[str]:
     """The same for report.html, drawn."""
-    groups = {"": [(label, *in_percent(accuracy[label], count)) for label in list(accuracy)[:4]]}
+    groups = {"": [(label, *in_percent(accuracy[label], count)) for label in whole_groups(accuracy)]}
     by_group = report.intervals(groups, "Accuracy when mean-ablated, 95 % intervals (Wilson)", "accuracy, %")
     starts = {"all up to this layer": "attention of layers 0 to", "this layer alone": "attention of layer"}
     layers = {k: [(i, 100 * accuracy[f"{start} {i}"]) for i in range(depth)] for k, start in starts.items()}
     title, base = "Accuracy without the attention of", {"unchanged": 100 * accuracy["base"]}
     by_layer = report.curves(layers, "layer", "accuracy, %", title, lines=base)
-    by_head = report.table(["accuracy, %", *map(str, range(heads))], head_rows(accuracy, depth, heads))
-    parts = {"Whole groups of terms": by_group, "Attention, by layer": by_layer, "Each head alone": by_head}
-    return [report.section(title, part) for title, part in parts.items()]
+    each = [(i, head) for i in last_layers(depth) for head in range(heads)]
+    shares = {head: 100 * accuracy[f"head {head_name(head)}"] for head in each}
+    by_head = report.by_value(shares, "Accuracy without each head, %", 100 * accuracy["base"], "unchanged")
+    words = "Accuracy in percent without this head; the colour is its difference from the unchanged model."
+    return [
+        "Accuracy when terms are replaced by their means; what the model needs is where it falls.",
+        report.section("Groups of terms, and layers", by_group, by_layer, note=notes),
+        report.section("Each head alone", words, by_head),
+    ]

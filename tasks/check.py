@@ -19,7 +19,7 @@ from . import models
 from .accumulators import Largest
 from .job import Job, open_split
 from .passes import one_pass
-from .tables import print_lines, print_settings, table
+from .tables import print_lines, print_settings, print_table, say
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 IMAGES = 64
@@ -44,12 +44,13 @@ def run(job: Job) -> tuple[dict, list]:
     header = ("largest error, relative", "", "")
     words = {name: "ok" if error <= tolerance else "TOO LARGE" for name, error in errors.items()}
     rows = [(name, f"{error:.1e}", words[name]) for name, error in errors.items()]
-    print("\n" + table(header, rows))
+    shown = print_table(header, rows)
     if "TOO LARGE" in words.values():
         hint = "--precision fp32 tells rounding from a wrong sum"
         raise DecompositionError(f"an error above is larger than the tolerance; {hint}")
-    section = report.section("Do the terms sum to the embedding?", report.table(header, rows))
-    return {"settings": where, "tolerance": tolerance, "errors": errors}, [section]
+    lead = "The terms of each image, summed, are the embedding that the model itself gives, up to rounding."
+    section = report.section("Do the terms sum to the embedding?", shown)
+    return {"settings": where, "tolerance": tolerance, "errors": errors}, [lead, section]
 
 
 def conventions_of(model: nn.Module) -> tuple[str, ...]:
@@ -85,18 +86,18 @@ def run_all() -> tuple[dict, list]:
     cells = [[*map(row.get, keys), *(f"{error:.0e}" for error in row["errors"])] for row in good]
     header = ["model", "family", "read-out", "terms", "source tokens", "neurons"]
     summary, refused = families(good), refusals(rows)
-    print("\n" + table(header, cells))
-    print("\n" + table(SUMMARY, summary))
+    every, by_family = print_table(header, cells), print_table(SUMMARY, summary)
     for reason, group in refused:
         print(f"\nrefused, {reason}: {group}")
-    print(f"\n{len(good)} of {len(rows)} can be decomposed.")
+    (counted,) = say(f"{len(good)} of {len(rows)} can be decomposed.")
     wrong = [row["model"] for row in good if not max(row["errors"]) <= TOLERANCE[torch.float64]]
     if wrong:
         raise DecompositionError(f"an error is larger than the tolerance: {', '.join(wrong)}")
     sections = [
-        report.section("By family", report.table(SUMMARY, summary)),
+        f"Which models of open_clip are a sum of terms, and how exactly: {counted}",
+        report.section("By family", by_family),
         report.section("Refused", report.table(["why", "models"], refused)),
-        report.section("Every model", report.table(header, cells)),
+        report.section("Every model", every),
     ]
     return {"settings": {"model": "all", **where}, "models": rows}, sections
 

@@ -21,7 +21,7 @@ from .heads import LAST_LAYERS
 from .job import Job, open_zero_shot
 from .passes import one_pass
 from .reference import Reference, summarise
-from .tables import in_tenths, percent, print_settings, table, zero_shot_settings
+from .tables import Shown, in_tenths, percent, print_settings, print_table, say, zero_shot_settings
 from .textspan import name_head
 
 SIZES = (0, 1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40, 50, 60)
@@ -66,8 +66,7 @@ def run(job: Job) -> tuple[dict, list]:
         "curves": {pool: [(m, accuracy[pool, m]) for m in sizes] for pool in pools},
         "whole": {key: accuracy[key, None] for key in ("unchanged", WHOLE)},
     }
-    print_results(results)
-    return results, page(results)
+    return results, page(results, print_results(results))
 
 
 def along_texts(
@@ -137,23 +136,25 @@ def read_along(
     return coordinates, read
 
 
-def print_results(results: dict) -> None:
-    """A table of pools of texts by number of texts, and what these compare with."""
+def print_results(results: dict) -> Shown:
+    """A table of pools of texts by number of texts, and what these compare with: for the page, too."""
     curves = results["curves"]
     header = ["texts per head", *curves]
     columns = zip(*curves.values(), strict=True)
     rows = [[str(points[0][0]), *in_tenths(accuracy for _, accuracy in points)] for points in columns]
-    print("\n" + table(header, rows) + "\n")
-    for key, accuracy in results["whole"].items():
-        print(f"{key + ':':<28}{percent(accuracy, results['images'])}")
-    print("The paper, ViT-L-14 on ImageNet: 72.8 with 60 texts per head, 75.3 unchanged.")
+    shown, count = print_table(header, rows), results["images"]
+    whole = [f"{key + ':':<28}{percent(accuracy, count)}" for key, accuracy in results["whole"].items()]
+    return shown, say(*whole, "The paper, ViT-L-14 on ImageNet: 72.8 with 60 texts per head, 75.3 unchanged.")
 
 
-def page(results: dict) -> list[report.Html]:
+def page(results: dict, shown: Shown) -> list[str]:
     """The same for report.html, drawn."""
     curves = results["curves"].items()
     series = {pool: [(m, 100 * accuracy) for m, accuracy in points] for pool, points in curves}
     lines = {key: 100 * value for key, value in results["whole"].items()}
     title = "Accuracy when heads are replaced by their texts"
     drawn = report.curves(series, "texts per head", "accuracy, %", title, lines=lines)
-    return [report.section("How much of the heads do their texts hold?", drawn)]
+    lead = "Accuracy when each head keeps only what lies along its first texts: the sooner a curve reaches "
+    lead += "the line of the whole heads, the more its texts hold."
+    title = "How much of the heads do their texts hold?"
+    return [lead, report.section(title, drawn, shown[0], note=shown[1])]

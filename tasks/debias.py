@@ -19,7 +19,8 @@ from zeroshot import classifier, templates
 from .accumulators import Sums
 from .job import Images, Job, check_class_names, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
-from .tables import in_tenths, logits, mean_and_std, percent, print_settings, table
+from .tables import Shown, in_tenths, logits, mean_and_std, percent, print_settings, print_table, say
+from .waterbirds import page_of_heads
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -51,10 +52,11 @@ def run(job: Job) -> tuple[dict, list]:
         means=cue.reference.description,
         **cue.settings(),
     )
-    print_rows(rows, control, len(test), len(cue.heads))
-    print(f"Random: {plan.sets}, mean-ablated." if control else "")
+    shown = print_rows(rows, control, len(test), len(cue.heads), plan.sets)
     results = {"settings": where, "rows": rows, "random": control, **cue.results()}
-    return results, page(rows, control)
+    lead = "What changes when the classifier cannot use the cue: predictions, how far class scores follow "
+    lead += "the cue and, where labels are known, accuracies."
+    return results, [lead, page(rows, control, shown), page_of_heads(results)]
 
 
 def class_problem(asked: list[str] | None, test: Images) -> tuple[list[str], Tensor | None]:
@@ -131,7 +133,8 @@ class Outcomes(Sums):
         return found
 
 
-def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: int) -> None:
+def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: int, sets: str) -> Shown:
+    """The table with the random control under it, and notes: for the page, too."""
     accuracies = [key for key in ("average", "worst class", "worst group") if key in rows["base"]]
     keys = ("changed", "cue", *accuracies)
     header = ["%", "predictions changed", "follows the cue", *accuracies]
@@ -144,23 +147,20 @@ def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: in
     if control:
         draws = [[row[key] for row in control] for key in keys]
         lines.append([f"{heads} random heads, mean ± std", *map(mean_and_std, draws)])
-    print("\n" + table(header, lines))
+    shown = print_table(header, lines)
     share = "share of the variance of class scores between images that different texts of the cue fit best"
-    print(f"\nFollows the cue: {share}, corrected")
-    falls = "It falls where the classifier stops using the cue"
-    print(f"for their number. {falls}, but not to 0 where the cue truly goes with a class.")
+    falls = "It falls where the classifier stops using the cue, but not to 0 where the cue truly goes with a"
+    notes = [f"Follows the cue: {share}, corrected\nfor their number. {falls} class."]
+    return shown, say(*notes, *([f"Random: {sets}, mean-ablated."] if control else []))
 
 
-def page(rows: dict[str, dict], control: list[dict]) -> list[report.Html]:
+def page(rows: dict[str, dict], control: list[dict], shown: Shown) -> report.Html:
     """The same for report.html, with a histogram of the random control."""
-    keys = list(rows["base"])
-    cells = [[label.strip(), *in_tenths(row[key] for key in keys)] for label, row in rows.items()]
-    header = ["%", *("follows the cue" if key == "cue" else key for key in keys)]
-    parts = [report.table(header, cells)]
+    (numbers, notes), parts = shown, []
     if control:
         marked = [label for label in ("base", "heads mean-ablated") if label in rows]
         marks = {label: 100 * rows[label]["cue"] for label in marked}
         values = [100 * row["cue"] for row in control]
         title = "How far class scores follow the cue, without random heads"
         parts.append(report.histogram(values, marks, title, "%"))
-    return [report.section("What taking the cue out did", *parts)]
+    return report.section("What taking the cue out did", numbers, *parts, note=notes)

@@ -95,10 +95,14 @@ def draw_maps(
     return drawn, refused
 
 
-def print_refused(refused: dict[str, str]) -> None:
-    """A line for each reason why methods do not support the model."""
+def print_refused(refused: dict[str, str]) -> list[str]:
+    """A line for each reason why methods do not support the model, printed and returned."""
+    lines = []
     for reason in dict.fromkeys(refused.values()):
-        print(f"Without {', '.join(method for method in refused if refused[method] == reason)}: {reason}")
+        without = ", ".join(method for method in refused if refused[method] == reason)
+        lines.append(f"Without {without}: {reason}")
+        print(lines[-1])
+    return lines
 
 
 @torch.no_grad()

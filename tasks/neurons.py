@@ -38,7 +38,7 @@ from .passes import one_pass
 from .reference import check_varies
 from .removal import random_heads
 from .second_order import DIRECTION, MainAxes
-from .tables import mean_and_std, percent, print_settings, table, zero_shot_settings
+from .tables import Shown, mean_and_std, percent, print_settings, print_table, say, zero_shot_settings
 
 KEPT = 6  # images of each neuron, for the page
 SHOWN = 3  # texts and images of each neuron on screen
@@ -99,11 +99,11 @@ def run(job: Job) -> tuple[dict, list]:
     }
     if axes and fired is not None:
         results["truth"] = name_agreement(axes.categories(), fired, test.facts)
-    print_results(results)
+    shown = print_results(results)
     pictures = {}
     for row in found:
         pictures[row["neuron"]] = [report.thumbnail(data.picture(i)) for i, _, _ in row["images"]]
-    return results, page(results, pictures)
+    return results, page(results, pictures, shown)
 
 
 def choose_layer(asked: int | None, depth: int, order: int = 1) -> int:
@@ -277,35 +277,36 @@ def likeness(direction: Tensor, texts: Tensor) -> Tensor:
     return F.cosine_similarity(texts - texts.mean(dim=0), direction[None], dim=1)
 
 
-def print_results(results: dict) -> None:
-    """A paragraph for each neuron, accuracies."""
+def print_results(results: dict) -> Shown:
+    """A paragraph for each neuron, accuracies, notes; the last two are returned for the page."""
     for row in results["neurons"]:
-        print(f"\nneuron {in_words(row, results['accuracy']['base'])}")
+        print(f"\nneuron {row['neuron']:<7} {in_words(row, results['accuracy']['base'])}")
         for sign in [end for end in ENDS if end in row]:
             print(f"  {sign:<10} " + "; ".join(f"{text} {fit:+.2f}" for text, fit in row[sign]))
         shown = "; ".join(f"{i}: {caption}" for i, caption, _ in row["images"][:SHOWN])
         print(f"  {'fired by':<10} {shown}")
-    print("\n" + table(["mean-ablated", "accuracy, %"], accuracies(results)))
+    accuracy = print_table(["mean-ablated", "accuracy, %"], accuracies(results))
     spread = "variance of what the neuron itself adds, over the embedding's; neurons can cancel"
-    print(f"\nSpread: {spread}: shares need not sum to 100 %.")
     first = results["neurons"][0]
-    print(f"{DIRECTION if 'direction' in first else TOWARDS} [..]: 95 % interval (Wilson).")
+    notes = [f"Spread: {spread}: shares need not sum to 100 %."]
+    notes.append(f"{DIRECTION if 'direction' in first else TOWARDS} [..]: 95 % interval (Wilson).")
     if "factors" in first:
         its = "effect along its direction" if "direction" in first else "activation"
         most = f"explains most of the variance of its {its} on the test images"
-        print(f"Factor: the demo's that {most}, where all are independent.")
+        notes.append(f"Factor: the demo's that {most}, where all are independent.")
     if "truth" in results:
-        print(name_agreement_in_words(results["truth"]))
+        notes.append(name_agreement_in_words(results["truth"]))
+    return accuracy, say(*notes)
 
 
 def in_words(row: dict, base: float) -> str:
-    """One line on a neuron's numbers."""
+    """A neuron's numbers, in one line."""
     accuracy = row["accuracy without it"]
     change = round(100 * (accuracy - base), 1) + 0.0  # no -0.0
     activation = f"{row['mean']:.3f} ± {row['variance'] ** 0.5:.3f}"
     direction = f"   direction {row['share']:.0%}" if "share" in row else ""
     kind = "effect" if direction else "activation"
-    line = f"{row['neuron']:<7} spread {row['spread']:6.2%}   {kind} {activation}{direction}"
+    line = f"spread {row['spread']:6.2%}   {kind} {activation}{direction}"
     line += f"   accuracy without it {100 * accuracy:.1f} ({change:+.1f})"
     if "factors" in row:
         factor = max(row["factors"], key=row["factors"].get)
@@ -326,22 +327,19 @@ def accuracies(results: dict) -> list[list[str]]:
     return rows
 
 
-def page(results: dict, images: dict[str, list[Image.Image]]) -> list[report.Html]:
+def page(results: dict, images: dict[str, list[Image.Image]], shown: Shown) -> list[str]:
     """The same for report.html, with pictures."""
     parts = []
     for row in results["neurons"]:
-        parts.append(in_words(row, results["accuracy"]["base"]))
+        heading = report.tag("h3", f"Neuron {row['neuron']}")
+        parts += [heading, in_words(row, results["accuracy"]["base"])]
         ends = [end for end in ENDS if end in row]
         lines = zip(*(row[end] for end in ends), strict=True)
         cells = [[f"{text} ({x:+.2f})" for text, x in line] for line in lines]
         parts.append(report.table(ends, cells))
         captions = [f"{caption} ({activation:.2f})" for _, caption, activation in row["images"]]
         parts.append(report.pictures(list(zip(images[row["neuron"]], captions, strict=True))))
-    second = "direction" in row
-    texts = DIRECTION if second else "Texts: by their cosine with what the neuron adds when it fires more."
-    accuracy = [report.table(["mean-ablated", "accuracy, %"], accuracies(results))]
-    if "truth" in results:
-        accuracy.append(name_agreement_in_words(results["truth"]))
-    title = "What single neurons add through later heads" if second else "What single neurons write"
-    written = report.section(title, *parts, note=f"{texts} Images: those that fire it most.")
-    return [report.section("Accuracy without them", *accuracy), written]
+    what = "add through later heads" if "direction" in row else "write"
+    written = report.section(f"What single neurons {what}", *parts, note=shown[1])
+    lead = "The neurons of one MLP whose effect varies most: what each adds, in texts, and what fires it."
+    return [lead, written, report.section("Accuracy without them", shown[0])]

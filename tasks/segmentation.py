@@ -39,6 +39,11 @@ from .tables import in_tenths, print_settings, prompts_of, table
 
 NEURONS = "neurons"  # here alone: it takes a pass over the images before its first map
 BLOB, RANDOM = "centred blob", "random"  # what a method must beat
+NOTE = (
+    "A map is resized to its mask; above its mean is foreground. mIoU: background and foreground, summed "
+    "over all images.\nmAP: ± standard error over images; random is about 50. The decomposition is clipped "
+    "at zero, as in the paper."
+)
 EXAMPLES, SIDE = 3, 256  # images on the page, pixels of their long side
 PROTOCOLS = {"aligned": "masks resized and cropped as images", "authors": "masks squashed onto the crop"}
 
@@ -81,9 +86,10 @@ def run(job: Job) -> tuple[dict, list]:
     totals = {method: total for method, total in found.totals.items() if method not in found.refused}
     rows = {method: measures(method, total, args) for method, total in totals.items()}
     print_rows(rows)
-    print_refused(found.refused)
+    refused = print_refused(found.refused)
     results = {"settings": where, "rows": rows, "refused": found.refused}
-    return results, page(rows, examples(job, data, list(rows), names, classes, labels))
+    sections = page(rows, examples(job, data, list(rows), names, classes, labels))
+    return results, [*sections, *([report.section("Methods left out", *refused)] if refused else [])]
 
 
 def maps_of(method: str, job: Job, images: Tensor, indices: Tensor, classes: Tensor, shown: Tensor) -> Tensor:
@@ -277,13 +283,10 @@ def print_rows(rows: dict[str, dict]) -> None:
         mean_ap = f"{100 * row['mAP']:.1f} ± {100 * row['mAP standard error']:.1f}"
         lines.append([method, row["score"], row["text"], *cells, mean_ap])
     print("\n" + table(["%", "score", "text", "pixel accuracy", "mIoU", "mAP"], lines))
-    over = "mIoU: background and foreground, summed over all images."
-    print(f"\nA map is resized to its mask; above its mean is foreground. {over}")
-    clipping = "The decomposition is clipped at zero, as in the paper."
-    print(f"mAP: ± standard error over images; random is about 50. {clipping}")
+    print("\n" + NOTE)
 
 
-def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]]]) -> list[report.Html]:
+def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]]]) -> list[str]:
     """The same for report.html, drawn, with some of the maps."""
     keys = ("pixel accuracy", "mIoU", "mAP")
     cells, precision = [], []
@@ -292,9 +295,13 @@ def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]
         half = 1.96 * row["mAP standard error"]
         precision.append((method, *(100 * (row["mAP"] + away) for away in (0, -half, half))))
     overlap = [(method, 100 * row["mIoU"], None, None) for method, row in rows.items()]
-    groups = {"mAP, ± 1.96 standard errors": precision, "mIoU": overlap}
     measured = report.table(["%", "score", "text", *keys], cells)
-    drawn = report.intervals(groups, "Every method", "%")
-    shown = [part for title, tiles in pictures.items() for part in (title, report.pictures(tiles))]
+    drawn = report.intervals({"": precision}, "mAP, ± 1.96 standard errors", "%")
+    drawn = drawn, report.intervals({"": overlap}, "mIoU", "%")
+    measured = report.section("Do the maps lie on the object?", measured, *drawn, note=NOTE)
+    shown = []
+    for title, tiles in pictures.items():
+        shown += [report.tag("h3", title), report.pictures(tiles)]
     maps = report.section("Some of the maps", *shown, note=f"Images drawn with the seed. {SCALE_NOTE}")
-    return [report.section("Do the maps lie on the object?", measured, drawn), maps]
+    lead = "How well each method's map of where the model sees a class agrees with the object's mask."
+    return [lead, measured, maps]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.utils.data import Dataset
 
+import report
 from files import visible
 from loading import Clip, activation
 from zeroshot import templates
@@ -16,6 +17,7 @@ from .job import Job
 
 SCORED = "on the images that are scored"
 AUTHORS = "terms by the authors' convention, over the norm of the embedding; their MLPs include the stem"
+Shown = tuple[report.Html, tuple[str, ...]]  # a table and the notes below it, printed, and for the page
 FEW = 10  # images per text, below which the demo's images began to choose heads at random
 
 
@@ -89,6 +91,18 @@ def print_lines(lines: dict[str, str]) -> dict[str, str]:
     for key, value in lines.items():
         print(f"{key + ':':<{width}}{visible(value)}")
     return lines
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> report.Html:
+    """Print the table, and return it for the page."""
+    print("\n" + table(header, rows))
+    return report.table(header, rows)
+
+
+def say(*notes: str) -> tuple[str, ...]:
+    """Print notes below a table, each from a new line, and return them for the page."""
+    print("\n" + "\n".join(notes))
+    return notes
 
 
 def zero_shot_settings(

@@ -26,14 +26,18 @@ from .passes import one_pass
 from .reference import Kept, check_varies, summarise
 from .tables import images_per_text, print_settings
 
-PICTURES = 6  # per head on the page
+MOST, LEAST = 6, 3  # images per head on the page
 SHOWN = 4  # texts per head on screen; all are in results.json
 ROLE_IMAGES = 4000  # that roles are found on; they are kept, in the heads' own space
-NOTE = (
-    "Bars of categories: share of the head's variance between images that different texts of the category "
-    "fit best. Beside each text, the share of variance along what it adds to those above it. Images: "
-    "of those that roles were found on, where the head writes most along its first text."
-)
+KEY = {
+    "spread": "variance of what the head writes over the embedding's; the largest first; heads can cancel",
+    "unexplained": "share of the head's variance that its texts leave",
+    "by chance": "the most that any category explains with texts dealt at random; a role explains more",
+    "halves": "the best category in either half of the images; a role is the best in both",
+    "bars": "share of the head's variance between images that different texts of the category fit best",
+    "texts": "in the order that they were found, with the share of variance along what each adds",
+    "images": "of those that roles were found on, by what the head writes along its first text",
+}
 
 
 def run(job: Job) -> tuple[dict, list]:
@@ -60,9 +64,9 @@ def run(job: Job) -> tuple[dict, list]:
             found.append(describe((layer, head), span, bank, spread, roles, layer - first))
             if span.indices:
                 along = values[:, layer - first, head] @ (maps.cpu().double() @ span.directions[0]).float()
-                most = along.argsort(descending=True)[:PICTURES].tolist()
-                shown = [report.thumbnail(data.picture(kept.rows[i])) for i in most]
-                images[head_name((layer, head))] = shown
+                order = along.argsort(descending=True).tolist()
+                few = (data.picture(kept.rows[i]) for i in order[:MOST] + order[MOST:][: -LEAST - 1 : -1])
+                images[head_name((layer, head))] = [report.thumbnail(image, 96) for image in few]
     used, largest = max(zip(roles.used, roles.categories, strict=True))
     votes = images_per_text(len(kept.rows), used, bank.categories.count(largest))
     rule = f"a category that explains over {THRESHOLD:.0%} of a head, in each half of the images, too"
@@ -171,16 +175,20 @@ def print_results(results: dict) -> None:
 
 
 def page(results: dict, images: dict[str, Sequence[Image.Image]]) -> list[report.Html]:
-    """The same for report.html; images of each head are those where it writes most along its first text."""
+    """The same for report.html; images of each head: where its first text says most of it, then least."""
     heads = []
     for head in results["heads"]:
         layer, number = (int(part) for part in head["head"].split("."))
         shares = head["categories"]
         shown = dict(sorted(shares.items(), key=lambda item: -item[1])[:5])
         largest = max(shares.values(), default=None)
-        texts = (head["texts"], head["spread"], head["remainder"], images.get(head["head"], ()))
-        heads.append(report.Head(layer, number, head["role"] or "", largest, shown, *texts))
-    sections = [report.section("What each head writes", report.head_grid(heads), note=NOTE)]
+        own = images.get(head["head"], ())
+        texts = (head["texts"], head["spread"], head["remainder"], own[:MOST], own[MOST:])
+        halves = ", ".join(f"{category} {share:.0%}" for category, share in head["halves"])
+        facts = {"by chance": f"{head['chance']:.0%}", "halves": halves}
+        heads.append(report.Head(layer, number, head["role"] or "", largest, shown, *texts, facts))
+    lead = "Each cell is an attention head, coloured by its role: the kind of text that explains most of it."
+    sections = [lead, report.section("What each head writes", report.head_grid(heads, KEY))]
     if "agreement" in results:
         sections.append(truth.page_of_agreement(results["agreement"], results["shuffled"]))
     return sections

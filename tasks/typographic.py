@@ -33,8 +33,13 @@ from .job import Job
 from .passes import one_pass
 from .reading import COVERED, contact_sheet, cover, map_of_heads, measure_rules, name_heads, picks
 from .removal import Cue, Further, Plan, cue_of, in_blocks, random_heads, scorer, without_heads_forward
-from .tables import in_tenths, logits, mean_and_std, percent, print_settings, spread, table
+from .tables import Shown, in_tenths, logits, mean_and_std, percent, print_settings, print_table, say, spread
+from .waterbirds import page_of_heads
 
+LEAD = (
+    "How often a picture is still called by what it shows when another class's name is written on it, with "
+    "and without what reads, and what each way costs on pictures without a word."
+)
 TITLES = {"clean": "no word", "attacked": "attacked", "own": "own word", "blank": "blank sign"}
 TITLES |= {"synthetic": "synthetic", "read": "called by the word"}
 SHOWN = 16  # pictures of the contact sheet
@@ -77,7 +82,8 @@ def run(job: Job) -> tuple[dict, list]:
         **cue.results(),
     }
     path = args.out / "typographic" / "sheet.png"
-    save_picture(draw_sheet(job, cue, test, classes, says), path)
+    drawn_sheet = draw_sheet(job, cue, test, classes, says)
+    save_picture(drawn_sheet, path)
     where = print_settings(
         job,
         test=test.description,
@@ -86,12 +92,14 @@ def run(job: Job) -> tuple[dict, list]:
         **cue.settings(),
         shared=f"directions of cue and classes have principal cosines {principal_cosines(cue, classes)}",
     )
-    print_rows(results, len(test), len(cue.heads))
-    print("".join(f"{note}\n" for note in notes), end="")
-    sections = [page_of_rows(results, len(cue.heads))]
+    shown = print_rows(results, len(test), len(cue.heads), notes)
+    caption = "Where the reading heads look (red), where the others look (blue), and both answers"
+    sheet = report.pictures([(drawn_sheet, caption)], size=drawn_sheet.width)
+    seen = report.section("Where each picture is read, and where it is seen", sheet)
+    sections = [LEAD, page_of_rows(results, len(cue.heads), shown), seen, page_of_heads(results)]
     if reference.boxes is not None and not notes:
-        results["rules"] = compare_rules(job, cue, reference)
-        sections.append(report.section("Which heads read", report.table(*rules_table(results["rules"]))))
+        results["rules"], rules = compare_rules(job, cue, reference)
+        sections.append(rules)
     print(f"\nWhere each picture is read and where it is seen: {path}")
     return {"settings": where, **results}, sections
 
@@ -201,8 +209,8 @@ def control(drawn: list[dict], draws: list[list[Head]], chosen: list[Head], sets
     return {"draws": len(drawn), "sets": sets, "attacked": attacked, "rows": drawn, "shared": shared}
 
 
-def print_rows(results: dict, images: int, heads: int) -> None:
-    """The table, with the random control under it, and both answers."""
+def print_rows(results: dict, images: int, heads: int, notes: list[str]) -> Shown:
+    """The table, with the random control under it, and notes: for the page, too."""
     rows, drawn = results["rows"], results["random"]
     names = list(rows["base"])
     header, lines = ["accuracy, %", *(TITLES[name] for name in names)], []
@@ -219,11 +227,11 @@ def print_rows(results: dict, images: int, heads: int) -> None:
     if results["others"]:
         shares = [[row[name] for row in results["others"]] for name in names]
         lines.append([f"{heads} heads that were not chosen", *map(mean_and_std, shares)])
-    print("\n" + table(header, lines))
-    print("\nAttacked: another class's name is written on the picture. [..]: 95 % interval (Wilson).")
+    said = ["Attacked: another class's name is written on the picture. [..]: 95 % interval (Wilson)."]
     if drawn:
-        print(control_in_words(drawn, rows["heads mean-ablated"]["attacked"], len(results["others"])))
-    print(answers_in_words(results["answers"]))
+        ours = rows["heads mean-ablated"]["attacked"]
+        said.append(control_in_words(drawn, ours, len(results["others"])))
+    return print_table(header, lines), say(*said, answers_in_words(results["answers"]), *notes)
 
 
 def control_in_words(drawn: dict, ours: float, others: int) -> str:
@@ -247,22 +255,15 @@ def answers_in_words(answers: dict[str, float]) -> str:
     return f"{words}from the reading heads alone, what is written ({written} %). Both are right for {both} %."
 
 
-def page_of_rows(results: dict, heads: int) -> report.Html:
-    rows, drawn = results["rows"], results["random"]
-    header = ["accuracy, %", *(TITLES[name] for name in rows["base"])]
-    cells = [[label.strip(), *in_tenths(row.values())] for label, row in rows.items()]
-    parts = [report.table(header, cells, "Attacked: another class's name is written on the picture")]
+def page_of_rows(results: dict, heads: int, shown: Shown) -> report.Html:
+    rows, drawn, parts = results["rows"], results["random"], [shown[0]]
     if drawn:
         marks = {label: 100 * rows[label]["attacked"] for label in ("base", "heads mean-ablated")}
         values = [100 * row["attacked"] for row in drawn["rows"]]
         parts.append(
             report.histogram(values, marks, f"Attacked, without {heads} random heads", "accuracy, %")
         )
-    words = answers_in_words(results["answers"])
-    if drawn:
-        control = control_in_words(drawn, rows["heads mean-ablated"]["attacked"], len(results["others"]))
-        words = f"{control}\n{words}"
-    return report.section("Seen although something else is written", *parts, note=words)
+    return report.section("Seen although something else is written", *parts, note=shown[1])
 
 
 @torch.no_grad()
@@ -285,25 +286,16 @@ def draw_sheet(job: Job, cue: Cue, test: WrittenImages, classes: Tensor, says: T
     return contact_sheet(list(zip(shown, read, saw, *answers, strict=True)))
 
 
-def compare_rules(job: Job, cue: Cue, reference: WrittenImages) -> dict:
-    """Print which heads other rules take, and how many of them read in truth."""
+def compare_rules(job: Job, cue: Cue, reference: WrittenImages) -> tuple[dict, report.Html]:
+    """Print which heads other rules take, and how many of them read in truth: for the page, too."""
     measures = measure_rules(job, reference)
     found = {"cue (texts alone)": cue.heads, **picks(measures, len(cue.heads))}
-    true, results = set(found["true word"]), {}
+    true, results, rows = set(found["true word"]), {}, []
     for rule, heads in found.items():
         right = len(true & {*heads})
         results[rule] = {"heads": [list(head) for head in heads], "right": right, "true": len(true)}
-    print("\n" + table(*rules_table(results)))
-    print("\nTrue: the word that is written explains over 30 % of what they write on the reference images.")
+        rows.append([rule, name_heads(heads), f"{right} of {len(heads)}", f"{right} of {len(true)}"])
+    shown = print_table(["rule", "heads", "right", "of the true ones"], rows)
+    meaning = "True: the word that is written explains over 30 % of what they write on the reference images."
     results["measures"] = {name: values.tolist() for name, values in measures.items()}
-    return results
-
-
-def rules_table(results: dict) -> tuple[list[str], list[list[str]]]:
-    header, rows = ["rule", "heads", "right", "of the true ones"], []
-    for rule, found in results.items():
-        if rule != "measures":
-            heads = [tuple(head) for head in found["heads"]]
-            share = f"{found['right']} of {found['true']}"
-            rows.append([rule, name_heads(heads), f"{found['right']} of {len(heads)}", share])
-    return header, rows
+    return results, report.section("Which heads read", shown, note=say(meaning))

@@ -21,16 +21,22 @@ from .reference import authors_terms, summarise
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
 from .tables import (
     SCORED,
+    Shown,
     in_percent,
     in_tenths,
     percent,
     print_settings,
+    print_table,
+    say,
     spread,
-    table,
     wilson,
     zero_shot_settings,
 )
 
+LEAD = (
+    "Right answers of the model as it is, and without what it writes about the background: birds that are "
+    "not where their kind lives (land/water, water/land) should then be right as often as the others."
+)
 GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
 
 
@@ -60,9 +66,12 @@ def run(job: Job) -> tuple[dict, list]:
     note = f"the authors' way, {SCORED}"
     common = zero_shot_settings(job, test, cue.reference.description, test.classes, note)
     where = print_settings(job, **common, **cue.settings())
-    print_rows(rows, control, counts, len(cue.heads))
+    shown = print_rows(rows, control, counts, len(cue.heads))
     results = {"settings": where, "rows": rows, "random": control, **cue.results()}
-    return results, page(results, counts)
+    first = [int((groups.group == i).nonzero()[0]) for i in range(4)]
+    one = [(test.picture(i), f"{group}: {test.caption(i)}") for group, i in zip(GROUPS, first, strict=True)]
+    seen = report.section("One image of each group", report.pictures(one, size=200))
+    return results, [LEAD, *page(results, counts, shown), seen]
 
 
 def count_groups(test: DemoBirds | Waterbirds, limit: int | None) -> dict[str, int]:
@@ -126,8 +135,8 @@ def random_control(ours: dict, drawn: list[dict]) -> dict:
     return control | {key: spread(row[key] for row in drawn) for key in ("worst", "average")}
 
 
-def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, int], chosen: int) -> None:
-    """The table, groups as bird/place, and the random control under it."""
+def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, int], chosen: int) -> Shown:
+    """The table, groups as bird/place, the random control under it, and notes."""
     kinds, total = "kinds" in rows["base"], sum(counts.values())
     header = ["accuracy, %", *GROUPS, "worst group", "average", "kinds of birds"]
     lines = [["n", *(f"{count:,}" for count in counts.values()), "", f"{total:,}", f"{total:,}"]]
@@ -145,37 +154,31 @@ def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, in
         below = round(control["below the chosen heads"] * control["draws"])
         words = f"{control['sets']}, mean-ablated; the chosen heads' worst group is above {below} of them."
     columns = 8 if kinds else 7
-    print("\n" + table(header[:columns], [line[:columns] for line in lines]))
-    print("\nGroups are bird/place. [..]: 95 % interval (Wilson; worst group: of the smallest accuracy).")
-    print(f"Random: {words}")
+    groups = "Groups are bird/place. [..]: 95 % interval (Wilson; worst group: of the smallest accuracy)."
+    shown = print_table(header[:columns], [line[:columns] for line in lines])
+    return shown, say(groups, f"Random: {words}")
 
 
-def page(results: dict, counts: dict[str, int]) -> list[report.Html]:
+def page(results: dict, counts: dict[str, int], shown: Shown) -> list[report.Html]:
     """The same for report.html, drawn."""
-    sections = [page_of_accuracies(results["rows"], counts)]
+    rows, groups, (numbers, notes) = results["rows"], {}, shown
+    for group, count in counts.items():
+        shares = [(label, row["groups"][group]) for label, row in rows.items()]
+        groups[group] = [(label.strip(), *in_percent(share, count)) for label, share in shares]
+    drawn = report.intervals(groups, "Each group, with 95 % intervals (Wilson)", "accuracy, %")
+    sections = [report.section("Accuracy with and without the cue", numbers, drawn, note=notes)]
     if results["random"] is not None:
-        sections.append(page_of_control(results["rows"], results["random"]))
+        sections.append(page_of_control(rows, results["random"]))
+    return [*sections, page_of_heads(results)]
+
+
+def page_of_heads(results: dict) -> report.Html:
+    """The heads by what the cue explains of them, from the results of a task that takes a cue out."""
     shares = {(i, j): share for i, row in enumerate(results["explained"]) for j, share in enumerate(row)}
     roles = {head: "chosen" if [*head] in results["heads"] else "not chosen" for head in shares}
     heads = [report.Head(*head, roles[head], share) for head, share in shares.items()]
     words = "Share of each head's variance between images that different texts of the cue fit best."
-    return [*sections, report.section("Which heads look at the cue", words, report.head_grid(heads))]
-
-
-def page_of_accuracies(rows: dict[str, dict], counts: dict[str, int]) -> report.Html:
-    kinds = "kinds" in rows["base"]
-    header = ["accuracy, %", *counts, "worst group", "average", *(["kinds of birds"] if kinds else [])]
-    cells = []
-    for label, row in rows.items():
-        shares = [*row["groups"].values(), row["worst"], row["average"], *([row["kinds"]] if kinds else [])]
-        cells.append([label.strip(), *in_tenths(shares)])
-    groups = {group: [] for group in counts}
-    for group, count in counts.items():
-        for label, row in rows.items():
-            groups[group].append((label.strip(), *in_percent(row["groups"][group], count)))
-    numbers = report.table(header, cells, "Groups are bird/place")
-    drawn = report.intervals(groups, "Each group, with 95 % intervals (Wilson)", "accuracy, %")
-    return report.section("Accuracy with and without the cue", numbers, drawn)
+    return report.section("Which heads look at the cue", words, report.head_grid(heads))
 
 
 def page_of_control(rows: dict[str, dict], control: dict) -> report.Html:

@@ -803,7 +803,7 @@ def test_everything_printed_is_in_the_results(ran):
         assert any(line.startswith(f"{key}:") and line.endswith(value) for line in lines)
     base = ran.results["accuracy"]["base"]
     for row in ran.results["neurons"]:
-        at = lines.index(f"neuron {in_words(row, base)}")
+        at = lines.index(f"neuron {row['neuron']:<7} {in_words(row, base)}")
         assert lines[at + 1] == "  towards    " + "; ".join(
             f"{text} {fit:+.2f}" for text, fit in row["towards"]
         )
@@ -852,7 +852,7 @@ def short(**more):
 
 
 def test_another_layer_and_more_neurons_than_it_has(capsys, monkeypatch):
-    monkeypatch.setattr(task, "page", lambda results, images: [])  # 1,536 pictures
+    monkeypatch.setattr(task, "page", lambda *_: [])  # 1,536 pictures
     results, _ = task.run(options(limit=24, layer=-3, neurons=300))
     assert (results["layer"], len(results["neurons"]), results["random"]) == (1, 256, [])
     assert all(row["neuron"].startswith("1.") for row in results["neurons"])

@@ -1,13 +1,20 @@
 """The page that every task leaves: there, whole, of its own numbers, and safe."""
 
+import contextlib
+import html
+import io
 import json
 import re
+import shlex
 from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from demo.images import DemoBirds
 from evaluate import main
+from tasks.waterbirds import GROUPS
 
 QUICK = ["--limit", "40", "--workers", "0"]
 TASKS = {
@@ -18,6 +25,7 @@ TASKS = {
     "segmentation": [*QUICK, "--methods", "decomposition", "rollout"],
     "ablation": QUICK,
     "completeness": QUICK,
+    "neurons": QUICK,
     "retrieval": [*QUICK, "--head", "3.4", "--text", "a bird at night", "--top", "3"],
     "heatmap": ["--text", "a duck", "--methods", "decomposition"],
 }
@@ -60,8 +68,27 @@ def pages(tmp_path_factory):
     DemoBirds("val", lambda image: image).picture(3).save(picture)
     for task, argv in TASKS.items():
         more = ["--image", str(picture)] if task == "heatmap" else []
-        assert main(["--task", task, *argv, *more, "--out", str(out)]) == 0
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert main(["--task", task, *argv, *more, "--out", str(out)]) == 0
+        (out / f"{task}.txt").write_text(printed.getvalue(), encoding="utf-8")
     return out
+
+
+def words_of(page: Path) -> str:
+    """What a reader of the page reads, on one line."""
+    text = re.sub("<style>.*?</style>|<svg.*?</svg>", " ", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return in_one_line(html.unescape(re.sub("<[^>]*>", " ", text)))
+
+
+def in_one_line(text: str) -> str:
+    return " ".join(re.sub(r":? +", " ", text).split())
+
+
+def notes(printed: str) -> list[str]:
+    """The lines that a task prints below its settings and outside tables."""
+    blocks = [block for block in printed.split("\n\n")[1:] if not block.startswith("neuron ")]
+    texts = [block for block in blocks if not re.fullmatch("-+", (block.split("\n") * 2)[1])]
+    return [line for block in texts for line in block.strip().split("\n") if "report.html" not in line]
 
 
 @pytest.mark.slow
@@ -69,7 +96,11 @@ def pages(tmp_path_factory):
 def test_the_page_is_whole_and_needs_nothing_else(pages, task):
     page = visit(pages / task / "report.html")
     assert page.scripts == 0
-    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    within = [link[1:] for link in page.links if link.startswith("#")]
+    beside = [unquote(link) for link in page.links if not link.startswith("#")]
+    assert set(within) <= set(page.ids)
+    found = {path.name for path in (pages / task).iterdir()} - {"report.html"}
+    assert set(beside) == found  # all that the task wrote, and nothing else
     assert len(set(page.ids)) == len(page.ids)
     assert all(page.alts)
     assert not re.search(
@@ -83,6 +114,56 @@ def test_the_page_says_where_its_numbers_come_from(pages, task):
     settings = json.loads((pages / task / "results.json").read_text())["settings"]
     assert settings["model"] in page
     assert settings.keys() >= {"model", "seed"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_page_begins_with_what_it_shows_and_the_command_as_typed(pages, task):
+    page = (pages / task / "report.html").read_text(encoding="utf-8")
+    lead = re.search('</h1><p class="lead">(.*?)</p><dl ', page)[1]
+    assert len(lead.split()) > 8
+    assert lead[-1] in ".?"
+    command = shlex.split(html.unescape(re.search("<code>(.*?)</code>", page)[1]))
+    assert command[:4] == ["python", "evaluate.py", "--task", task]
+    assert command[4 : 4 + len(TASKS[task])] == TASKS[task]
+    assert command[-2:] == ["--out", str(pages)]
+
+
+def test_the_pages_do_not_begin_alike(pages):
+    leads = {task: words_of(pages / task / "report.html").split("command")[0] for task in TASKS}
+    assert len({lead.partition("demo-vit")[2] for lead in leads.values()}) == len(TASKS)
+
+
+@pytest.mark.parametrize(
+    "task", ["waterbirds", "debias", "segmentation", "ablation", "completeness", "neurons"]
+)
+def test_every_note_that_is_printed_stands_on_the_page(pages, task):
+    found = notes((pages / f"{task}.txt").read_text(encoding="utf-8"))
+    page = words_of(pages / task / "report.html")
+    assert found
+    assert [line for line in found if in_one_line(line) not in page] == []
+
+
+def test_notes_are_told_from_tables_and_settings():
+    printed = "model: a\n\n%  b\n----\nc  1\n\nA note:  2.\nAnother.\n\n3 s; a page: report.html\n"
+    assert notes(printed) == ["A note:  2.", "Another."]
+    assert in_one_line("A note:  2.") == "A note 2."
+
+
+def test_random_rows_stand_below_the_others(pages):
+    page = words_of(pages / "waterbirds" / "report.html")
+    control = json.loads((pages / "waterbirds" / "results.json").read_text())["random"]
+    assert f"random heads, mean ± std {100 * control['worst']['mean']:.1f} ±" in page
+    assert f"random heads, best {100 * control['worst']['max']:.1f} " in page
+
+
+def test_a_picture_of_each_group(pages):
+    page = visit(pages / "waterbirds" / "report.html")
+    assert [alt.partition(":")[0] for alt in page.alts] == list(GROUPS)
+    data = DemoBirds("test", lambda image: image, 160)
+    for alt in page.alts:
+        group, _, caption = alt.partition(": ")
+        rows = [i for i in range(len(data)) if 2 * data.y[i] + data.place[i] == GROUPS.index(group)]
+        assert caption == data.caption(rows[0])
 
 
 def test_names_from_outside_are_text_on_the_page(pages):

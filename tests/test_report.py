@@ -3,7 +3,10 @@
 import base64
 import io
 import math
+import os
+import platform
 import re
+import subprocess
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -15,7 +18,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import report
-from report import Axis, Head, Html, curves, head_grid, histogram, intervals, page, pictures, section, table
+from report import (
+    Axis,
+    Head,
+    Html,
+    by_value,
+    curves,
+    document,
+    head_grid,
+    histogram,
+    intervals,
+    page,
+    pictures,
+    section,
+    table,
+)
 
 NASTY = "<script>alert('1')</script> \"quoted\" & <b>bold</b> </title> ]]> \x00 \ud800"
 VOID = {"meta", "img"}
@@ -100,15 +117,20 @@ def everything(text="a plain word"):
     )
 
 
+def drawings(chart):
+    """Both: for a phone, and for a desk."""
+    return [ET.fromstring(svg) for svg in re.findall(r"<svg [^>]*role=.*?</svg>", chart, re.DOTALL)]
+
+
 def drawing(chart):
-    return ET.fromstring(re.search(r"<svg [^>]*role=.*?</svg>", chart, re.DOTALL)[0])
+    return drawings(chart)[0]
 
 
-def positions(chart):
+def positions(chart, which=0):
     """(x, y) of the markers of a chart, in order."""
     moved = [
         re.fullmatch(r"translate\((\S+) (\S+)\)", path.get("transform"))
-        for path in drawing(chart).iter("path")
+        for path in drawings(chart)[which].iter("path")
         if path.get("transform")
     ]
     return [(float(match[1]), float(match[2])) for match in moved]
@@ -139,7 +161,7 @@ def test_the_reader_sees_what_is_not_closed():
 @pytest.mark.parametrize("text", ["a plain word", NASTY])
 def test_drawings_are_well_formed_xml(text):
     found = re.findall(r"<svg .*?</svg>", everything(text), re.DOTALL)
-    assert len(found) == 3 + 2  # three charts and the samples of a legend
+    assert len(found) == 3 * 2 + 3  # three charts, drawn twice, and the samples of a legend
     for svg in found:
         ET.fromstring(svg)
 
@@ -214,6 +236,50 @@ def test_links_lead_to_an_element_and_ids_differ():
     assert set(links) <= set(ids)
 
 
+def test_what_a_page_shows_stands_above_its_settings():
+    read = Reader(page("t", {"seed": 0}, ["What is < seen.", section("h", "more")]))
+    order = [(name, "".join(text)) for name, _, text in read.elements if name in ("h1", "p", "dl", "h2")]
+    assert order == [("h1", "t"), ("p", "What is < seen."), ("dl", "seed0"), ("h2", "h"), ("p", "more")]
+
+
+def test_every_note_is_a_paragraph():
+    for note, expected in (("a", ["a"]), (["a", "b < c"], ["a", "b < c"]), ((), []), ("", [])):
+        assert [text for _, text in Reader(section("h", note=note)).all("p", class_="note")] == expected
+
+
+def test_a_page_says_what_was_run_with_what_and_links_what_it_wrote(tmp_path):
+    (tmp_path / "a b.png").touch()
+    (tmp_path / "earlier.png").touch()
+    os.utime(tmp_path / "earlier.png", (0, 0))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    read = Reader(page("t", report.origin("python evaluate.py --text 'a < b'", 12.34, tmp_path), []))
+    assert read.all("code")[0][1] == "python evaluate.py --text 'a < b'"
+    links = [(have["href"], text) for have, text in read.all("a")]
+    assert links == [("results.json", "results.json"), ("a%20b.png", "a b.png")]
+    run = read.all("dd")[1][1]
+    assert re.match(rf"20\d\d-\d\d-\d\d \d\d:\d\d\S+, 12.3 s, Python {platform.python_version()}", run)
+    import torch  # as evaluate.py has by then
+
+    assert f", torch {torch.__version__}" in report.origin("", 1, tmp_path)["run"]
+
+
+def test_the_commit_is_that_of_this_repository_or_none(tmp_path, monkeypatch):
+    copy = tmp_path / "outer" / "copy" / "report"
+    copy.mkdir(parents=True)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path / "outer")]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "an empty one"], check=True)
+    commit = subprocess.run(
+        [*git, "describe", "--always"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    monkeypatch.setattr(document, "__file__", str(copy / "document.py"))
+    assert document.commit() == ""  # the one that the copy lies in is another's
+    monkeypatch.setattr(document, "__file__", str(copy.parent / "document.py"))
+    assert document.commit() == f"commit {commit}"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert document.commit() == ""
+
+
 def test_an_empty_page_is_a_page():
     assert [text for _, text in Reader(page("only a title", {}, [])).all("h1")] == ["only a title"]
 
@@ -255,6 +321,9 @@ def test_text_has_the_contrast_that_wcag_asks_for(scheme):
         assert contrast(tone, css["page"]) >= 4.5  # letters on a mark, and lines
         cell = mixed(tone, css["page"], 0.18)
         assert min(contrast(css[ink], cell) for ink in ("ink", "soft")) >= 4.5
+    deepest = by_value({(0, 0): 1.0, (0, 1): -1.0}, "t", 0, "none")
+    for tone, share in re.findall(r"--c:var\(--(c\d)\);--p:(\d+)%", deepest):
+        assert contrast(css["ink"], mixed(css[tone], css["page"], int(share) / 100)) >= 4.5
 
 
 def test_black_on_white_has_the_largest_contrast():  # the check of the check
@@ -357,19 +426,62 @@ def test_everything_drawn_lies_on_the_paper():
         intervals({"g": [("a", 0, -5, 5)]}, "t", "x"),
         histogram([1, 2], {"left": -30, "right": 30}, "t", "x"),
     ):
-        svg = drawing(chart)
-        width, height = map(float, svg.get("viewBox").split()[2:])
-        spots = [(float(text.get("x")), float(text.get("y"))) for text in svg.iter("text")] + positions(chart)
-        assert all(0 <= x <= width and 0 <= y <= height for x, y in spots)
+        for which, (svg, wide) in enumerate(zip(drawings(chart), report.WIDTHS, strict=True)):
+            width, height = map(float, svg.get("viewBox").split()[2:])
+            assert width == wide
+            spots = [(float(text.get("x")), float(text.get("y"))) for text in svg.iter("text")]
+            spots += positions(chart, which)
+            assert all(0 <= x <= width and 0 <= y <= height for x, y in spots)
 
 
-def test_names_of_near_lines_do_not_collide():
-    chart = curves({"s": [(0, 0), (1, 100)]}, "x", "y", "t", lines={"a": 50, "b": 50.1, "c": 49.9, "d": 99})
-    spots = sorted(
-        float(text.get("y")) for text in drawing(chart).iter("text") if re.match("[abcd] ", text.text)
-    )
-    assert len(spots) == 4
-    assert min(np.diff(spots)) >= 13
+def test_both_drawings_of_a_chart_say_the_same():
+    for chart in (
+        curves({"s": [(0, -1), (3, 2.5)], "t": [(1, 0)]}, "x", "y", "t", lines={"a": 1}),
+        intervals({"g": [("a", 0, -5, 5), ("b", 3, 1, 4)]}, "t", "x"),
+    ):
+        narrow, broad = (np.array(positions(chart, which)) for which in (0, 1))
+        assert len(narrow) == len(broad) > 1
+        fit = np.polyfit(narrow[:, 0], broad[:, 0], 1)  # the same values on another scale
+        assert np.allclose(np.polyval(fit, narrow[:, 0]), broad[:, 0], atol=0.05)
+        told = [[title.text for title in svg.iter("title")] for svg in drawings(chart)]
+        assert told[0] == told[1]
+    counts = [
+        [path[0].text for path in svg.iter("path") if path.get("class") == "column"]
+        for svg in drawings(histogram([1, 2, 2, 3], {"m": 2.5}, "t", "x"))
+    ]
+    assert counts[0] == counts[1] != []
+
+
+def test_where_there_is_room_an_interval_takes_one_line():
+    chart = intervals({"": [(name, 1, 0, 2) for name in "abc"]}, "t", "x")
+    for svg, apart in zip(drawings(chart), (8, 0), strict=True):
+        names = [float(text.get("y")) for text in svg.iter("text") if text.text in "abc"]
+        dots = [y for _, y in positions(chart, 1 if apart == 0 else 0)]
+        assert all((dot > name) == bool(apart) for dot, name in zip(dots, names, strict=True))
+
+
+def test_lines_to_compare_with_are_named_in_the_legend_where_nothing_crosses_them():
+    values = {"a": 50, "b": 50.1, "c": 49.9, "d": 99}
+    chart = curves({"s": [(0, 0), (1, 100)]}, "x", "y", "t", lines=values)
+    assert [text for _, text in Reader(chart).all("tr")][3:] == [f"{a}{b:.4g}" for a, b in values.items()]
+    named = [text for _, text in Reader(chart).all("li")]
+    assert named == ["s", *(f"{name} {value:.1f}" for name, value in values.items())]
+    for svg in drawings(chart):
+        assert not [text for text in svg.iter("text") if re.match("[abcd] ", text.text)]
+        looks = [path.get("stroke-dasharray") for path in svg.iter("path") if path.get("class") == "flag"]
+        assert len(set(looks)) == 4
+
+
+def test_layers_have_no_ticks_between_them():
+    for points, expected in (
+        ([(0, 1.0), (3, 2.0)], ["0", "1", "2", "3"]),
+        ([(0, 1.0), (3.0, 2.0)], ["0.0", "0.5", "1.0", "1.5", "2.0", "2.5", "3.0"]),
+        ([(0, 1.0), (40, 2.0)], ["0", "10", "20", "30", "40"]),
+        ([(2, 1.0)], ["1", "2", "3"]),
+    ):
+        svg = drawing(curves({"s": points}, "layer", "y", "t"))
+        low = max(float(text.get("y")) for text in svg.iter("text") if text.text != "layer")
+        assert [text.text for text in svg.iter("text") if float(text.get("y")) == low] == expected
 
 
 def test_intervals_are_in_order_and_around_their_dots():
@@ -475,7 +587,7 @@ def test_odd_values_are_drawn_or_left_out(values):
         Reader(chart)
         assert "nan" not in chart.replace("nothing", "")
         if "<svg" in chart:
-            assert all(0 <= x <= report.WIDTH for x, _ in positions(chart))
+            assert all(0 <= x <= report.WIDTHS[0] for x, _ in positions(chart))
 
 
 def test_long_labels_are_cut_and_stand_whole_in_the_table():
@@ -521,6 +633,17 @@ def test_cells_are_written_as_numbers_or_a_dash():
     assert "nothing to show" in table(["a", "b"], [])
 
 
+def test_columns_of_words_are_told_from_columns_of_numbers():
+    rows = [
+        ["a", "1.5", "dot (2)", "3 sentences that go on for 30 letters", ""],
+        ["b", "-", "cosine", "c", 2],
+    ]
+    read = Reader(table(["", "x", "score", "why", "n"], rows))
+    looks = [have.get("class") for have, _ in read.all("td")]
+    assert looks == 2 * ["numbers", "words", "words", "numbers"]
+    assert [have.get("class") for have, _ in read.all("th", scope="col")][1:] == looks[:4]
+
+
 def test_a_cell_for_every_head_in_its_row_and_column():
     some = [head for head in heads(layers=3, across=4) if (head.layer, head.head) != (1, 2)]
     read = Reader(head_grid(some))
@@ -536,7 +659,7 @@ def test_a_cell_for_every_head_in_its_row_and_column():
 def test_roles_are_told_apart_without_colour():
     roles = [f"{a}{b}" for a in ("colour", "count", "place", "plant", "animal") for b in ("s", "ish", "able")]
     grid = Reader(head_grid([Head(0, i, role, 0.5) for i, role in enumerate(roles)]))
-    marks = [text for have, text in grid.all("i", class_="mark")]
+    marks = [text for have, text in grid.all("strong", class_="mark")]
     assert len(set(marks)) == len(roles) == 15  # more than there are colours
     assert "no role" not in head_grid([Head(0, 0, "a", 0.5)])
 
@@ -546,6 +669,45 @@ def test_heads_of_which_no_more_is_known_have_no_cards():
     assert "<article" not in grid
     assert "href" not in grid
     assert "<article" in head_grid([Head(0, 0, "chosen", 0.5, spread=0.1), Head(0, 1)])
+
+
+def test_the_heads_that_write_most_come_first_and_the_others_are_to_be_opened():
+    spreads = [0.01 * ((7 * i) % 16) for i in range(16)]
+    grid = head_grid(
+        [Head(0, i, "", 0.5, spread=spread) for i, spread in enumerate(spreads)], {"spread": "it is"}
+    )
+    cards = re.findall('<article[^>]*id="head-0-(\\d+)"', grid)
+    assert [spreads[int(i)] for i in cards] == sorted(spreads, reverse=True)
+    shown, rest = grid.split("<details>")
+    assert shown.count("<article") == 12
+    assert rest.startswith("<summary>4 more heads")
+    assert "<dt>spread</dt><dd>it is</dd>" in shown.split("<article")[0]
+    assert "<details" not in head_grid([Head(0, i, spread=0.1) for i in range(12)])
+
+
+def test_images_where_a_head_writes_least_stand_below_those_where_it_writes_most():
+    read = Reader(head_grid([Head(0, 3, images=[image()] * 2, least=[image()])]))
+    alts = [have["alt"] for have, _ in read.all("img")]
+    assert alts == [f"head 0.3 writes {end}" for end in ("most: image 1", "most: image 2", "least: image 1")]
+    assert [text for _, text in read.all("p", class_="over")] == ["writes most", "writes least"]
+
+
+def test_all_that_is_known_of_a_head_stands_on_its_card():
+    read = Reader(head_grid([Head(0, 3, spread=0.5, remainder=0.25, facts={"by chance": "42%", "x": "<y>"})]))
+    (facts,) = [text for _, text in read.all("p", class_="facts")]
+    assert facts == "spread 50%unexplained 25%by chance 42%x <y>"
+
+
+def test_a_value_twice_as_far_from_the_middle_is_coloured_twice_as_deep():
+    grid = by_value({(0, 0): 97.0, (0, 1): 98.0, (2, 1): 99.5}, "accuracy", 98.5, "unchanged")
+    cells = re.findall(
+        '<div class="cell valued" style="--c:var\\(--(c\\d)\\);--p:(\\d+)%"[^>]*><b>(.*?)</b> (.*?)<', grid
+    )
+    assert cells == [("c1", "50", "0.0", "97.0"), ("c1", "17", "0.1", "98.0"), ("c0", "33", "2.1", "99.5")]
+    assert [text for _, text in Reader(grid).all("li")] == ["-1.5", "-0.8", "unchanged 98.5", "+0.8", "+1.5"]
+    assert grid.count("<span></span>") == 1
+    Reader(by_value({}, "t", 0, "none"))
+    assert "nan" not in by_value({(0, 0): 1.0}, "t", 1.0, "none").replace("none", "")
 
 
 def test_bars_are_as_long_as_shares():
@@ -597,3 +759,13 @@ def test_every_kind_of_picture_is_shown(mode):
 def test_no_pictures_are_said_to_be_none():
     assert "nothing to show" in pictures([])
     assert "nothing to show" not in pictures([(image(), "a")])
+
+
+def test_an_interval_in_a_cell_is_small_print_behind_its_value():
+    cells = ["54.8 [51.8, 58.6]", "66.3 ± 14.8", "a ± b", "-0.5", "2 of 3 [x]"]
+    shown = table(["", *"abcde"], [["", *cells]])
+    assert re.findall("<td[^>]*>(.*?)</td>", shown) == [
+        "54.8<small> [51.8, 58.6]</small>",
+        "66.3<small> ± 14.8</small>",
+        *cells[2:],
+    ]
