@@ -3,9 +3,9 @@
     model = transformers.CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
     decompose(model, images)    # sums to model.get_image_features(pixel_values=images)
 
-Taken are CLIPModel, CLIPVisionModelWithProjection and SiglipModel (SigLIP, and SigLIP 2 of a fixed resolution),
-and what has the same attributes, in transformers 4 and 5. Their blocks are those of CLIP under other names.
-Queries, keys and values are three maps, and all attentions must end in F.scaled_dot_product_attention.
+It takes CLIPModel, CLIPVisionModelWithProjection and SiglipModel (SigLIP, and SigLIP 2 at fixed resolutions)
+of transformers 4 and 5, and models with the same attributes. Their blocks are CLIP's under other names, and
+their attention must end in F.scaled_dot_product_attention, where attention.py intercepts it.
 
 This file needs torch, and families.py with the files that it needs beside it.
 MIT licence, (c) 2026 The TextSpan reference authors.
@@ -39,7 +39,7 @@ class ImageSide:
         """[b, d] what get_image_features returns: in transformers 5 in an object, in 4 as it is."""
         if self.projection is not None:
             return self.projection(self.visual(pixel_values=images)[1])
-        # SigLIP's pooling asks for its attention's weights, and would not call F.scaled_dot_product_attention.
+        # Asked for its weights, as it is here, nn.MultiheadAttention does not call the intercepted function.
         hook = self.head.attention.register_forward_pre_hook(without_weights, with_kwargs=True)
         try:
             return self.visual(pixel_values=images)[1]
@@ -52,42 +52,41 @@ class ImageSide:
         Raises:
             DecompositionError: what the model has instead of them.
         """
-        visual = self.visual
-        layers = getattr(getattr(visual, "encoder", None), "layers", ())
-        patches = getattr(getattr(visual, "embeddings", None), "patch_embedding", None)
-        naflex = "it takes patches with their sizes and masks (NaFlex), not images"
-        require(not isinstance(patches, nn.Linear), naflex)
-        require(isinstance(patches, nn.Conv2d), "it has no embeddings.patch_embedding that is a convolution")
-        norm = child(visual, "post_layernorm")
+        layers = getattr(getattr(self.visual, "encoder", None), "layers", ())
+        norm = child(self.visual, "post_layernorm")
         require(len(layers) > 0 and norm is not None, "it has no encoder.layers and post_layernorm")
-        blocks = [block_of(block) for block in layers]
-        if self.projection is not None:
-            maps = [(self.projection.weight.T, self.projection.bias)]
-            readout = TokenReadOut("class token", slice(0, 1), norm, True, maps, norm.weight)
-            require(
-                hasattr(visual.embeddings, "class_embedding"),
-                "it projects another token than the class token",
-            )
-            return family_of(self, blocks, readout, prefix=1)
+        embed = getattr(self.visual, "embeddings", None)
+        patches = getattr(embed, "patch_embedding", None)
+        naflex = isinstance(patches, nn.Linear)
+        require(not naflex, "it takes patches with their sizes and masks (NaFlex), not images")
+        require(isinstance(patches, nn.Conv2d), "it has no embeddings.patch_embedding that is a convolution")
+        prefix = int(hasattr(embed, "class_embedding"))
+        readout = self.pooling(norm) if self.projection is None else self.class_token(norm)
+        require(prefix == (readout.name == "class token"), f"it reads out its {readout.name} beside others")
+        return family_of(self, [block_of(block) for block in layers], readout, prefix)
+
+    def class_token(self, norm: nn.LayerNorm) -> TokenReadOut:
+        """CLIP's read-out."""
+        maps = [(self.projection.weight.T, self.projection.bias)]
+        return TokenReadOut("class token", slice(0, 1), norm, True, maps, norm.weight)
+
+    def pooling(self, norm: nn.LayerNorm) -> AttentionPooling:
+        """SigLIP's read-out."""
         attn = getattr(self.head, "attention", None)
-        needs = "give CLIPModel, CLIPVisionModelWithProjection or SiglipModel"
-        require(attn is not None, f"it has neither a visual_projection nor attention pooling; {needs}")
+        needed = "give CLIPModel, CLIPVisionModelWithProjection or SiglipModel"
+        require(attn is not None, f"it has neither a visual_projection nor attention pooling; {needed}")
         known = type(attn) is nn.MultiheadAttention and attn.in_proj_bias is not None and attn.bias_k is None
         require(
-            known, f"its pooling is {type(attn).__name__} of another kind; expected nn.MultiheadAttention"
+            known, f"its pooling has {type(attn).__name__} of another kind; expected nn.MultiheadAttention"
         )
-        value, then = (
-            attn.in_proj_weight.chunk(3)[2],
-            TokenReadOut("", slice(0, 1), None, False, [], norm.weight),
-        )
-        value = value, attn.in_proj_bias.chunk(3)[2]
-        name, heads, out = "attention pooling", attn.num_heads, attn.out_proj
-        readout = AttentionPooling(name, slice(None), norm, heads, value, out, then, self.head.mlp)
-        return family_of(self, blocks, readout, prefix=0)
+        then = TokenReadOut("", slice(0, 1), None, False, [], norm.weight)
+        value, heads = (attn.in_proj_weight.chunk(3)[2], attn.in_proj_bias.chunk(3)[2]), attn.num_heads
+        name, mlp = "attention pooling", self.head.mlp
+        return AttentionPooling(name, slice(None), norm, heads, value, attn.out_proj, then, mlp)
 
 
 def without_weights(attn: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
-    """The arguments of nn.MultiheadAttention, less the wish for its attention's weights."""
+    """The arguments of nn.MultiheadAttention, without asking for its attention's weights."""
     return args, {**options, "need_weights": False}
 
 
@@ -98,9 +97,8 @@ def block_of(block: nn.Module) -> Block:
     require(parts == PARTS, f"{found}; expected {', '.join(sorted(PARTS))}")
     attn, mlp = block.self_attn, block.mlp
     out = child(attn, "out_proj", nn.Linear)
-    require(
-        out is not None and hasattr(attn, "num_heads"), f"{type(attn).__name__} has no out_proj and num_heads"
-    )
+    known = out is not None and hasattr(attn, "num_heads")
+    require(known, f"attention {type(attn).__name__} has no out_proj and num_heads")
     runs = getattr(getattr(attn, "config", None), "_attn_implementation", None)
     hint = 'load it with attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
     require(runs == "sdpa", f"its attention runs as {runs!r}, which cannot be intercepted; {hint}")

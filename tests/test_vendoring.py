@@ -22,6 +22,7 @@ FILES = {
     "attention.py": set(),
     "blocks.py": {"decompose.py"},
     "families.py": {"decompose.py", "attention.py", "blocks.py"},
+    "huggingface.py": {"families.py", "decompose.py", "attention.py", "blocks.py"},
     "neurons.py": {"decompose.py"},
     "diagnose.py": {"decompose.py"},
     "forward.py": {"decompose.py", "attention.py"},
@@ -84,6 +85,16 @@ PROGRAMS = {
         assert terms.own is None  # not the class token, whose own part is kept
         assert torch.allclose(terms.total(), model.encode_image(images))
         assert torch.allclose(m.core.token_scores(model, images, texts).sum(dim=3), terms.heads @ texts.T)
+    """,
+    "huggingface.py": """
+        import importlib, releases
+        core = importlib.import_module(m.__name__.replace("huggingface", "decompose"))
+        for siglip in (False, True):
+            model, images = releases.HuggingFace(siglip).double(), torch.randn(2, 3, 8, 12).double()
+            terms, texts = core.decompose(model, images), torch.randn(5, 32 if siglip else 24).double()
+            assert torch.allclose(terms.total(), model.get_image_features(images))
+            assert torch.allclose(core.token_scores(model, images, texts).sum(dim=3), terms.heads @ texts.T)
+            assert core.heatmap(model, images, texts).shape == (2, 5, 2, 3)
     """,
     "neurons.py": """
         import releases
