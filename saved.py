@@ -85,7 +85,7 @@ def save_terms(
     path: str | Path,
     model: nn.Module,
     batches: Iterable[Tensor],
-    names: Sequence[str],
+    names: Sequence[str | Path],
     about: Mapping[str, str] = MappingProxyType({}),
 ) -> float:
     """Decompose batches of images (convention "term") and save their terms; return the sums' largest error.
@@ -132,7 +132,7 @@ def begin(
     """Write the header of a file of safetensors, and what it holds once; at which byte each tensor begins."""
     shapes = {name: [len(names), *x.shape[1:]] for name, x in rows.items()}
     shapes |= {name: list(x.shape) for name, x in once.items()}
-    said = {"convention": "term", **about, "names": json.dumps(list(names))}
+    said = {"convention": "term", **about, "names": json.dumps([*map(str, names)])}
     header, end = {"__metadata__": {key: str(value) for key, value in said.items()}}, 0
     for name, shape in shapes.items():
         first, end = end, end + 4 * math.prod(shape)

@@ -24,7 +24,7 @@ def run(job: Job) -> tuple[dict, list]:
     files = getattr(data, "files", None) or [data.caption(i) for i in range(len(data))]
     about = {"model": job.clip.name, "weights": job.clip.weights, "images": data.description}
     batches = (images for images, _ in one_pass(job, data, "terms"))
-    error = save_terms(path, job.clip.model, batches, [*map(str, files)], about)
+    error = save_terms(path, job.clip.model, batches, files, about)
     shapes = open_terms(path).shapes
     within = f"the terms sum to the embedding within {error:.0e} of its largest entry"
     where = print_settings(job, images=data.description, file=str(path), sum=within)

@@ -18,6 +18,7 @@ TASKS = {
     "segmentation": [*QUICK, "--methods", "decomposition", "rollout"],
     "ablation": QUICK,
     "completeness": QUICK,
+    "terms": QUICK,
     "retrieval": [*QUICK, "--head", "3.4", "--text", "a bird at night", "--top", "3"],
     "heatmap": ["--text", "a duck", "--methods", "decomposition"],
 }
