@@ -9,6 +9,7 @@ import pytest
 import torch
 from small import EXACT, FAR, SINGLE, build, far, found, noise
 from test_families import SIGLIP
+from test_python_page import recipes, run_cells
 
 from baselines import METHODS, BaselineError
 from decompose import DecompositionError, check, decompose, head_maps, heatmap, token_scores
@@ -313,3 +314,8 @@ def test_the_product_does_not_import_transformers():
     program = f"import {files}, sys; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_the_recipe_prints_what_stands_below_it():
+    [(code, printed)] = [recipe for recipe in recipes() if "transformers" in recipe[0]]
+    assert run_cells([code]) == [printed]
