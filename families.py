@@ -16,8 +16,9 @@ So decompose.py's formulas hold for every virtual token. One forward pass serves
 tokens is kept until their weights are known, which depend on the last layer.
 
 To add a kind of model, write a function like `timm_tower` (a Block for each block, a TokenReadOut or an
-AttentionPooling, then family_of), and call it from `open_family`; huggingface.py does so in a file of its own.
-This file needs torch, and decompose.py, attention.py and blocks.py beside it. MIT licence, (c) 2026 The TextSpan reference authors.
+AttentionPooling, then family_of), and call it from `open_family`; or a file of its own, as huggingface.py is.
+This file needs torch, and decompose.py, attention.py and blocks.py beside it.
+MIT licence, (c) 2026 The TextSpan reference authors.
 
 Axes as in decompose.py, and T tokens that are read out, r virtual tokens, q queries and p heads of a pooling.
 """

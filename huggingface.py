@@ -40,7 +40,8 @@ class ImageSide:
         if self.projection is not None:
             return self.projection(self.visual(pixel_values=images)[1])
         # Asked for its weights, as it is here, nn.MultiheadAttention does not call the intercepted function.
-        hook = self.head.attention.register_forward_pre_hook(without_weights, with_kwargs=True)
+        unasked = lambda attn, args, options: (args, options | {"need_weights": False})  # noqa: E731
+        hook = self.head.attention.register_forward_pre_hook(unasked, with_kwargs=True)
         try:
             return self.visual(pixel_values=images)[1]
         finally:
@@ -55,20 +56,16 @@ class ImageSide:
         layers = getattr(getattr(self.visual, "encoder", None), "layers", ())
         norm = child(self.visual, "post_layernorm")
         require(len(layers) > 0 and norm is not None, "it has no encoder.layers and post_layernorm")
-        embed = getattr(self.visual, "embeddings", None)
-        patches = getattr(embed, "patch_embedding", None)
+        patches = getattr(getattr(self.visual, "embeddings", None), "patch_embedding", None)
         naflex = isinstance(patches, nn.Linear)
         require(not naflex, "it takes patches with their sizes and masks (NaFlex), not images")
         require(isinstance(patches, nn.Conv2d), "it has no embeddings.patch_embedding that is a convolution")
-        prefix = int(hasattr(embed, "class_embedding"))
-        readout = self.pooling(norm) if self.projection is None else self.class_token(norm)
-        require(prefix == (readout.name == "class token"), f"it reads out its {readout.name} beside others")
-        return family_of(self, [block_of(block) for block in layers], readout, prefix)
-
-    def class_token(self, norm: nn.LayerNorm) -> TokenReadOut:
-        """CLIP's read-out."""
+        blocks = [block_of(block) for block in layers]
+        if self.projection is None:
+            return family_of(self, blocks, self.pooling(norm), prefix=0)
         maps = [(self.projection.weight.T, self.projection.bias)]
-        return TokenReadOut("class token", slice(0, 1), norm, True, maps, norm.weight)
+        readout = TokenReadOut("class token", slice(0, 1), norm, True, maps, norm.weight)
+        return family_of(self, blocks, readout, prefix=1)
 
     def pooling(self, norm: nn.LayerNorm) -> AttentionPooling:
         """SigLIP's read-out."""
@@ -83,11 +80,6 @@ class ImageSide:
         value, heads = (attn.in_proj_weight.chunk(3)[2], attn.in_proj_bias.chunk(3)[2]), attn.num_heads
         name, mlp = "attention pooling", self.head.mlp
         return AttentionPooling(name, slice(None), norm, heads, value, attn.out_proj, then, mlp)
-
-
-def without_weights(attn: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
-    """The arguments of nn.MultiheadAttention, without asking for its attention's weights."""
-    return args, {**options, "need_weights": False}
 
 
 def block_of(block: nn.Module) -> Block:

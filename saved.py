@@ -18,9 +18,8 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
@@ -52,12 +51,14 @@ class SavedTerms:
         chosen = range(chosen, chosen + 1) if isinstance(chosen, int) else chosen
         if chosen.step != 1:
             raise ValueError(f"saved terms are read in slices of step 1, got {rows}")
-        names = [name for name in self.shapes if name != "maps"]
-        found = {name: self.file.get_slice(name)[chosen.start : chosen.stop] for name in names}
-        values, maps = found["values"], self.maps
-        return Decomposition(
-            heads=values if maps is None else torch.einsum("blhe,lhed->blhd", values, maps), **found
-        )
+        x = {
+            name: self.file.get_slice(name)[chosen.start : chosen.stop]
+            for name in ROWS
+            if name in self.shapes
+        }
+        values, maps = x["values"], self.maps
+        heads = values if maps is None else torch.einsum("blhe,lhed->blhd", values, maps)
+        return Decomposition(heads=heads, **x)
 
 
 def open_terms(path: str | Path) -> SavedTerms:
@@ -71,9 +72,7 @@ def open_terms(path: str | Path) -> SavedTerms:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise InputError(
-            f"{path} is not a whole file of safetensors ({error}); save the terms anew"
-        ) from error
+        raise InputError(f"{path} is no whole file of safetensors ({error}); save the terms anew") from error
     missing = {*ROWS} - {"pool", *file.keys()} or {"names"} - {*(file.metadata() or ())}
     if missing:
         found = ", ".join(sorted(file.keys())[:5]) or "nothing"
@@ -86,7 +85,7 @@ def save_terms(
     model: nn.Module,
     batches: Iterable[Tensor],
     names: Sequence[str | Path],
-    about: Mapping[str, str] = MappingProxyType({}),
+    about: dict[str, str] | None = None,
 ) -> float:
     """Decompose batches of images (convention "term") and save their terms; return the sums' largest error.
 
@@ -115,7 +114,9 @@ def save_terms(
                 if not starts:
                     # Under attention pooling a head's values are its term, and need no maps.
                     pooled = torch.equal(terms.values, terms.heads)
-                    starts = begin(file, rows, {} if pooled else {"maps": head_maps(model)}, names, about)
+                    starts = begin(
+                        file, rows, {} if pooled else {"maps": head_maps(model)}, names, about or {}
+                    )
                 for name, x in rows.items():
                     write(file, starts[name] + done * 4 * x[0].numel(), x)
                 done, worst = end, max(worst, terms.error())
@@ -127,7 +128,7 @@ def save_terms(
 
 
 def begin(
-    file: BinaryIO, rows: dict[str, Tensor], once: dict[str, Tensor], names: Sequence[str], about: Mapping
+    file: BinaryIO, rows: dict[str, Tensor], once: dict[str, Tensor], names: Sequence, about: dict
 ) -> dict[str, int]:
     """Write the header of a file of safetensors, and what it holds once; at which byte each tensor begins."""
     shapes = {name: [len(names), *x.shape[1:]] for name, x in rows.items()}
@@ -141,11 +142,11 @@ def begin(
     text += b" " * (-len(text) % 8)
     free = shutil.disk_usage(Path(file.name).parent).free
     if free < end:
-        room = f"they take {end / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        raise InputError(f"there is no room for the terms: {room}")
+        raise InputError(
+            f"no room for the terms: they take {end / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
+        )
     if len(text) > LONGEST:
-        most = f"{len(text):,} bytes, where {LONGEST:,} can be read"
-        raise InputError(f"the names take {most}: save the images in several files")
+        raise InputError(f"the names take over {LONGEST:,} bytes: save the images in several files")
     file.write(struct.pack("<Q", len(text)) + text)
     starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
     for name, x in once.items():

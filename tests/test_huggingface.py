@@ -264,10 +264,6 @@ REFUSED = {
     ),
     "no layers": (lambda: without(clip(), "vision_model.encoder"), "no encoder.layers and post_layernorm"),
     "no patches": (lambda: without(clip(), "vision_model.embeddings"), "no embeddings.patch_embedding"),
-    "no class token": (
-        lambda: without(clip(), "vision_model.embeddings.class_embedding"),
-        "it reads out its class token beside others",
-    ),
     "another block": (
         lambda: without(clip(), "vision_model.encoder.layers.1.layer_norm2"),
         "block CLIPEncoderLayer has layer_norm1, mlp, self_attn; expected",

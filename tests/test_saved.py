@@ -141,10 +141,10 @@ def broken(path, how):
 
 
 BROKEN = {
-    "cut": "is not a whole file of safetensors",
-    "longer": "is not a whole file of safetensors",
-    "empty": "is not a whole file of safetensors",
-    "text": "is not a whole file of safetensors",
+    "cut": "is no whole file of safetensors",
+    "longer": "is no whole file of safetensors",
+    "empty": "is no whole file of safetensors",
+    "text": "is no whole file of safetensors",
     "another": "holds no terms as save_terms writes them: no constant; found weight",
     "half": "holds no terms as save_terms writes them: no mlps; found constant, embedding",
     "nameless": "holds no terms as save_terms writes them: no names; found",
@@ -202,7 +202,7 @@ def test_a_disk_that_is_full_from_the_start_or_on_the_way(path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     usage = shutil.disk_usage(path.parent)._replace(free=1000)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(InputError, match=r"no room for the terms: they take 0.0 GB, and 0.0 GB are free"):
+    with pytest.raises(InputError, match=r"no room for the terms: they take 0.0 GB, and 0.0 are free"):
         save(path, model, images, ["x"] * 400)
     assert path.read_text() == "earlier"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -211,7 +211,7 @@ def test_a_disk_that_is_full_from_the_start_or_on_the_way(path, monkeypatch):
 def test_more_names_than_a_header_can_hold(path, monkeypatch):
     monkeypatch.setattr(module, "LONGEST", 10_000)
     save(path, build().float(), images_for(build()), ["x" * 1000] * 5)
-    with pytest.raises(InputError, match=r"the names take .* save the images in several files"):
+    with pytest.raises(InputError, match=r"the names take over .* save the images in several files"):
         save(path, build().float(), images_for(build()), ["x" * 2000] * 5)
 
 
