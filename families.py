@@ -442,10 +442,8 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
     """The model's tower; or a DecompositionError that names it and what it lacks."""
     if hasattr(model, "vision_model"):  # of transformers
         image_side = core.beside("huggingface", "ImageSide")
-        require(
-            image_side is not None,
-            f"cannot decompose {type(model).__name__}: put huggingface.py beside families.py",
-        )
+        lacking = f"cannot decompose {type(model).__name__}: put huggingface.py beside families.py"
+        require(image_side is not None, lacking)
         model = image_side(model)
     visual = getattr(model, "visual", None)
     with refused(model):

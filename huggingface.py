@@ -73,9 +73,8 @@ class ImageSide:
         needed = "give CLIPModel, CLIPVisionModelWithProjection or SiglipModel"
         require(attn is not None, f"it has neither a visual_projection nor attention pooling; {needed}")
         known = type(attn) is nn.MultiheadAttention and attn.in_proj_bias is not None and attn.bias_k is None
-        require(
-            known, f"its pooling has {type(attn).__name__} of another kind; expected nn.MultiheadAttention"
-        )
+        kind = f"{type(attn).__name__} of another kind; expected nn.MultiheadAttention"
+        require(known, f"its pooling has {kind}")
         then = TokenReadOut("", slice(0, 1), None, False, [], norm.weight)
         value, heads = (attn.in_proj_weight.chunk(3)[2], attn.in_proj_bias.chunk(3)[2]), attn.num_heads
         name, mlp = "attention pooling", self.head.mlp

@@ -195,6 +195,14 @@ def test_a_weight_that_changes_while_the_model_runs_is_noticed_and_its_block_nam
         decompose(model, pictures(model))
 
 
+@TAKEN
+def test_a_read_out_that_changes_is_told_from_the_blocks(name):
+    _, model = PAIRS[name]()
+    model.vision_model.post_layernorm.register_forward_hook(lambda module, args, output: 1.5 * output)
+    with pytest.raises(DecompositionError, match="every block adds up, so the difference arises in the read"):
+        decompose(model, pictures(model))
+
+
 def test_the_convention_of_the_paper_holds_for_clip_alone():
     ours, theirs = clip_pair()
     images = pictures(theirs)
