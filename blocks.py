@@ -57,6 +57,7 @@ class Block:
     """Where one block keeps its heads and neurons, and which modules write to the stream."""
 
     module: nn.Module
+    attn: nn.Module  # has num_heads
     heads: WayOut
     attention_written: nn.Module  # its output is what the attention adds to the stream
     mlp_written: nn.Module  # its output is what the MLP adds
@@ -85,7 +86,8 @@ def native_block(block: nn.Module) -> Block:
         return WayOut(child(mlp, "c_proj", nn.Linear), child(mlp, "ln"), gain=gain(block, "ls_2"))
 
     way_out = WayOut(attn.out_proj, child(attn, "ln_inner"), child(block, "ln_attn"), gain(block, "ls_1"))
-    return Block(block, way_out, block.ls_1, block.ls_2, mlp_way_out, getattr(attn, "head_scale", None))
+    head_scale = getattr(attn, "head_scale", None)
+    return Block(block, attn, way_out, block.ls_1, block.ls_2, mlp_way_out, head_scale)
 
 
 # timm's classes; those with their norms behind attention and MLP have them in norm1 and norm2.
@@ -113,7 +115,7 @@ def timm_block(block: nn.Module) -> Block:
     outer = child(block, "norm1") if post else None
     way_out = WayOut(attn.proj, child(attn, "norm"), outer, gain(block, "ls1", "gamma_1"))
     # In eval mode drop_path1 and drop_path2 are identities, behind LayerScale.
-    return Block(block, way_out, block.drop_path1, block.drop_path2, mlp_way_out)
+    return Block(block, attn, way_out, block.drop_path1, block.drop_path2, mlp_way_out)
 
 
 # Modules and norms.

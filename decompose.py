@@ -70,6 +70,11 @@ class Decomposition:
         """max |total - embedding| / max |embedding|, over all images; NaN if either holds a NaN."""
         return float((self.total() - self.embedding).abs().max() / self.embedding.abs().max())
 
+    def without(self, heads: Sequence[tuple[int, int]], mean: Tensor) -> Tensor:
+        """[b, d] the embedding, with the terms of heads (layer, head) from a mean [L, H, d] (section 4)."""
+        mean = mean.to(self.heads).expand(self.heads.shape[1:])
+        return self.embedding - sum(self.heads[:, i, head] - mean[i, head] for i, head in set(heads))
+
     def __repr__(self) -> str:
         shapes = [f"{name} {list(x.shape)}" for name, x in vars(self).items() if x is not None]
         return f"{type(self).__name__}({', '.join(shapes)})"
@@ -108,16 +113,11 @@ def decompose(
     return terms
 
 
-@torch.no_grad()
 def check(model: nn.Module, images: Tensor, tolerance: float = 1e-4) -> float:
-    """The relative error of the sum: the proof that nothing is missing. (For half precision pass 3e-2.)
-
-    A larger error raises a DecompositionError that names the block it comes from.
-    """
+    """The relative error of the sum; a larger one raises, and names its block. (For half precision: 3e-2.)"""
     return decompose(model, images, tolerance=tolerance).error()
 
 
-@torch.no_grad()
 def head_maps(model: nn.Module) -> Tensor:
     """[L, H, e, d] W_O G, from a head's values to its term. (Under attention pooling: identities.)"""
     return open_tower(model).head_maps()
@@ -153,8 +153,8 @@ def heatmap(model: nn.Module, images: Tensor, texts: Tensor, *, convention: str 
     Arguments as for `token_scores`. The rest comes from other source tokens, MLPs, the stem and the constant.
     """
     tower = open_tower(model, convention, images=images, texts=texts)
-    every = list(range(len(tower.W_O)))
-    scores = tower.scores(images, texts.to(tower.W_O[0]), convention, every, by_head=False).sum(dim=(1, 2))
+    texts, every = texts.to(tower.W_O[0]), list(range(len(tower.W_O)))
+    scores = tower.scores(images, texts, convention, every, by_head=False).sum(dim=(1, 2))
     return scores[:, tower.prefix :].mT.unflatten(2, tower.grid(images))
 
 

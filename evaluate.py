@@ -12,6 +12,7 @@
     $ python evaluate.py --task debias --classes NAME NAME --cue TEXT TEXT --data FOLDER
     $ python evaluate.py --task neurons         # what single neurons of an MLP write
     $ python evaluate.py --task typographic     # see the bird although another's name is written beside it
+    $ python evaluate.py --task terms           # keep every image's terms in a file, for analyses of your own
     $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper \\
         --data DIR
 
@@ -57,6 +58,7 @@ TASKS = {
     "retrieval": "data reference head role top image text",
     "neurons": "data reference layer neurons order",
     "typographic": "data reference heads",
+    "terms": "data save",
 }
 
 
@@ -112,6 +114,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=natural, help="processes that read images [4 at most]")
     add("--out", type=Path, default=Path("results"), help="folder for results [%(default)s]")
     add("--resume", action="store_true", help="go on where an earlier run of the same command was killed")
+    add("--save", type=Path, metavar="FILE", help="terms: the file to write [terms.safetensors in --out]")
     save = "save what --resume needs this often [%(default)s]"
     add("--save-every", type=seconds, default=60.0, metavar="SECONDS", help=save)
 

@@ -16,8 +16,9 @@ So decompose.py's formulas hold for every virtual token. One forward pass serves
 tokens is kept until their weights are known, which depend on the last layer.
 
 To add a kind of model, write a function like `timm_tower` (a Block for each block, a TokenReadOut or an
-AttentionPooling, then family_of), and call it from `open_family`. This file needs torch, and decompose.py,
-attention.py and blocks.py beside it. MIT licence, (c) 2026 The TextSpan reference authors.
+AttentionPooling, then family_of), and call it from `open_family`; or a file of its own, as huggingface.py is.
+This file needs torch, and decompose.py, attention.py and blocks.py beside it.
+MIT licence, (c) 2026 The TextSpan reference authors.
 
 Axes as in decompose.py, and T tokens that are read out, r virtual tokens, q queries and p heads of a pooling.
 """
@@ -176,8 +177,8 @@ class Family(ClipTower):
         self.parts, self.blocks, self.hooks = blocks, [block.module for block in blocks], []
         self.attentions = [block.attention_written for block in blocks]
         batch_first = getattr(getattr(model.visual, "transformer", None), "batch_first", True)
-        self.batch_first = getattr(self.blocks[0].attn, "batch_first", batch_first)
-        self.W_O = [x.heads.maps().unflatten(0, (x.module.attn.num_heads, -1)) for x in blocks]
+        self.batch_first = getattr(blocks[0].attn, "batch_first", batch_first)
+        self.W_O = [x.heads.maps().unflatten(0, (x.attn.num_heads, -1)) for x in blocks]
         then = readout if isinstance(readout, TokenReadOut) else readout.then
         self.width = then.maps[-1][0].shape[1] if then.maps else len(then.template)
 
@@ -192,7 +193,10 @@ class Family(ClipTower):
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches."""
-        embed = getattr(getattr(self.model.visual, "trunk", None), "patch_embed", None)
+        visual = self.model.visual
+        if hasattr(visual, "embeddings"):  # transformers
+            return tuple(side // visual.embeddings.patch_size for side in images.shape[-2:])
+        embed = getattr(getattr(visual, "trunk", None), "patch_embed", None)
         return super().grid(images) if embed is None else embed.dynamic_feat_size(tuple(images.shape[-2:]))
 
     def G(self, convention: str = "term") -> Tensor:
@@ -233,10 +237,11 @@ class Family(ClipTower):
         kept: dict[object, Tensor] = {}
 
         def keep(name: object, module: nn.Module, args: tuple, *output: Tensor) -> None:
-            kept[name] = self.targets(output[0] if output else args[0])
+            x = output[0] if output else args[0]
+            kept[name] = self.targets(x[0] if isinstance(x, tuple) else x)  # of transformers 4
 
         def before_mlp(layer: int, module: nn.Module, args: tuple) -> None:  # the block's attention is over
-            attn, causes = self.blocks[layer].attn, []
+            attn, causes = self.parts[layer].attn, []
             causes += ["is TIMM_FUSED_ATTN=0 set?"] * (not getattr(attn, "fused_attn", True))
             causes += ["the forward of its attention was replaced"] * ("forward" in vars(attn))
             causes += ["a hook on its attention may set need_weights"] * bool(attn._forward_pre_hooks)
@@ -428,12 +433,18 @@ def refused(model: nn.Module, where: str = "") -> Iterator[None]:
     except (DecompositionError, NotImplementedError) as error:
         visual = getattr(model, "visual", None)
         trunk = f" ({type(visual.trunk).__name__})" if hasattr(visual, "trunk") else ""
-        name = f"cannot decompose {type(model).__name__} with image tower {type(visual).__name__}{trunk}: "
+        kind = getattr(model, "kind", type(model).__name__)  # huggingface.py's views have a kind
+        name = f"cannot decompose {kind} with image tower {type(visual).__name__}{trunk}: "
         raise DecompositionError(f"{name}{where}" + str(error).removeprefix(name)) from None
 
 
 def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
     """The model's tower; or a DecompositionError that names it and what it lacks."""
+    if hasattr(model, "vision_model"):  # of transformers
+        image_side = core.beside("huggingface", "ImageSide")
+        lacking = f"cannot decompose {type(model).__name__}: put huggingface.py beside families.py"
+        require(image_side is not None, lacking)
+        model = image_side(model)
     visual = getattr(model, "visual", None)
     with refused(model):
         scripted = isinstance(model, torch.jit.ScriptModule)
@@ -442,6 +453,8 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
             require(not hasattr(model, "module"), "it is a wrapper; give the model inside, its .module")
             tower = hasattr(model, "ln_post") or hasattr(model, "trunk")
             require(not tower, "it is an image tower; give the whole model, not its .visual")
+            tower = hasattr(model, "post_layernorm")
+            require(not tower, "it is an image tower; give the whole model, CLIPModel or SiglipModel say")
             require(False, "it has no attribute `visual`; expected an open_clip model")
         for name, part in visual.named_modules(prefix="visual"):
             wrapper = f"its {name} is a wrapper, {type(part).__name__}; put its .module in its place"
@@ -453,7 +466,8 @@ def open_family(model: nn.Module, convention: str = "term") -> ClipTower:
         require(kind not in REFUSED, REFUSED.get(kind, ""))
         if ClipTower.fits(model) and is_plain(visual):
             return ClipTower(model)
-        family = timm_tower(model) if hasattr(visual, "trunk") else native_tower(model)
+        tower = timm_tower if hasattr(visual, "trunk") else getattr(type(model), "tower", native_tower)
+        family = tower(model)
         one_norm = type(family) is Family and family.readout.norm is not None
         where = "for a class token that is read out behind one norm"
         require(convention != "paper" or one_norm, f'convention="paper" is defined {where}; use "term"')

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 try:
     from .attention import Call, attention_calls
-    from .decompose import DecompositionError, image_embedding, open_tower
+    from .decompose import ClipTower, DecompositionError, image_embedding, open_tower
 except ImportError:  # not in a package
     from attention import Call, attention_calls
-    from decompose import DecompositionError, image_embedding, open_tower
+    from decompose import ClipTower, DecompositionError, image_embedding, open_tower
 
 
 @torch.no_grad()
@@ -35,9 +35,9 @@ def class_values(model: nn.Module, images: Tensor) -> Tensor:
 
     Arguments and errors as for `forward_without`.
     """
-    depth, _ = _size(model, images)
-    _, calls = _run(model, images)
-    return torch.stack([call.out[:, :, 0] for call in calls[:depth]], dim=1)
+    tower = _tower(model, images)
+    _, calls = _run(tower, images)
+    return torch.stack([call.out[:, :, 0] for call in calls[: len(tower.W_O)]], dim=1)
 
 
 @torch.no_grad()
@@ -57,7 +57,8 @@ def forward_without(
         DecompositionError: the model has no class token that is read out, or another architecture.
         ValueError: a head that the model does not have.
     """
-    depth, width = _size(model, images)
+    tower = _tower(model, images)
+    depth, width = len(tower.W_O), len(tower.W_O[0])
     unknown = [(layer, head) for layer, head in heads if not (0 <= layer < depth and 0 <= head < width)]
     if unknown:
         raise ValueError(f"no head {unknown[0]}: the model has {depth} layers of {width} heads")
@@ -68,19 +69,19 @@ def forward_without(
             out[:, mine, 0] = 0.0 if values is None else values[layer, mine].to(out)
         return out
 
-    return _run(model, images, replace)[0]
+    return _run(tower, images, replace)[0]
 
 
-def _size(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """The numbers of layers and heads; refused where what is read out is not the class token."""
+def _tower(model: nn.Module, images: Tensor) -> ClipTower:
+    """The model's image tower; refused where what is read out is not the class token."""
     tower = open_tower(model, images=images)
     if tower.name != "class token":
         reason = f"its read-out is {tower.name}, and this replaces what the class token is given"
         raise DecompositionError(f"cannot run {type(model).__name__} without heads: {reason}")
-    return len(tower.W_O), len(tower.W_O[0])
+    return tower
 
 
-def _run(model: nn.Module, images: Tensor, replace: Callable | None = None) -> tuple[Tensor, list[Call]]:
+def _run(tower: ClipTower, images: Tensor, replace: Callable | None = None) -> tuple[Tensor, list[Call]]:
     with attention_calls(replace) as calls:
-        embedding = image_embedding(model, images)
+        embedding = image_embedding(tower.model, images)
     return embedding, calls

@@ -210,7 +210,7 @@ def class_token_tower(model: nn.Module, images: Tensor) -> core.ClipTower:
     tower = core.open_tower(model, images=images)
     if type(tower) is core.ClipTower and all(isinstance(block.ln_1, nn.LayerNorm) for block in tower.blocks):
         return tower
-    found = f"{type(model).__name__} with image tower {type(model.visual).__name__} ({tower.name})"
+    found = f"{type(model).__name__} with image tower {type(tower.model.visual).__name__} ({tower.name})"
     expected = "expected the blocks of CLIP and its class token"
     raise core.DecompositionError(f"cannot follow what heads read in {found}: {expected}")
 

@@ -5,8 +5,10 @@ same names and shapes as open_clip's load into all of them.
 """
 
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # What tells the releases apart, as far as these shapes go.
@@ -119,3 +121,81 @@ class CLIP(nn.Module):
 
     def encode_image(self, images):
         return self.visual(images.to(self.visual.conv1.weight.dtype))
+
+
+class HuggingFace(nn.Module):
+    """The parts of transformers' CLIPModel, or of its SiglipModel, with torch alone."""
+
+    class Part(nn.Module):
+        def __init__(self, run, **parts):
+            super().__init__()
+            self.run = run
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+        def forward(self, *args, **options):
+            return self.run(self, *args, **options)
+
+    def __init__(self, siglip=False, layers=2, width=32, heads=4, patch=4, grid=(2, 3), dim=24):
+        super().__init__()
+        count = grid[0] * grid[1] + (not siglip)
+        token = {} if siglip else {"class_embedding": nn.Parameter(torch.randn(width))}
+        patches, self.position = nn.Conv2d(3, width, patch, patch), nn.Parameter(torch.randn(count, width))
+        embeddings = self.Part(None, patch_embedding=patches, patch_size=patch, **token)
+        encoder = self.Part(None, layers=nn.ModuleList(self.block(width, heads) for _ in range(layers)))
+        parts = {"embeddings": embeddings, "encoder": encoder, "post_layernorm": nn.LayerNorm(width)}
+        if siglip:
+            pool = {
+                "attention": nn.MultiheadAttention(width, heads, batch_first=True),
+                "mlp": self.mlp(width),
+            }
+            parts["head"] = self.Part(None, probe=nn.Parameter(torch.randn(1, 1, width)), **pool)
+        else:
+            self.visual_projection = nn.Linear(width, dim, bias=False)
+        self.vision_model = self.Part(self.run, **parts)
+
+    def mlp(self, width):
+        parts = {"fc1": nn.Linear(width, 2 * width), "fc2": nn.Linear(2 * width, width)}
+        return self.Part(lambda m, x: m.fc2(m.activation_fn(m.fc1(x))), activation_fn=nn.GELU(), **parts)
+
+    def block(self, width, heads):
+        maps = {name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        config = SimpleNamespace(_attn_implementation="sdpa")
+
+        def attend(m, x):
+            q, k, v = (
+                m.get_submodule(f"{name}_proj")(x).unflatten(2, (heads, -1)).transpose(1, 2) for name in "qkv"
+            )
+            return m.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+
+        parts = {
+            "self_attn": self.Part(attend, num_heads=heads, config=config, **maps),
+            "mlp": self.mlp(width),
+        }
+        parts |= {"layer_norm1": nn.LayerNorm(width), "layer_norm2": nn.LayerNorm(width)}
+
+        def run(m, x):
+            x = x + m.self_attn(m.layer_norm1(x))[0]
+            return (x + m.mlp(m.layer_norm2(x)),)  # as in transformers 4; in 5 it is no tuple
+
+        return self.Part(run, **parts)
+
+    def run(self, m, pixel_values):
+        x, head = (
+            m.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2),
+            getattr(m, "head", None),
+        )
+        if head is None:
+            x = torch.cat([m.embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        x = x + self.position
+        for layer in m.encoder.layers:
+            x = layer(x)[0]
+        if head is None:
+            return x, m.post_layernorm(x[:, 0])
+        x = m.post_layernorm(x)
+        pooled = head.attention(head.probe.expand(len(x), -1, -1), x, x)[0]
+        return x, (pooled + head.mlp(pooled))[:, 0]
+
+    def get_image_features(self, pixel_values):
+        pooled = self.vision_model(pixel_values=pixel_values)[1]
+        return self.visual_projection(pooled) if hasattr(self, "visual_projection") else pooled

@@ -93,6 +93,7 @@ VALUES = {
     "layer": ["1"],
     "neurons": ["3"],
     "order": ["2"],
+    "save": ["x"],
 }
 
 

@@ -1152,6 +1152,40 @@ def test_a_refused_model_is_left_as_found():
     assert found(model) == before
 
 
+# Ablation.
+
+
+def test_without_heads_their_terms_are_those_of_the_mean():
+    model = build()
+    terms = decompose(model, pictures(model, batch=5))
+    mean, heads = terms.heads.mean(dim=0), [(0, 1), (2, 3), (2, 0)]
+    replaced = terms.heads.clone()
+    for layer, head in heads:
+        replaced[:, layer, head] = mean[layer, head]
+    expected = replace(terms, heads=replaced).total()
+    assert far(terms.without(heads, mean), expected) < EXACT
+    assert far(terms.without([*heads, heads[0]], mean), expected) < EXACT  # each once
+    assert far(terms.without(heads[:2], mean), expected) > FAR
+    assert far(terms.without([], mean), terms.embedding) == 0
+    every = [(layer, head) for layer in range(3) for head in range(4)]
+    rest = terms.stem + terms.mlps.sum(dim=1) + terms.constant
+    assert far(terms.without(every, torch.zeros(())), rest) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("heads", "shape", "error"),
+    [
+        ([(3, 0)], (3, 4, 24), IndexError),
+        ([(0, 4)], (3, 4, 24), IndexError),
+        ([(0, 0)], (3, 24), RuntimeError),
+    ],
+)
+def test_without_a_head_that_is_not_there_or_by_another_mean_fails(heads, shape, error):
+    terms = decompose(build(), pictures(build()))
+    with pytest.raises(error):
+        terms.without(heads, torch.zeros(shape))
+
+
 def test_all_that_is_public_is_there_for_a_star():
     names: dict[str, object] = {}
     exec("from decompose import *", names)

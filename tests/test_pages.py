@@ -26,6 +26,7 @@ TASKS = {
     "ablation": QUICK,
     "completeness": QUICK,
     "neurons": QUICK,
+    "terms": QUICK,
     "retrieval": [*QUICK, "--head", "3.4", "--text", "a bird at night", "--top", "3"],
     "heatmap": ["--text", "a duck", "--methods", "decomposition"],
 }

@@ -22,6 +22,7 @@ FILES = {
     "attention.py": set(),
     "blocks.py": {"decompose.py"},
     "families.py": {"decompose.py", "attention.py", "blocks.py"},
+    "huggingface.py": {"families.py", "decompose.py", "attention.py", "blocks.py"},
     "neurons.py": {"decompose.py"},
     "diagnose.py": {"decompose.py"},
     "forward.py": {"decompose.py", "attention.py"},
@@ -31,8 +32,10 @@ FILES = {
     "roles.py": {"cue.py"},
     "metrics.py": set(),
     "baselines.py": set(),
+    "saved.py": {"decompose.py", "files.py"},
 }
-FLAT = {"roles.py"}  # what it needs beside it, it does not look for in its own package
+BESIDES_TORCH = {"saved.py": {"safetensors"}}
+FLAT = {"roles.py", "saved.py"}  # what it needs beside it, it does not look for in its own package
 
 # A small computation with a known result; `m` is the file, imported.
 PROGRAMS = {
@@ -84,6 +87,16 @@ PROGRAMS = {
         assert terms.own is None  # not the class token, whose own part is kept
         assert torch.allclose(terms.total(), model.encode_image(images))
         assert torch.allclose(m.core.token_scores(model, images, texts).sum(dim=3), terms.heads @ texts.T)
+    """,
+    "huggingface.py": """
+        import importlib, releases
+        core = importlib.import_module(m.__name__.replace("huggingface", "decompose"))
+        for siglip in (False, True):
+            model, images = releases.HuggingFace(siglip).double(), torch.randn(2, 3, 8, 12).double()
+            terms, texts = core.decompose(model, images), torch.randn(5, 32 if siglip else 24).double()
+            assert torch.allclose(terms.total(), model.get_image_features(images))
+            assert torch.allclose(core.token_scores(model, images, texts).sum(dim=3), terms.heads @ texts.T)
+            assert core.heatmap(model, images, texts).shape == (2, 5, 2, 3)
     """,
     "neurons.py": """
         import releases
@@ -145,6 +158,15 @@ PROGRAMS = {
             maps = method(model, torch.randn(2, 3, 8, 12), torch.randn(2, 24))
             assert maps.shape == (2, 2, 3)
             assert maps.isfinite().all()
+    """,
+    "saved.py": """
+        import releases
+        model, images = releases.CLIP("open_clip 2.26"), torch.randn(5, 3, 8, 12)
+        m.save_terms("terms", model, images.split(2), "abcde")
+        saved = m.open_terms("terms")
+        assert saved.names == [*"abcde"]
+        assert torch.allclose(saved[1:4].heads, m.decompose(model, images[1:4]).heads, atol=1e-6)
+        assert saved[4].error() < 1e-5
     """,
 }
 
@@ -319,7 +341,7 @@ def imported(path):
 
 @pytest.mark.parametrize(("file", "beside"), FILES.items())
 def test_the_core_imports_torch_alone(file, beside):
-    known = {"torch", *(Path(name).stem for name in beside)}
+    known = {"torch", *(Path(name).stem for name in beside), *BESIDES_TORCH.get(file, ())}
     assert set(imported(ROOT / file)) - set(sys.stdlib_module_names) <= known
 
 
