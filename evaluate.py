@@ -140,9 +140,9 @@ def add_cue_options(parser: argparse.ArgumentParser) -> None:
     add("--heads", default="auto", help=heads)
     cue = "a category of the bank, or texts, to take out [places]"
     add("--cue", nargs="+", default=["places"], metavar="TEXT", help=cue)
-    ways = ("heads", "directions", "embedding", "forward")
+    ways = ("heads", "directions", "embedding", "texts", "rivals", "forward")
     rows = "rows of the table [all but forward, which takes another pass over the reference images]"
-    add("--remove", nargs="+", choices=ways, default=ways[:3], help=rows)
+    add("--remove", nargs="+", choices=ways, default=ways[:5], help=rows)
     add("--draws", type=positive, default=100, help="random draws of heads [%(default)s]")
     classes = "debias, segmentation: what to tell apart, or (segmentation) a file [the data's]"
     add("--classes", nargs="+", metavar="NAME", help=classes)

@@ -19,6 +19,7 @@ from zeroshot import classifier, templates
 from .accumulators import Sums
 from .job import Images, Job, check_class_names, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
+from .rivals import ways_without
 from .tables import in_tenths, logits, mean_and_std, percent, print_settings, table
 
 
@@ -32,12 +33,13 @@ def run(job: Job) -> tuple[dict, list]:
     place = getattr(test, "place", None)
     group = None if labels is None or place is None else labels * (int(place.max()) + 1) + place
     shape = cue.reference.maps.shape[:2]
-    further = without_heads_forward(job, cue.heads) if "forward" in args.remove else {}
+    further = without_heads_forward(job, cue.heads, classes) if "forward" in args.remove else {}
+    last = ways_without(job, cue, args.remove, names, classes, len(names))
     draws = random_heads(cue.heads, shape[1], args.draws, args.seed)
-    plan = Plan(args.remove, shape, cue.heads, draws, further)
+    plan = Plan(args.remove, shape, cue.heads, draws, further, last)
     interventions = [plan.rows, plan.draws]
     every, outcomes = torch.cat(interventions), Outcomes(len(cue.texts), labels, group)
-    for scores, indices in score(job, test, cue, classes, outcomes, further=further):
+    for scores, indices in score(job, test, cue, classes, outcomes, further=further | last):
         outcomes.update(scores.after(every), scores.label, indices)
     found, control = in_blocks(outcomes.rows(), interventions)
     rows = dict(zip(plan.labels, found, strict=True))

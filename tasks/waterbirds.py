@@ -19,6 +19,7 @@ from .accumulators import Sums
 from .job import Job, open_split
 from .reference import authors_terms, summarise
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
+from .rivals import PUBLISHED, ways_without
 from .tables import (
     SCORED,
     in_percent,
@@ -47,12 +48,13 @@ def run(job: Job) -> tuple[dict, list]:
     shape = cue.explained.shape
     if args.protocol == "authors":  # the heads stay those that the cue found
         cue.reference = summarise(job, terms_of=authors_terms)
-    further = without_heads_forward(job, cue.heads) if "forward" in args.remove else {}
+    further = without_heads_forward(job, cue.heads, classes) if "forward" in args.remove else {}
+    last = ways_without(job, cue, args.remove, [*test.classes, *kinds], classes, len(test.classes), test)
     draws = random_heads(cue.heads, shape[1], args.draws, args.seed)
-    plan = Plan(args.remove, shape, cue.heads, draws, further)
+    plan = Plan(args.remove, shape, cue.heads, draws, further, last)
     interventions = [plan.rows, plan.chosen, plan.draws]
     every, groups = torch.cat(interventions), Groups(test)
-    for scores, indices in score(job, test, cue, classes, groups, further=further):
+    for scores, indices in score(job, test, cue, classes, groups, further=further | last):
         groups.update(scores.after(every), indices)
     found, (ours,), drawn = in_blocks(groups.rows(), interventions)
     rows = dict(zip(plan.labels, found, strict=True))
