@@ -95,7 +95,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     size = "another than the model's own; positions are resized, as open_clip does"
     add("--image-size", type=positive, metavar="PIXELS", help=size)
     data = (
-        "Waterbirds' folder, or any of images (CLASS/NAME.jpg gives labels); "
+        "the folder of Waterbirds or CelebA, or any of images (CLASS/NAME.jpg gives labels); "
         "segmentation: gtsegs_ijcv.mat, or images/ and masks/ [the demo world]"
     )
     add("--data", help=data)
@@ -138,8 +138,8 @@ def add_cue_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("waterbirds, debias").add_argument
     heads = "paper, auto (found with --cue), or a list like 3.7,2.1 (layer.head) [%(default)s]"
     add("--heads", default="auto", help=heads)
-    cue = "a category of the bank, or texts, to take out [places]"
-    add("--cue", nargs="+", default=["places"], metavar="TEXT", help=cue)
+    cue = "a category of the bank, or texts, to take out [places; CelebA: gender]"
+    add("--cue", nargs="+", metavar="TEXT", help=cue)
     ways = ("heads", "directions", "embedding", "texts", "rivals", "forward")
     rows = "rows of the table [all but forward, which takes another pass over the reference images]"
     add("--remove", nargs="+", choices=ways, default=ways[:5], help=rows)

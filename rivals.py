@@ -8,8 +8,8 @@
     scores = perception_clip(x @ prompts, scale)  # every class with every text of the cue
     P = leace(covariance, cross_covariance)       # of reference images; x becomes x - (x - mean) @ P.T
 
-Whatever a class score is multiplied by, the same class wins as long as the factor is the same for all classes.
-So no function here brings images to unit length, unless the method depends on it. This file needs torch alone.
+The length of an image's embedding does not change which class wins, so that no function here brings it to
+one, unless the method depends on it. This file needs torch alone.
 
 Axes: b images   c classes   t texts of the cue   d embedding   g groups of images: the cue's values
 """
@@ -24,10 +24,10 @@ NEGLIGIBLE = 1e-12  # a variance below this share of the largest is rounding err
 
 
 def orth_proj(texts: Tensor) -> Tensor:
-    """[d, d] P0 = I - A' (A A')^-1 A, off the span of the texts A [t, d] (Chuang et al. 2023, arXiv 2302.00070).
+    """[d, d] P0 = I - A' (A A')^-1 A, off the span of texts A [t, d] (Chuang et al. 2023, arXiv 2302.00070).
 
-    Class texts become P0 z. The published code then brings them to unit length. It takes eight prompts. As
-    many texts as the embedding has dimensions would leave nothing: give the directions that matter instead.
+    Class texts become P0 z. The published code then brings them to unit length. It takes eight prompts; as
+    many texts as the embedding has dimensions would leave nothing. cue.subspace has the directions that count.
     """
     axes = span(texts)
     return torch.eye(texts.shape[1]).to(axes) - axes.T @ axes
@@ -100,9 +100,8 @@ def tie(embedding: Tensor, guess: Tensor, texts: Tensor, shift: Tensor) -> Tenso
 def perception_clip(cosines: Tensor, scale: float) -> Tensor:
     """[b, c] the log of sum_a p(a | x) p(class | x, a), a constant aside (An et al. 2023, arXiv 2308.01313).
 
-    The cue a is inferred from prompts with the class, p(a | x) = sum of p(a, class | x) over classes, and then
-    conditioned on. Where the published code divides no logits by a temperature (its default, 1), the product
-    is p(a, class | x), and the sum is one over prompts.
+    The cue a is inferred from prompts with the class: p(a | x) is the sum of p(a, class | x) over classes. The
+    published code can flatten it by a temperature. At its default, 1, the product is p(a, class | x).
 
     Args:
         cosines: [b, c, t] of images with prompts that name a class and a text of the cue.

@@ -17,6 +17,8 @@ The rows are those of --task waterbirds, and these attempts to do better:
     80 %, 99 %        removes directions that hold this much of the cue texts' variance (the rule: 95 %)
     > 0.2, > 0.5      removes directions from the heads above another threshold (the rule: 0.3)
     gap               the same, with the threshold in the widest gap between the sorted shares
+
+and the published methods of rivals.py, from the same texts.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from evaluate import parse_args
 from tasks.heads import Head
 from tasks.job import Job
 from tasks.removal import Cue, Scores, look_for_cue, random_heads, score
+from tasks.rivals import ways_without
 from tasks.tables import table
 from tasks.waterbirds import Groups
 from zeroshot import Clip, classifier, embed_texts, templates
@@ -110,10 +113,12 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
     )
     job.clip = clip
     test = DemoBirds(split, clip.preprocess)
-    classes = classifier(clip, [*test.classes, *test.kinds], templates(clip))
+    names = [*test.classes, *test.kinds]
+    classes = classifier(clip, names, templates(clip))
     cue = look_for_cue(job)
     texts = embed_texts(clip, cue.texts)
-    scores = collect(score(job, test, cue, classes))
+    further = ways_without(job, cue, ("texts", "rivals"), names, classes, len(test.classes), test)
+    scores = collect(score(job, test, cue, classes, further=further))
     base, inside = scores.embedding, scores.heads_cue
     every = [(layer, head) for layer in range(inside.shape[1]) for head in range(inside.shape[2])]
     rest = scores.embedding_cue - pick(inside, every)  # the part of the MLPs and the stem
@@ -137,6 +142,7 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
         other = collect(score(job, test, dataclasses.replace(cue, directions=directions), classes))
         changes[name] = pick(other.heads_cue, cue.heads)
         changes[f"everywhere, {name}"] = other.embedding_cue
+    changes |= dict(zip(further, scores.further.unbind(dim=1), strict=True))
     rows = {name: measure(base + change, test) for name, change in changes.items()}
     draws = [
         measure(base + pick(scores.heads, drawn), test)

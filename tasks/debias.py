@@ -19,7 +19,7 @@ from zeroshot import classifier, templates
 from .accumulators import Sums
 from .job import Images, Job, check_class_names, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
-from .rivals import ways_without
+from .rivals import ways_without, with_published_last
 from .tables import in_tenths, logits, mean_and_std, percent, print_settings, table
 
 
@@ -29,7 +29,7 @@ def run(job: Job) -> tuple[dict, list]:
     test = open_split(job, "test")
     names, labels = class_problem(args.classes, test)
     classes = classifier(clip, names, templates(clip))
-    cue = look_for_cue(job)
+    cue = look_for_cue(job, test)
     place = getattr(test, "place", None)
     group = None if labels is None or place is None else labels * (int(place.max()) + 1) + place
     shape = cue.reference.maps.shape[:2]
@@ -143,10 +143,9 @@ def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: in
         if accuracies:
             cells[2] = percent(row["average"], count)
         lines.append([label, *cells])
-    if control:
-        draws = [[row[key] for row in control] for key in keys]
-        lines.append([f"{heads} random heads, mean ± std", *map(mean_and_std, draws)])
-    print("\n" + table(header, lines))
+    draws = [[row[key] for row in control] for key in keys]
+    random = [[f"{heads} random heads, mean ± std", *map(mean_and_std, draws)]] if control else []
+    print("\n" + table(header, with_published_last(lines, random)))
     share = "share of the variance of class scores between images that different texts of the cue fit best"
     print(f"\nFollows the cue: {share}, corrected")
     falls = "It falls where the classifier stops using the cue"

@@ -71,9 +71,9 @@ class Cue:
         return {"explained": self.explained.tolist(), "heads": [list(head) for head in self.heads]}
 
 
-def look_for_cue(job: Job) -> Cue:
+def look_for_cue(job: Job, test: Dataset | None = None) -> Cue:
     """The cue of --cue and the heads of --heads, in a pass over the reference images; no labels are used."""
-    texts, title = find_cue(job)
+    texts, title = find_cue(job, getattr(test, "cue", ["places"]))
     return cue_of(job, texts, title, embed_texts(job.clip, texts))
 
 
@@ -99,9 +99,9 @@ def cue_of(job: Job, texts: list[str], title: str, embeddings: Tensor, data: Dat
     return Cue(texts, title, directions, votes, guesses, reference, explained, heads, how)
 
 
-def find_cue(job: Job) -> tuple[list[str], str]:
-    """(texts, their description) of --cue: a category of the bank, or texts."""
-    bank, cue = job.load_bank(), job.args.cue
+def find_cue(job: Job, default: Sequence[str]) -> tuple[list[str], str]:
+    """(texts, their description) of --cue, or of the data's own: a category of the bank, or texts."""
+    bank, cue = job.load_bank(), job.args.cue or default
     if len(cue) == 1 and cue[0] in bank.categories:
         return bank.of(cue[0]), f"category {cue[0]!r} of {bank.name}"
     if len(cue) == 1:
@@ -139,7 +139,7 @@ def auto_heads(explained: Tensor, cue_name: str) -> list[Head]:
 
 # The fields of Scores that an intervention can add, in the order of the columns of a Plan's rows.
 TERMS = ("heads", "mlps", "stem", "heads_cue", "embedding_cue", "further")
-# Interventions that are no sum of terms, by label: from images, their terms and indices to class scores [b, c].
+# Interventions that are no sum of terms: by label, from images, their terms and indices to scores [b, c].
 Further = dict[str, Callable[[Tensor, Decomposition, Tensor], Tensor]]
 
 

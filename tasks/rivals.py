@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from .removal import Cue, Further
 
 JOINT = "a photo of a {}, {}"
-PUBLISHED = "published, from the same texts:"  # the heading of these rows
-TRUE = "TIE (looks at labels)"
+FIRST, TRUE = "Orth-Proj (all texts)", "TIE (looks at labels)"
+NOTE = """Published: Orth-Proj and Orth-Cal change the class texts, RoboShot, TIE* and LEACE the images;
+PerceptionCLIP asks for class and cue together. Only TIE looks at labels: it is told the place of every image.
+Directions in the class texts are Orth-Proj, too, off the directions in which the cue's texts differ most."""
 OPENAI_SCALE = 100.0  # of cosines, where a model has none of its own
 
 
@@ -55,7 +57,10 @@ class Guesses(Sums):
         """Add images: embedding [b, d], indices in the data set."""
         texts = self.votes.texts
         z = F.normalize(embedding.to(texts), dim=1)
-        ways = {"vote": (self.votes.labels(embedding), len(texts)), "nearest": (nearest(z, texts), len(texts))}
+        ways = {
+            "vote": (self.votes.labels(embedding), len(texts)),
+            "nearest": (nearest(z, texts), len(texts)),
+        }
         if self.place is not None:
             ways["place"] = self.place[indices], int(self.place.max()) + 1
         z = z.cpu().double()
@@ -78,19 +83,31 @@ class Guesses(Sums):
         return mean, leace(covariance, (self["vote"] - count[:, None] * mean).T / count.sum())
 
 
+def with_published_last(lines: list[list[str]], before: list[list[str]]) -> list[list[str]]:
+    """The lines of a table with others before the published rows, and a heading above those."""
+    first = next((i for i, line in enumerate(lines) if line[0] == FIRST), len(lines))
+    heading = [["published, from the same texts", *[""] * (len(lines[0]) - 1)]] if lines[first:] else []
+    return [*lines[:first], *before, *heading, *lines[first:]]
+
+
 def nearest(embedding: Tensor, texts: Tensor) -> Tensor:
     """[b] the text nearest to each image: the zero-shot guess of the cue, without a centre."""
     return (embedding.to(texts) @ texts.T).argmax(dim=1)
 
 
 def ways_without(
-    job: Job, cue: Cue, ways: Sequence[str], names: Sequence[str], classes: Tensor, own: int,
-    data: Dataset | None = None
+    job: Job,
+    cue: Cue,
+    ways: Sequence[str],
+    names: Sequence[str],
+    classes: Tensor,
+    own: int,
+    data: Dataset | None = None,
 ) -> Further:
     """The rows "texts" and "rivals" of --remove, where they are among the ways.
 
     Args:
-        names: of all classes that are scored, [c, d] `classes`; the first `own` are to be told from each other.
+        names: of all classes that are scored, [c, d] `classes`; the first `own` are to be told apart.
         data: the test images, where true places may be looked at.
     """
     found = {}
@@ -115,7 +132,9 @@ def published(
         joint = [JOINT.format(name, text) for name in names for text in cue.texts]
         joint = embed_texts(job.clip, joint, "classes with the cue").unflatten(0, (len(names), -1))
     except InputError as error:
-        raise InputError(f"{error}; --remove without rivals asks for no class together with a text") from error
+        raise InputError(
+            f"{error}; --remove without rivals asks for no class together with a text"
+        ) from error
     filled = embed_texts(job.clip, fill_templates(names[:own], templates(job.clip))).unflatten(0, (own, -1))
     reject, accept = extremes(texts, classes[:own]), (filled - filled.mean(dim=0)).flatten(0, 1)
     shift, (mean, oblique) = guesses.shift("nearest", texts), (x.to(texts) for x in guesses.erasure())
@@ -138,6 +157,6 @@ def published(
         z = F.normalize(terms.embedding.to(joint), dim=1)
         return perception_clip(torch.einsum("bd,ctd->bct", z, joint), scale)
 
-    rows = {"Orth-Proj": by_texts(classes, P0), "Orth-Cal": by_texts(classes, orth_cal(P0, joint[:own]))}
+    rows = {FIRST: by_texts(classes, P0), "Orth-Cal": by_texts(classes, orth_cal(P0, joint[:own]))}
     rows["PerceptionCLIP"] = perceive
     return rows | {label: lambda _, *rest, run=run: scored(run, *rest) for label, run in images.items()}

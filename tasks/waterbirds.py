@@ -1,16 +1,19 @@
-"""--task waterbirds: tell landbirds from waterbirds without their background (section 4 of the paper)."""
+"""--task waterbirds: tell landbirds from waterbirds without their background (section 4 of the paper).
+
+Or, where --data is CelebA, dark hair from blond without the person's gender.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 import report
-from data import Waterbirds
+from data import CelebA, Waterbirds
 from demo.images import DemoBirds
 from files import InputError
 from zeroshot import classifier, templates
@@ -19,7 +22,7 @@ from .accumulators import Sums
 from .job import Job, open_split
 from .reference import authors_terms, summarise
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
-from .rivals import PUBLISHED, ways_without
+from .rivals import NOTE, ways_without, with_published_last
 from .tables import (
     SCORED,
     in_percent,
@@ -32,19 +35,19 @@ from .tables import (
     zero_shot_settings,
 )
 
-GROUPS = ("land/land", "land/water", "water/land", "water/water")  # bird/place
+Birds = DemoBirds | Waterbirds | CelebA
 
 
 def run(job: Job) -> tuple[dict, list]:
     """Accuracy by group: as it is, without the cue's heads or directions, and without random heads."""
     clip, args = job.clip, job.args
-    if args.data is not None:
+    if args.data is not None and not CelebA.is_in(args.data):
         Waterbirds(args.data, "test", clip.preprocess)  # refuses other folders, which have no groups
     test = open_split(job, "test")
-    counts = count_groups(test, args.limit)
+    counts, trained = count_groups(test, args.limit), count_trained(job, test)
     kinds = test.kinds if clip.is_demo and args.data is None else ()
     classes = classifier(clip, [*test.classes, *kinds], templates(clip))
-    cue = look_for_cue(job)
+    cue = look_for_cue(job, test)
     shape = cue.explained.shape
     if args.protocol == "authors":  # the heads stay those that the cue found
         cue.reference = summarise(job, terms_of=authors_terms)
@@ -53,7 +56,7 @@ def run(job: Job) -> tuple[dict, list]:
     draws = random_heads(cue.heads, shape[1], args.draws, args.seed)
     plan = Plan(args.remove, shape, cue.heads, draws, further, last)
     interventions = [plan.rows, plan.chosen, plan.draws]
-    every, groups = torch.cat(interventions), Groups(test)
+    every, groups = torch.cat(interventions), Groups(test, trained)
     for scores, indices in score(job, test, cue, classes, groups, further=further | last):
         groups.update(scores.after(every), indices)
     found, (ours,), drawn = in_blocks(groups.rows(), interventions)
@@ -62,29 +65,50 @@ def run(job: Job) -> tuple[dict, list]:
     note = f"the authors' way, {SCORED}"
     common = zero_shot_settings(job, test, cue.reference.description, test.classes, note)
     where = print_settings(job, **common, **cue.settings())
-    print_rows(rows, control, counts, len(cue.heads))
-    results = {"settings": where, "rows": rows, "random": control, **cue.results()}
+    print_rows(rows, control, counts, len(cue.heads), test.named)
+    if trained is not None:
+        print(
+            f"Weighted: the average with the training split's groups, {' / '.join(map(str, trained))} images."
+        )
+    if "rivals" in args.remove:
+        print(NOTE)
+    named = {"groups": test.named, "trained": trained}
+    results = {"settings": where, **named, "rows": rows, "random": control, **cue.results()}
     return results, page(results, counts)
 
 
-def count_groups(test: DemoBirds | Waterbirds, limit: int | None) -> dict[str, int]:
+def count_groups(test: Birds, limit: int | None) -> dict[str, int]:
     """{group: number of its images}; refused where a group has none."""
     found = Counter((2 * test.y + test.place).tolist())
-    counts = {group: found[i] for i, group in enumerate(GROUPS)}
+    counts = {group: found[i] for i, group in enumerate(test.groups)}
     missing = next((group for group, count in counts.items() if not count), None)
     if missing is not None:
         why = "and worst-group accuracy needs all four groups"
         why += f": --limit {limit} drew too few, or there are none" if limit else ""
-        raise InputError(f"the test images hold none of group {missing} (bird/place), {why}")
+        raise InputError(f"the test images hold none of group {missing} ({test.named}), {why}")
     return counts
 
 
-class Groups(Sums):
-    """Right answers by group, counted over images, for several interventions at once."""
+def count_trained(job: Job, test: Birds) -> list[int] | None:
+    """Images of each group in the whole training split, whatever --limit says; None if there is none."""
+    where = [] if job.args.data is None else [job.args.data]
+    try:
+        train = type(test)(*where, "train", job.clip.preprocess)
+    except InputError:
+        return None
+    return torch.bincount(2 * train.y + train.place, minlength=4).tolist()
 
-    def __init__(self, test: DemoBirds | Waterbirds) -> None:
+
+class Groups(Sums):
+    """Right answers by group, counted over images, for several interventions at once.
+
+    Args:
+        trained: images of each group in the training split, to weigh the average by.
+    """
+
+    def __init__(self, test: Birds, trained: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.test, self.group = test, 2 * test.y + test.place
+        self.test, self.trained, self.group = test, trained, 2 * test.y + test.place
 
     def update(self, scores: Tensor, indices: Tensor) -> None:
         """Add images: scores [k, b, c] of the two classes, then of the demo's kinds of birds; indices [b]."""
@@ -102,8 +126,11 @@ class Groups(Sums):
         total, found = int(self["images"].sum()), []
         for right in self["right"]:
             by_group = (right / self["images"]).tolist()
-            groups = dict(zip(GROUPS, by_group, strict=True))
+            groups = dict(zip(self.test.groups, by_group, strict=True))
             found.append({"groups": groups, "worst": min(by_group), "average": float(right.sum()) / total})
+            if self.trained is not None:
+                weighted = sum(n * share for n, share in zip(self.trained, by_group, strict=True))
+                found[-1]["weighted"] = weighted / sum(self.trained)
         if "right kinds" in self.sums:
             for row, right in zip(found, self["right kinds"].tolist(), strict=True):
                 row["kinds"] = right / total
@@ -128,33 +155,46 @@ def random_control(ours: dict, drawn: list[dict]) -> dict:
     return control | {key: spread(row[key] for row in drawn) for key in ("worst", "average")}
 
 
-def print_rows(rows: dict[str, dict], control: dict | None, counts: dict[str, int], chosen: int) -> None:
-    """The table, groups as bird/place, and the random control under it."""
-    kinds, total = "kinds" in rows["base"], sum(counts.values())
-    header = ["accuracy, %", *GROUPS, "worst group", "average", "kinds of birds"]
-    lines = [["n", *(f"{count:,}" for count in counts.values()), "", f"{total:,}", f"{total:,}"]]
+def print_rows(
+    rows: dict[str, dict], control: dict | None, counts: dict[str, int], chosen: int, named: str
+) -> None:
+    """The table, with the random control under the rows that it is the control of."""
+    total, base = sum(counts.values()), rows["base"]
+    more = {"weighted": "weighted", "kinds": "kinds of birds"}
+    more = {key: title for key, title in more.items() if key in base}
+    header = ["accuracy, %", *counts, "worst group", "average", *more.values()]
+    sizes = {"weighted": "", "kinds": f"{total:,}"}
+    count = [
+        "n",
+        *(f"{count:,}" for count in counts.values()),
+        "",
+        f"{total:,}",
+        *(sizes[key] for key in more),
+    ]
+    lines = []
     for label, row in rows.items():
         low, high = in_tenths(wilson_of_smallest(row["groups"].values(), counts.values()))
         summary = [f"{100 * row['worst']:.1f} [{low}, {high}]", percent(row["average"], total)]
-        lines.append([label, *in_tenths(row["groups"].values()), *summary, *in_tenths([row.get("kinds", 0)])])
-    words = "none: no other set of as many heads from the same layers is left"
+        cells = [*in_tenths(row["groups"].values()), *summary, *in_tenths(row[key] for key in more)]
+        lines.append([label, *cells])
+    words, random = "none: no other set of as many heads from the same layers is left", []
     if control is not None:
         both = [control["worst"], control["average"]]
         means = [f"{100 * drawn['mean']:.1f} ± {100 * drawn['std']:.1f}" for drawn in both]
         most = in_tenths(drawn["max"] for drawn in both)
-        lines.append([f"{chosen} random heads, mean ± std", *[""] * 4, *means, ""])
-        lines.append([f"{chosen} random heads, best", *[""] * 4, *most, ""])
+        blank = [[""] * len(counts), [""] * len(more)]
+        for label, cells in (("mean ± std", means), ("best", most)):
+            random.append([f"{chosen} random heads, {label}", *blank[0], *cells, *blank[1]])
         below = round(control["below the chosen heads"] * control["draws"])
         words = f"{control['sets']}, mean-ablated; the chosen heads' worst group is above {below} of them."
-    columns = 8 if kinds else 7
-    print("\n" + table(header[:columns], [line[:columns] for line in lines]))
-    print("\nGroups are bird/place. [..]: 95 % interval (Wilson; worst group: of the smallest accuracy).")
+    print("\n" + table(header, [count, *with_published_last(lines, random)]))
+    print(f"\nGroups are {named}. [..]: 95 % interval (Wilson; worst group: of the smallest accuracy).")
     print(f"Random: {words}")
 
 
 def page(results: dict, counts: dict[str, int]) -> list[report.Html]:
     """The same for report.html, drawn."""
-    sections = [page_of_accuracies(results["rows"], counts)]
+    sections = [page_of_accuracies(results["rows"], counts, results["groups"])]
     if results["random"] is not None:
         sections.append(page_of_control(results["rows"], results["random"]))
     shares = {(i, j): share for i, row in enumerate(results["explained"]) for j, share in enumerate(row)}
@@ -164,7 +204,7 @@ def page(results: dict, counts: dict[str, int]) -> list[report.Html]:
     return [*sections, report.section("Which heads look at the cue", words, report.head_grid(heads))]
 
 
-def page_of_accuracies(rows: dict[str, dict], counts: dict[str, int]) -> report.Html:
+def page_of_accuracies(rows: dict[str, dict], counts: dict[str, int], named: str) -> report.Html:
     kinds = "kinds" in rows["base"]
     header = ["accuracy, %", *counts, "worst group", "average", *(["kinds of birds"] if kinds else [])]
     cells = []
@@ -175,7 +215,7 @@ def page_of_accuracies(rows: dict[str, dict], counts: dict[str, int]) -> report.
     for group, count in counts.items():
         for label, row in rows.items():
             groups[group].append((label.strip(), *in_percent(row["groups"][group], count)))
-    numbers = report.table(header, cells, "Groups are bird/place")
+    numbers = report.table(header, cells, f"Groups are {named}")
     drawn = report.intervals(groups, "Each group, with 95 % intervals (Wilson)", "accuracy, %")
     return report.section("Accuracy with and without the cue", numbers, drawn)
 
