@@ -70,6 +70,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add_options(parser)
     args = parser.parse_args(argv)
     refuse_unused(parser, args)
+    usual = ["heads", "directions", "embedding", "texts", "rivals"]
+    args.remove = args.remove or (usual if args.task == "waterbirds" else usual[:4])
     if args.protocol == "authors" and "reference" in TASKS[args.task].split():
         if args.reference == "val":
             parser.error("--protocol authors takes means over the test images; leave --reference out")
@@ -141,8 +143,8 @@ def add_cue_options(parser: argparse.ArgumentParser) -> None:
     cue = "a category of the bank, or texts, to take out [places; CelebA: gender]"
     add("--cue", nargs="+", metavar="TEXT", help=cue)
     ways = ("heads", "directions", "embedding", "texts", "rivals", "forward")
-    rows = "rows of the table [all but forward, which takes another pass over the reference images]"
-    add("--remove", nargs="+", choices=ways, default=ways[:5], help=rows)
+    rows = "rows of the table [heads directions embedding texts; waterbirds: also rivals, published methods]"
+    add("--remove", nargs="+", choices=ways, help=rows)
     add("--draws", type=positive, default=100, help="random draws of heads [%(default)s]")
     classes = "debias, segmentation: what to tell apart, or (segmentation) a file [the data's]"
     add("--classes", nargs="+", metavar="NAME", help=classes)

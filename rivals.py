@@ -27,7 +27,7 @@ def orth_proj(texts: Tensor) -> Tensor:
     """[d, d] P0 = I - A' (A A')^-1 A, off the span of texts A [t, d] (Chuang et al. 2023, arXiv 2302.00070).
 
     Class texts become P0 z. The published code then brings them to unit length. It takes eight prompts; as
-    many texts as the embedding has dimensions would leave nothing. cue.subspace has the directions that count.
+    many texts as the embedding has dimensions would leave nothing. cue.subspace has those that matter.
     """
     axes = span(texts)
     return torch.eye(texts.shape[1]).to(axes) - axes.T @ axes
@@ -77,7 +77,8 @@ def extremes(texts: Tensor, classes: Tensor) -> Tensor:
     between two classes. Texts [t, d] of the cue, classes [c, d].
     """
     first, second = torch.triu_indices(len(classes), len(classes), 1)
-    nearer = texts @ (classes[first] - classes[second]).T  # [t, pairs]
+    cosines = texts @ classes.T
+    nearer = cosines[:, first] - cosines[:, second]  # [t, pairs]
     pairs = torch.stack([nearer.argmax(dim=0), nearer.argmin(dim=0)]).unique(dim=1)
     return texts[pairs[0]] - texts[pairs[1]]
 
@@ -100,8 +101,8 @@ def tie(embedding: Tensor, guess: Tensor, texts: Tensor, shift: Tensor) -> Tenso
 def perception_clip(cosines: Tensor, scale: float) -> Tensor:
     """[b, c] the log of sum_a p(a | x) p(class | x, a), a constant aside (An et al. 2023, arXiv 2308.01313).
 
-    The cue a is inferred from prompts with the class: p(a | x) is the sum of p(a, class | x) over classes. The
-    published code can flatten it by a temperature. At its default, 1, the product is p(a, class | x).
+    The cue a is inferred from prompts with the class: p(a | x) is the sum of p(a, class | x) over classes.
+    The published code can flatten it by a temperature. At its default, 1, the product is p(a, class | x).
 
     Args:
         cosines: [b, c, t] of images with prompts that name a class and a text of the cue.
@@ -131,5 +132,6 @@ def leace(covariance: Tensor, cross_covariance: Tensor) -> Tensor:
 
 def span(vectors: Tensor) -> Tensor:
     """[k, d] orthonormal directions that span vectors [n, d], in float64."""
-    _, strength, directions = torch.linalg.svd(vectors.cpu().double(), full_matrices=False)
+    R = torch.linalg.qr(vectors.cpu().double(), mode="r").R  # the same Gram matrix R'R in at most d rows
+    _, strength, directions = torch.linalg.svd(R, full_matrices=False)
     return directions[strength.square() > NEGLIGIBLE * strength[0].square()]

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 JOINT = "a photo of a {}, {}"
 FIRST, TRUE = "Orth-Proj (all texts)", "TIE (looks at labels)"
 NOTE = """Published: Orth-Proj and Orth-Cal change the class texts, RoboShot, TIE* and LEACE the images;
-PerceptionCLIP asks for class and cue together. Only TIE looks at labels: it is told the place of every image.
-Directions in the class texts are Orth-Proj, too, off the directions in which the cue's texts differ most."""
+PerceptionCLIP asks for class and cue together. "Directions in the class texts" is Orth-Proj, too, off the
+directions in which the cue's texts differ most."""
 OPENAI_SCALE = 100.0  # of cosines, where a model has none of its own
 
 
