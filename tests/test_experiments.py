@@ -1183,6 +1183,7 @@ def test_heads_above_the_threshold_are_chosen():
 )
 def test_only_the_rows_asked_for_are_made(remove, labels):
     assert Plan(remove, (6, 4), [(5, 1)]).labels == ["base", *labels]
+    assert Plan(remove, (6, 4), [(5, 1)], further=["a"], last=["b"]).labels[-1] == "b"
 
 
 def test_a_row_of_the_plan_takes_out_the_terms_that_it_names():

@@ -174,7 +174,16 @@ def test_the_task_measures_every_variant_in_every_way(tmp_path):
     rows = ran.results["rows"]
     ways = ["base", "heads mean-ablated", "  + MLPs", "cue's directions in the heads"]
     ways += ["cue's directions everywhere", "heads in the forward pass", "  with zeros (Dyslexify)"]
-    assert list(rows) == [*ways, "oblique erasure (LEACE)", "read patches covered"]
+    ways += ["oblique erasure (LEACE)", "read patches covered", "cue's directions in the class texts"]
+    ways += [
+        "Orth-Proj (all texts)",
+        "Orth-Cal",
+        "PerceptionCLIP",
+        "RoboShot",
+        "  + classes accepted",
+        "TIE*",
+    ]
+    assert list(rows) == ways
     for row in rows.values():
         assert list(row) == ["clean", "attacked", "own", "blank", "read"]
         assert all(0 <= share <= 1 for share in row.values())
