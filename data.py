@@ -27,7 +27,6 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read` refuse
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 SUFFIXES += (".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SPLITS = ("train", "val", "test")
-ENDINGS = (".txt", ".csv")  # of CelebA's lists: as published, as on Kaggle
 LEFTOVERS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # of systems and archivers: nobody's data
 # What turns an image upright, by the Orientation of its EXIF.
 TURN = Image.Transpose
@@ -146,58 +145,57 @@ class CelebA(ImageFiles):
     """
 
     classes = ("person with dark hair", "person with blond hair")
-    places = ("woman", "man")
     groups, named = ("dark/woman", "dark/man", "blond/woman", "blond/man"), "hair/gender"
     cue = place_texts = ("a photo of a woman", "a photo of a man")
 
     def __init__(
         self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
     ) -> None:
-        self.root = next(folder for folder in (Path(root) / "celeba", Path(root)) if _attributes(folder))
-        self.transform = transform
-        number = SPLITS.index(split)
+        self.root, self.transform = self.folder(root), transform
         faces = self._rows("list_attr_celeba", {"Blond_Hair": ("-1", "1"), "Male": ("-1", "1")})
         splits = self._rows("list_eval_partition", {"partition": ("0", "1", "2")})
-        if faces.keys() != splits.keys():
-            name = min(faces.keys() ^ splits.keys())
-            lacks = "list_eval_partition" if name in faces else "list_attr_celeba"
-            raise InputError(f"{lacks} in {self.root} lacks {name}: both files must list the same images")
-        rows = [(name, *face) for name, face in faces.items() if splits[name] == [number]]
-        if not rows:
+        odd = min(faces.keys() ^ splits.keys(), default=None)
+        if odd is not None:
+            lacks = "list_eval_partition" if odd in faces else "list_attr_celeba"
+            raise InputError(f"{lacks} in {self.root} lacks {odd}: both files must list the same images")
+        number = SPLITS.index(split)
+        names = [name for name, found in splits.items() if found == [number]]
+        if not names:
             raise InputError(
                 f"list_eval_partition in {self.root} puts no image into split {number} ({split})"
             )
-        rows = [rows[i] for i in subset(len(rows), limit, seed)]
+        names = [names[i] for i in subset(len(names), limit, seed)]
         images = Path("img_align_celeba")
         images = images / images if (self.root / images / images).is_dir() else images
         where = f"list_attr_celeba in {self.root}:"
-        self.files = [inside(self.root, str(images / name), where) for name, _, _ in rows]
-        self.y, self.place = (torch.tensor([row[i] > 0 for row in rows]).long() for i in (1, 2))
-        self.description = f"CelebA in {self.root}, {split} split, {len(rows):,} images"
+        self.files = [inside(self.root, str(images / name), where) for name in names]
+        self.y, self.place = (
+            torch.tensor([faces[name] for name in names]).add(1).floor_divide(2).unbind(dim=1)
+        )
+        self.description = f"CelebA in {self.root}, {split} split, {len(names):,} images"
 
     @staticmethod
-    def is_in(root: str | Path) -> bool:
-        """Whether a folder holds the file that lists the attributes."""
-        return any(_attributes(folder) for folder in (Path(root) / "celeba", Path(root)))
+    def folder(root: str | Path) -> Path | None:
+        """Where the attributes are listed: root/celeba or root; None if in neither."""
+        folders = (Path(root) / "celeba", Path(root))
+        return next((folder for folder in folders if either(folder / "list_attr_celeba")), None)
 
     def _rows(self, name: str, columns: dict[str, tuple[str, ...]]) -> dict[str, list[int]]:
         """{image: its values in these columns, each one of those allowed} of NAME.txt or NAME.csv."""
-        path = next(
-            (self.root / f"{name}{end}" for end in ENDINGS if (self.root / f"{name}{end}").is_file()), None
-        )
+        path = either(self.root / name)
         if path is None:
             raise InputError(
                 f"no {name}.txt (or .csv) in {self.root}: CelebA needs it beside img_align_celeba/"
             )
         rows = [line.replace(",", " ").split() for line in read_lines(path, f"cannot read {path}")]
         header, first, count = ["image_id", "partition"], 0, None
-        if rows and rows[0][:1] == ["image_id"]:  # Kaggle's
+        if rows[0][:1] == ["image_id"]:  # Kaggle's
             header, first = rows[0], 1
-        elif len(rows) > 1 and len(rows[0]) == 1:  # the number of images, then the names of the columns
+        elif len(rows[0]) == 1 < len(rows):  # the number of images, then the names of the columns
             header, first, count = ["image_id", *rows[1]], 2, rows[0][0]
-        missing = [column for column in columns if column not in header]
-        if missing:
-            raise InputError(f"{path} has no column {missing[0]!r}; found {some(header)}")
+        missing = next((column for column in columns if column not in header), None)
+        if missing is not None:
+            raise InputError(f"{path} has no column {missing!r}; found {some(header)}")
         found = {}
         for line, row in enumerate(rows[first:], start=first + 1):
             if row and len(row) != len(header):
@@ -210,7 +208,7 @@ class CelebA(ImageFiles):
                 found.setdefault(row[0], []).append(int(values[column]))
         if count not in (None, str(len(found))):
             raise InputError(
-                f"{path} says that it lists {count} images, and lists {len(found):,}: is it cut short?"
+                f"{path} says that it lists {count} images, and lists {len(found)}: is it cut short?"
             )
         return found
 
@@ -218,8 +216,11 @@ class CelebA(ImageFiles):
         return f"{self.files[index]}: {self.groups[2 * self.y[index] + self.place[index]]}"
 
 
-def _attributes(folder: Path) -> bool:
-    return any((folder / f"list_attr_celeba{end}").is_file() for end in ENDINGS)
+def either(path: Path) -> Path | None:
+    """path.txt, as CelebA's lists are published, or path.csv, as on Kaggle; None if there is neither."""
+    return next(
+        (file for file in (path.with_suffix(end) for end in (".txt", ".csv")) if file.is_file()), None
+    )
 
 
 class ImageFolder(ImageFiles):

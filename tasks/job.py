@@ -75,7 +75,7 @@ def open_split(job: Job, split: str, default_limit: int | None = None) -> Images
     args, options = job.args, (job.clip.preprocess, job.args.limit or default_limit, job.args.seed)
     if args.data is None:
         return (DemoSigns if job.clip.name == demo.WRITTEN else DemoBirds)(split, *options)
-    other = CelebA if CelebA.is_in(args.data) else ImageFolder
+    other = CelebA if CelebA.folder(args.data) else ImageFolder
     kind = Waterbirds if (Path(args.data) / "metadata.csv").exists() else other
     return kind(args.data, split, *options)
 

@@ -23,8 +23,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cue import CueVotes
-from decompose import Decomposition
-from files import InputError
 from rivals import extremes, leace, orth_cal, orth_proj, perception_clip, roboshot, tie
 from zeroshot import embed_texts, fill_templates, templates
 
@@ -35,18 +33,16 @@ if TYPE_CHECKING:
     from .removal import Cue, Further
 
 JOINT = "a photo of a {}, {}"
-FIRST, TRUE = "Orth-Proj (all texts)", "TIE (looks at labels)"
+FIRST = "Orth-Proj (all texts)"
 NOTE = """Published: Orth-Proj and Orth-Cal change the class texts, RoboShot, TIE* and LEACE the images;
 PerceptionCLIP asks for class and cue together. "Directions in the class texts" is Orth-Proj, too, off the
 directions in which the cue's texts differ most."""
-OPENAI_SCALE = 100.0  # of cosines, where a model has none of its own
 
 
 class Guesses(Sums):
-    """Sums of unit embeddings of the reference images, by each way to tell their cue.
+    """Sums of unit embeddings of the reference images, which every protocol shares, by how their cue is told.
 
-    They are told by pseudo-label ("vote"), by the nearest text ("nearest") and by the true place ("place"),
-    where the images have one. Unit embeddings are the same in every protocol.
+    It is told by pseudo-label ("vote"), by the nearest text ("nearest"), and by the true "place" if known.
     """
 
     def __init__(self, votes: CueVotes, place: Tensor | None) -> None:
@@ -57,42 +53,28 @@ class Guesses(Sums):
         """Add images: embedding [b, d], indices in the data set."""
         texts = self.votes.texts
         z = F.normalize(embedding.to(texts), dim=1)
-        ways = {
-            "vote": (self.votes.labels(embedding), len(texts)),
-            "nearest": (nearest(z, texts), len(texts)),
-        }
-        if self.place is not None:
-            ways["place"] = self.place[indices], int(self.place.max()) + 1
+        labels = {"vote": self.votes.labels(embedding), "nearest": (z @ texts.T).argmax(dim=1)}
+        labels |= {} if self.place is None else {"place": self.place[indices]}
         z = z.cpu().double()
         self.add("square", z.T @ z)
-        for name, (label, size) in ways.items():
-            members = F.one_hot(label.cpu(), size).double()  # [b, t]
+        for name, label in labels.items():
+            members = F.one_hot(
+                label.cpu(), len(texts)
+            ).double()  # [b, t]; two places, two texts at least
             self.add(f"{name} count", members.sum(dim=0))
             self.add(name, members.T @ z)
 
     def shift(self, name: str, texts: Tensor) -> Tensor:
         """[t] each text's mean cosine with the images that have it; 0 where none has."""
-        count = self[f"{name} count"].clamp_min(1)
-        return ((self[name].to(texts.device, texts.dtype) * texts).sum(dim=1) / count.to(texts)).to(texts)
+        means = self[name] / self[f"{name} count"].clamp_min(1)[:, None]
+        return (means[: len(texts)].to(texts) * texts).sum(dim=1)
 
     def erasure(self) -> tuple[Tensor, Tensor]:
         """([d] mean, [d, d] projection) of LEACE on the pseudo-labels."""
-        count = self["vote count"]
-        mean = self["vote"].sum(dim=0) / count.sum()
-        covariance = self["square"] / count.sum() - torch.outer(mean, mean)
-        return mean, leace(covariance, (self["vote"] - count[:, None] * mean).T / count.sum())
-
-
-def with_published_last(lines: list[list[str]], before: list[list[str]]) -> list[list[str]]:
-    """The lines of a table with others before the published rows, and a heading above those."""
-    first = next((i for i, line in enumerate(lines) if line[0] == FIRST), len(lines))
-    heading = [["published, from the same texts", *[""] * (len(lines[0]) - 1)]] if lines[first:] else []
-    return [*lines[:first], *before, *heading, *lines[first:]]
-
-
-def nearest(embedding: Tensor, texts: Tensor) -> Tensor:
-    """[b] the text nearest to each image: the zero-shot guess of the cue, without a centre."""
-    return (embedding.to(texts) @ texts.T).argmax(dim=1)
+        count, images = self["vote count"], self["vote count"].sum()
+        mean = self["vote"].sum(dim=0) / images
+        covariance = self["square"] / images - torch.outer(mean, mean)
+        return mean, leace(covariance, (self["vote"] - count[:, None] * mean).T / images)
 
 
 def ways_without(
@@ -110,53 +92,46 @@ def ways_without(
         names: of all classes that are scored, [c, d] `classes`; the first `own` are to be told apart.
         data: the test images, where true places may be looked at.
     """
+
+    def by_texts(projection: Tensor) -> Callable:
+        changed = F.normalize(classes @ projection.T.to(classes), dim=1)
+        return lambda _, terms, indices: terms.embedding.to(changed) @ changed.T
+
     found = {}
     if "texts" in ways:
-        found["cue's directions in the class texts"] = by_texts(classes, orth_proj(cue.directions))
-    return found | (published(job, cue, names, classes, own, data) if "rivals" in ways else {})
-
-
-def by_texts(classes: Tensor, projection: Tensor) -> Callable:
-    """Scores by the class texts after a projection [d, d], at unit length."""
-    changed = F.normalize(classes @ projection.T.to(classes), dim=1)
-    return lambda _, terms, indices: terms.embedding.to(changed) @ changed.T
-
-
-def published(
-    job: Job, cue: Cue, names: Sequence[str], classes: Tensor, own: int, data: Dataset | None
-) -> Further:
-    """The rows of rivals.py; their scores are those of `classes`."""
-    texts, guesses, scale = cue.votes.texts, cue.guesses, getattr(job.clip.model, "logit_scale", None)
-    scale = OPENAI_SCALE if scale is None else float(scale.detach().exp())
-    try:
-        joint = [JOINT.format(name, text) for name in names for text in cue.texts]
-        joint = embed_texts(job.clip, joint, "classes with the cue").unflatten(0, (len(names), -1))
-    except InputError as error:
-        raise InputError(
-            f"{error}; --remove without rivals asks for no class together with a text"
-        ) from error
+        found["cue's directions in the class texts"] = by_texts(orth_proj(cue.directions))
+    if "rivals" not in ways:
+        return found
+    texts, scale = cue.votes.texts, getattr(job.clip.model, "logit_scale", torch.tensor(100.0).log())
+    joint = [JOINT.format(name, text) for name in names for text in cue.texts]
+    joint = embed_texts(job.clip, joint, "classes with the cue").unflatten(0, (len(names), -1))  # [c, t, d]
     filled = embed_texts(job.clip, fill_templates(names[:own], templates(job.clip))).unflatten(0, (own, -1))
     reject, accept = extremes(texts, classes[:own]), (filled - filled.mean(dim=0)).flatten(0, 1)
-    shift, (mean, oblique) = guesses.shift("nearest", texts), (x.to(texts) for x in guesses.erasure())
-    P0 = orth_proj(texts)
-    images = {
+    P0, shift = orth_proj(texts), cue.guesses.shift("nearest", texts)
+    found |= {FIRST: by_texts(P0), "Orth-Cal": by_texts(orth_cal(P0, joint[:own]))}
+    mean, oblique = (x.to(texts) for x in cue.guesses.erasure())
+    of_images = {
         "RoboShot": lambda z, _: roboshot(z, reject),
         "  + classes accepted": lambda z, _: roboshot(z, reject, accept),
-        "TIE*": lambda z, _: tie(z, nearest(z, texts), texts, shift),
+        "TIE*": lambda z, _: tie(z, (z @ texts.T).argmax(dim=1), texts, shift),
         "LEACE": lambda z, _: z - (z - mean) @ oblique.T,
     }
     if data is not None:
         true = embed_texts(job.clip, data.place_texts)
-        true_shift = guesses.shift("place", true)
-        images[TRUE] = lambda z, indices: tie(z, data.place[indices].to(z.device), true, true_shift)
+        moved = cue.guesses.shift("place", true)
+        of_images["TIE (looks at labels)"] = lambda z, i: tie(z, data.place[i].to(z.device), true, moved)
 
-    def scored(run: Callable, terms: Decomposition, indices: Tensor) -> Tensor:
-        return run(F.normalize(terms.embedding.to(classes), dim=1), indices) @ classes.T
+    def perceive(z: Tensor, _: Tensor) -> Tensor:
+        return perception_clip(torch.einsum("bd,ctd->bct", z, joint), float(scale.detach().exp()))
 
-    def perceive(_: Tensor, terms: Decomposition, indices: Tensor) -> Tensor:
-        z = F.normalize(terms.embedding.to(joint), dim=1)
-        return perception_clip(torch.einsum("bd,ctd->bct", z, joint), scale)
+    scores = {"PerceptionCLIP": perceive}
+    scores |= {label: lambda z, i, run=run: run(z, i) @ classes.T for label, run in of_images.items()}
+    unit = lambda terms: F.normalize(terms.embedding.to(classes), dim=1)  # noqa: E731
+    return found | {label: lambda _, terms, i, run=run: run(unit(terms), i) for label, run in scores.items()}
 
-    rows = {FIRST: by_texts(classes, P0), "Orth-Cal": by_texts(classes, orth_cal(P0, joint[:own]))}
-    rows["PerceptionCLIP"] = perceive
-    return rows | {label: lambda _, *rest, run=run: scored(run, *rest) for label, run in images.items()}
+
+def with_published_last(lines: list[list[str]], before: list[list[str]]) -> list[list[str]]:
+    """The lines of a table with others before the published rows, and a heading above those."""
+    first = next((i for i, line in enumerate(lines) if line[0] == FIRST), len(lines))
+    heading = [["published, from the same texts", *[""] * (len(lines[0]) - 1)]] if lines[first:] else []
+    return [*lines[:first], *before, *heading, *lines[first:]]

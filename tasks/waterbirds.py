@@ -41,7 +41,7 @@ Birds = DemoBirds | Waterbirds | CelebA
 def run(job: Job) -> tuple[dict, list]:
     """Accuracy by group: as it is, without the cue's heads or directions, and without random heads."""
     clip, args = job.clip, job.args
-    if args.data is not None and not CelebA.is_in(args.data):
+    if args.data is not None and not CelebA.folder(args.data):
         Waterbirds(args.data, "test", clip.preprocess)  # refuses other folders, which have no groups
     test = open_split(job, "test")
     counts, trained = count_groups(test, args.limit), count_trained(job, test)
