@@ -265,4 +265,4 @@ def test_directions_of_words_are_directions_of_birds_and_those_of_places_are_not
         )
         for name, texts in {"words": classifier(clip, WORDS, SAYS), "places": places}.items()
     }
-    assert left["words"] < 0.6 < 0.9 < left["places"], left
+    assert left["words"] < 0.75 < 0.99 < left["places"], left
