@@ -15,6 +15,7 @@ TIE itself knows the true places, of reference and test images: a row to compare
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 JOINT = "a photo of a {}, {}"
 FIRST = "Orth-Proj (all texts)"
+MOST = 20_000  # prompts of class and cue, above which the rows that need them are left out
 NOTE = """Published: Orth-Proj and Orth-Cal change the class texts, RoboShot, TIE* and LEACE the images;
 PerceptionCLIP asks for class and cue together. "Directions in the class texts" is Orth-Proj, too, off the
 directions in which the cue's texts differ most."""
@@ -58,9 +60,7 @@ class Guesses(Sums):
         z = z.cpu().double()
         self.add("square", z.T @ z)
         for name, label in labels.items():
-            members = F.one_hot(
-                label.cpu(), len(texts)
-            ).double()  # [b, t]; two places, two texts at least
+            members = F.one_hot(label.cpu(), len(texts)).double()  # [b, t]; two places, two texts at least
             self.add(f"{name} count", members.sum(dim=0))
             self.add(name, members.T @ z)
 
@@ -92,25 +92,49 @@ def ways_without(
         names: of all classes that are scored, [c, d] `classes`; the first `own` are to be told apart.
         data: the test images, where true places may be looked at.
     """
-
-    def by_texts(projection: Tensor) -> Callable:
-        changed = F.normalize(classes @ projection.T.to(classes), dim=1)
-        return lambda _, terms, indices: terms.embedding.to(changed) @ changed.T
-
     found = {}
     if "texts" in ways:
-        found["cue's directions in the class texts"] = by_texts(orth_proj(cue.directions))
-    if "rivals" not in ways:
-        return found
-    texts, scale = cue.votes.texts, getattr(job.clip.model, "logit_scale", torch.tensor(100.0).log())
-    joint = [JOINT.format(name, text) for name in names for text in cue.texts]
-    joint = embed_texts(job.clip, joint, "classes with the cue").unflatten(0, (len(names), -1))  # [c, t, d]
-    filled = embed_texts(job.clip, fill_templates(names[:own], templates(job.clip))).unflatten(0, (own, -1))
-    reject, accept = extremes(texts, classes[:own]), (filled - filled.mean(dim=0)).flatten(0, 1)
-    P0, shift = orth_proj(texts), cue.guesses.shift("nearest", texts)
-    found |= {FIRST: by_texts(P0), "Orth-Cal": by_texts(orth_cal(P0, joint[:own]))}
+        found["cue's directions in the class texts"] = by_texts(classes, orth_proj(cue.directions))
+    if "rivals" in ways:
+        P0 = orth_proj(cue.votes.texts)
+        found[FIRST] = by_texts(classes, P0)
+        joint = [JOINT.format(name, text) for name in names for text in cue.texts]
+        if len(joint) > MOST:
+            job.notes[f"no Orth-Cal, no PerceptionCLIP: they need {len(joint):,} prompts"] = None
+        else:
+            joint = embed_texts(job.clip, joint, "classes with the cue").unflatten(0, (len(names), -1))
+            found["Orth-Cal"] = by_texts(classes, orth_cal(P0, joint[:own]))
+            found["PerceptionCLIP"] = by_images(classes, partial(perceive, job, joint))
+        for label, run in of_images(job, cue, names[:own], classes[:own], data).items():
+            found[label] = by_images(classes, lambda z, i, run=run: run(z, i) @ classes.T)
+    return found
+
+
+def by_texts(classes: Tensor, projection: Tensor) -> Callable:
+    """Scores by the class texts after a projection [d, d], at unit length."""
+    changed = F.normalize(classes @ projection.T.to(classes), dim=1)
+    return lambda _, terms, indices: terms.embedding.to(changed) @ changed.T
+
+
+def by_images(classes: Tensor, run: Callable) -> Callable:
+    """Scores that `run` makes of images at unit length and their indices."""
+    return lambda _, terms, indices: run(F.normalize(terms.embedding.to(classes), dim=1), indices)
+
+
+def perceive(job: Job, joint: Tensor, z: Tensor, _: Tensor) -> Tensor:
+    """[b, c] PerceptionCLIP's scores, prompts [c, t, d]."""
+    scale = getattr(job.clip.model, "logit_scale", torch.tensor(100.0).log())
+    return perception_clip(torch.einsum("bd,ctd->bct", z, joint), float(scale.detach().exp()))
+
+
+def of_images(job: Job, cue: Cue, names: Sequence[str], classes: Tensor, data: Dataset | None) -> dict:
+    """{label: a function from images at unit length and their indices to changed images}."""
+    texts, prompts = cue.votes.texts, fill_templates(names, templates(job.clip))
+    filled = embed_texts(job.clip, prompts).unflatten(0, (len(names), -1))  # [c, templates, d]
+    reject, accept = extremes(texts, classes), (filled - filled.mean(dim=0)).flatten(0, 1)
+    shift = cue.guesses.shift("nearest", texts)
     mean, oblique = (x.to(texts) for x in cue.guesses.erasure())
-    of_images = {
+    rows = {
         "RoboShot": lambda z, _: roboshot(z, reject),
         "  + classes accepted": lambda z, _: roboshot(z, reject, accept),
         "TIE*": lambda z, _: tie(z, (z @ texts.T).argmax(dim=1), texts, shift),
@@ -119,15 +143,8 @@ def ways_without(
     if data is not None:
         true = embed_texts(job.clip, data.place_texts)
         moved = cue.guesses.shift("place", true)
-        of_images["TIE (looks at labels)"] = lambda z, i: tie(z, data.place[i].to(z.device), true, moved)
-
-    def perceive(z: Tensor, _: Tensor) -> Tensor:
-        return perception_clip(torch.einsum("bd,ctd->bct", z, joint), float(scale.detach().exp()))
-
-    scores = {"PerceptionCLIP": perceive}
-    scores |= {label: lambda z, i, run=run: run(z, i) @ classes.T for label, run in of_images.items()}
-    unit = lambda terms: F.normalize(terms.embedding.to(classes), dim=1)  # noqa: E731
-    return found | {label: lambda _, terms, i, run=run: run(unit(terms), i) for label, run in scores.items()}
+        rows["TIE (looks at labels)"] = lambda z, i: tie(z, data.place[i].to(z.device), true, moved)
+    return rows
 
 
 def with_published_last(lines: list[list[str]], before: list[list[str]]) -> list[list[str]]:

@@ -68,7 +68,7 @@ def run(job: Job) -> tuple[dict, list]:
     print_rows(rows, control, counts, len(cue.heads), test.named)
     if trained is not None:
         print(
-            f"Weighted: the average with the training split's groups, {' / '.join(map(str, trained))} images."
+            f"Weighted: the average with the training split's groups: {' / '.join(map(str, trained))} images."
         )
     if "rivals" in args.remove:
         print(NOTE)
@@ -163,14 +163,7 @@ def print_rows(
     more = {"weighted": "weighted", "kinds": "kinds of birds"}
     more = {key: title for key, title in more.items() if key in base}
     header = ["accuracy, %", *counts, "worst group", "average", *more.values()]
-    sizes = {"weighted": "", "kinds": f"{total:,}"}
-    count = [
-        "n",
-        *(f"{count:,}" for count in counts.values()),
-        "",
-        f"{total:,}",
-        *(sizes[key] for key in more),
-    ]
+    sizes = [*counts.values(), "", total, *("" if key == "weighted" else total for key in more)]
     lines = []
     for label, row in rows.items():
         low, high = in_tenths(wilson_of_smallest(row["groups"].values(), counts.values()))
@@ -182,12 +175,18 @@ def print_rows(
         both = [control["worst"], control["average"]]
         means = [f"{100 * drawn['mean']:.1f} ± {100 * drawn['std']:.1f}" for drawn in both]
         most = in_tenths(drawn["max"] for drawn in both)
-        blank = [[""] * len(counts), [""] * len(more)]
         for label, cells in (("mean ± std", means), ("best", most)):
+            blank = [""] * len(counts), [""] * len(more)
             random.append([f"{chosen} random heads, {label}", *blank[0], *cells, *blank[1]])
         below = round(control["below the chosen heads"] * control["draws"])
         words = f"{control['sets']}, mean-ablated; the chosen heads' worst group is above {below} of them."
-    print("\n" + table(header, [count, *with_published_last(lines, random)]))
+    print(
+        "\n"
+        + table(
+            header,
+            [["n", *(f"{size:,}" if size else "" for size in sizes)], *with_published_last(lines, random)],
+        )
+    )
     print(f"\nGroups are {named}. [..]: 95 % interval (Wilson; worst group: of the smallest accuracy).")
     print(f"Random: {words}")
 

@@ -128,7 +128,6 @@ BROKEN = {
     "an empty file": (lambda root: (root / ATTRIBUTES).write_text(""), "has no column 'Blond_Hair'"),
     "a count alone": (lambda root: (root / ATTRIBUTES).write_text("36"), "has no column 'Blond_Hair'"),
     "a file cut short": (edit(ATTRIBUTES, "36\n", "37\n"), "says that it lists 37 images, and lists 36"),
-
     "a name that leads out": (
         lambda root: [edit(file, "000001.jpg", "../../x.jpg")(root) for file in (ATTRIBUTES, PARTITION)],
         "lies outside",

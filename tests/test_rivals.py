@@ -341,6 +341,15 @@ def test_published_rows_need_no_heads_and_stand_where_they_are_asked_for(tmp_pat
     assert "cue's directions in the class texts" in usual.results["rows"]
 
 
+def test_too_many_prompts_are_not_asked_for_and_the_settings_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.rivals.MOST", 19)  # two classes and eight kinds with two texts are 20
+    argv = f"--task waterbirds --limit {LIMIT} --workers 0 --draws 2 --remove rivals --cue"
+    ran = run(tmp_path, argv, "a bird on land", "a bird on water")
+    assert not {"Orth-Cal", "PerceptionCLIP"} & set(ran.results["rows"])
+    assert "RoboShot" in ran.results["rows"]
+    assert "they need 20 prompts" in ran.results["settings"]["note"]
+
+
 def test_the_authors_protocol_leaves_the_published_rows(tmp_path, ran):
     """They use images at unit length, whatever the terms' convention."""
     argv = f"--task waterbirds --limit {LIMIT} --workers 0 --draws 2 --heads 3.4 --protocol authors"
