@@ -15,7 +15,8 @@
     $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper \\
         --data DIR
 
-DIR is the folder waterbird_complete95_forest2water2, with metadata.csv in it.
+DIR is the folder waterbird_complete95_forest2water2, with metadata.csv in it, or that of CelebA, with
+list_attr_celeba.txt, img_align_celeba/ and list_eval_partition.txt in it.
 """
 
 from __future__ import annotations

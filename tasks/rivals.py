@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 JOINT = "a photo of a {}, {}"
 FIRST = "Orth-Proj (all texts)"
 MOST = 20_000  # prompts of class and cue, above which the rows that need them are left out
-NOTE = """Published: Orth-Proj and Orth-Cal change the class texts, RoboShot, TIE* and LEACE the images;
-PerceptionCLIP asks for class and cue together. "Directions in the class texts" is Orth-Proj, too, off the
-directions in which the cue's texts differ most."""
+NOTE = "Published: see docs/cue.md. Directions in the class texts are Orth-Proj, too, with few directions."
 
 
 class Guesses(Sums):
