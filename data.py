@@ -1,4 +1,4 @@
-"""Images with labels: Waterbirds, and any folder of images.
+"""Images with labels: Waterbirds, CelebA, and any folder of images.
 
 Every data set yields (image tensor, index). Labels are attributes, in the order of the indices: y (the class
 to tell apart) and, where it is known, place (the cue that goes along with it), both [n]. `fingerprint()` is
@@ -81,6 +81,8 @@ class Waterbirds(ImageFiles):
 
     classes = ("landbird", "waterbird")
     places = ("land", "water")
+    groups, named = ("land/land", "land/water", "water/land", "water/water"), "bird/place"
+    place_texts = ("a photo with a land background", "a photo with a water background")
 
     def __init__(
         self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
@@ -100,6 +102,7 @@ class Waterbirds(ImageFiles):
         path = self.root / "metadata.csv"
         if not path.is_file():
             expected = "the folder of waterbird_complete95_forest2water2, with metadata.csv in it"
+            expected += " (or CelebA's, with list_attr_celeba.txt)"
             other = f"; --task debias takes {self.root} as it is" if self.root.is_dir() else ""
             raise InputError(f"no {path}: --data must be {expected}{other}")
         reader = csv.DictReader(read_lines(path, f"cannot read {path}", "; expected UTF-8 text"))
@@ -126,6 +129,98 @@ class Waterbirds(ImageFiles):
 
     def caption(self, index: int) -> str:
         return f"{self.files[index]}: {self.classes[self.y[index]]} on {self.places[self.place[index]]}"
+
+
+class CelebA(ImageFiles):
+    """One split of Liu et al. 2015: faces with hair that is blond or not; the cue that goes along is gender.
+
+    Args:
+        root: the folder with list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/, or one with
+            such a folder celeba/ in it; or Kaggle's, with .csv files and the images one folder deeper.
+        split, transform, limit, seed: as for Waterbirds.
+
+    Raises:
+        InputError: a missing file or column, a line of another length, a value out of range, an image that
+            only one of the files names, a file cut short, an empty split.
+    """
+
+    classes = ("person with dark hair", "person with blond hair")
+    groups, named = ("dark/woman", "dark/man", "blond/woman", "blond/man"), "hair/gender"
+    cue = place_texts = ("a photo of a woman", "a photo of a man")
+
+    def __init__(
+        self, root: str | Path, split: str, transform: Callable, limit: int | None = None, seed: int = 0
+    ) -> None:
+        self.root, self.transform = self.folder(root), transform
+        faces = self._rows("list_attr_celeba", {"Blond_Hair": ("-1", "1"), "Male": ("-1", "1")})
+        splits = self._rows("list_eval_partition", {"partition": ("0", "1", "2")})
+        odd = min(faces.keys() ^ splits.keys(), default=None)
+        if odd is not None:
+            lacks = "list_eval_partition" if odd in faces else "list_attr_celeba"
+            raise InputError(f"{lacks} in {self.root} lacks {odd}: both files must list the same images")
+        number = SPLITS.index(split)
+        names = [name for name, found in splits.items() if found == [number]]
+        if not names:
+            raise InputError(
+                f"list_eval_partition in {self.root} puts no image into split {number} ({split})"
+            )
+        names = [names[i] for i in subset(len(names), limit, seed)]
+        images = Path("img_align_celeba")
+        images = images / images if (self.root / images / images).is_dir() else images
+        where = f"list_attr_celeba in {self.root}:"
+        self.files = [inside(self.root, str(images / name), where) for name in names]
+        self.y, self.place = (
+            torch.tensor([faces[name] for name in names]).add(1).floor_divide(2).unbind(dim=1)
+        )
+        self.description = f"CelebA in {self.root}, {split} split, {len(names):,} images"
+
+    @staticmethod
+    def folder(root: str | Path) -> Path | None:
+        """Where the attributes are listed: root/celeba or root; None if in neither."""
+        folders = (Path(root) / "celeba", Path(root))
+        return next((folder for folder in folders if either(folder / "list_attr_celeba")), None)
+
+    def _rows(self, name: str, columns: dict[str, tuple[str, ...]]) -> dict[str, list[int]]:
+        """{image: its values in these columns, each one of those allowed} of NAME.txt or NAME.csv."""
+        path = either(self.root / name)
+        if path is None:
+            raise InputError(
+                f"no {name}.txt (or .csv) in {self.root}: CelebA needs it beside img_align_celeba/"
+            )
+        rows = [line.replace(",", " ").split() for line in read_lines(path, f"cannot read {path}")]
+        header, first, count = ["image_id", "partition"], 0, None
+        if rows[0][:1] == ["image_id"]:  # Kaggle's
+            header, first = rows[0], 1
+        elif len(rows[0]) == 1 < len(rows):  # the number of images, then the names of the columns
+            header, first, count = ["image_id", *rows[1]], 2, rows[0][0]
+        missing = next((column for column in columns if column not in header), None)
+        if missing is not None:
+            raise InputError(f"{path} has no column {missing!r}; found {some(header)}")
+        found = {}
+        for line, row in enumerate(rows[first:], start=first + 1):
+            if row and len(row) != len(header):
+                raise InputError(f"{path}, line {line}: expected {len(header)} columns, found {len(row)}")
+            values = dict(zip(header, row, strict=False))
+            for column, allowed in columns.items() if row else ():
+                if values[column] not in allowed:
+                    expected = f"{column} must be {' or '.join(allowed)}"
+                    raise InputError(f"{path}, line {line}: {expected}, found {values[column]!r}")
+                found.setdefault(row[0], []).append(int(values[column]))
+        if count not in (None, str(len(found))):
+            raise InputError(
+                f"{path} says that it lists {count} images, and lists {len(found)}: is it cut short?"
+            )
+        return found
+
+    def caption(self, index: int) -> str:
+        return f"{self.files[index]}: {self.groups[2 * self.y[index] + self.place[index]]}"
+
+
+def either(path: Path) -> Path | None:
+    """path.txt, as CelebA's lists are published, or path.csv, as on Kaggle; None if there is neither."""
+    return next(
+        (file for file in (path.with_suffix(end) for end in (".txt", ".csv")) if file.is_file()), None
+    )
 
 
 class ImageFolder(ImageFiles):

@@ -16,7 +16,8 @@
     $ python evaluate.py --task waterbirds --model ViT-L-14 --pretrained laion2b_s32b_b82k --heads paper \\
         --data DIR
 
-DIR is the folder waterbird_complete95_forest2water2, with metadata.csv in it.
+DIR is the folder waterbird_complete95_forest2water2, with metadata.csv in it, or that of CelebA, with
+list_attr_celeba.txt, img_align_celeba/ and list_eval_partition.txt in it.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add_options(parser)
     args = parser.parse_args(argv)
     refuse_unused(parser, args)
+    usual = ["heads", "directions", "embedding", "texts", "rivals"]
+    args.remove = args.remove or (usual if args.task == "waterbirds" else usual[:4])
     if args.protocol == "authors" and "reference" in TASKS[args.task].split():
         if args.reference == "val":
             parser.error("--protocol authors takes means over the test images; leave --reference out")
@@ -98,7 +101,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     size = "another than the model's own; positions are resized, as open_clip does"
     add("--image-size", type=positive, metavar="PIXELS", help=size)
     data = (
-        "Waterbirds' folder, or any of images (CLASS/NAME.jpg gives labels); "
+        "the folder of Waterbirds or CelebA, or any of images (CLASS/NAME.jpg gives labels); "
         "segmentation: gtsegs_ijcv.mat, or images/ and masks/ [the demo world]"
     )
     add("--data", help=data)
@@ -142,11 +145,11 @@ def add_cue_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("waterbirds, debias").add_argument
     heads = "paper, auto (found with --cue), or a list like 3.7,2.1 (layer.head) [%(default)s]"
     add("--heads", default="auto", help=heads)
-    cue = "a category of the bank, or texts, to take out [places]"
-    add("--cue", nargs="+", default=["places"], metavar="TEXT", help=cue)
-    ways = ("heads", "directions", "embedding", "forward")
-    rows = "rows of the table [all but forward, which takes another pass over the reference images]"
-    add("--remove", nargs="+", choices=ways, default=ways[:3], help=rows)
+    cue = "a category of the bank, or texts, to take out [places; CelebA: gender]"
+    add("--cue", nargs="+", metavar="TEXT", help=cue)
+    ways = ("heads", "directions", "embedding", "texts", "rivals", "forward")
+    rows = "rows of the table [heads directions embedding texts; waterbirds: also rivals, published methods]"
+    add("--remove", nargs="+", choices=ways, help=rows)
     add("--draws", type=positive, default=100, help="random draws of heads [%(default)s]")
     classes = "debias, segmentation: what to tell apart, or (segmentation) a file [the data's]"
     add("--classes", nargs="+", metavar="NAME", help=classes)

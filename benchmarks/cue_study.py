@@ -3,6 +3,7 @@
     $ python -m benchmarks.cue_study --train --seeds 2 3 4    # half an hour per seed on two cores
     $ python -m benchmarks.cue_study --seeds 2 3 4            # prints the tables, writes cue_study.json
     $ python -m benchmarks.cue_study --show                   # prints the tables from that file
+    $ python -m benchmarks.cue_study --prompts                # how Orth-Proj and Orth-Cal depend on prompts
 
 Each seed is trained once in a shared stage, and then continued once for each strength of the bias
 (--alignment of demo.train, the share of the birds with web captions that are shown where such birds live).
@@ -17,6 +18,8 @@ The rows are those of --task waterbirds, and these attempts to do better:
     80 %, 99 %        removes directions that hold this much of the cue texts' variance (the rule: 95 %)
     > 0.2, > 0.5      removes directions from the heads above another threshold (the rule: 0.3)
     gap               the same, with the threshold in the widest gap between the sorted shares
+
+and the published methods of rivals.py, from the same texts.
 """
 
 from __future__ import annotations
@@ -31,15 +34,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import demo
 from cue import subspace
 from demo.images import DemoBirds
 from evaluate import parse_args
+from rivals import orth_cal, orth_proj
 from tasks.heads import Head
 from tasks.job import Job
 from tasks.removal import Cue, Scores, look_for_cue, random_heads, score
+from tasks.rivals import JOINT, ways_without
 from tasks.tables import table
 from tasks.waterbirds import Groups
 from zeroshot import Clip, classifier, embed_texts, templates
@@ -47,6 +53,10 @@ from zeroshot import Clip, classifier, embed_texts, templates
 ALIGNMENTS = (0.97, 0.985, 0.995)
 SHARED, BRANCH = 1200, 800  # training steps of the shared stage, and of each strength after it
 DRAWS = 20
+# The prompts of Orth-Proj's published code (land background, forest, mountain, wood, water background, ocean,
+# beach, port), in the demo's words, which know no port.
+EIGHT = ["with a land background", "in a forest", "on a mountain", "in the woods"]
+EIGHT += ["with a water background", "on the ocean", "at the beach", "on the shore"]
 FIGURES = Path(__file__).with_suffix(".json")
 
 
@@ -56,6 +66,7 @@ def main() -> None:
     )
     parser.add_argument("--train", action="store_true", help="train the models that do not exist yet")
     parser.add_argument("--show", action="store_true", help="print the stored figures")
+    parser.add_argument("--prompts", action="store_true", help="take Orth-Cal apart, on the demo's own model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--models", type=Path, default=Path("results/cue_study"))
     parser.add_argument("--split", choices=("val", "test"), default="test")
@@ -64,6 +75,9 @@ def main() -> None:
     if args.train:
         for seed in args.seeds:
             train(args.models, seed)
+        return
+    if args.prompts:
+        compare_prompts()
         return
     if not args.show:
         figures = {
@@ -110,10 +124,12 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
     )
     job.clip = clip
     test = DemoBirds(split, clip.preprocess)
-    classes = classifier(clip, [*test.classes, *test.kinds], templates(clip))
+    names = [*test.classes, *test.kinds]
+    classes = classifier(clip, names, templates(clip))
     cue = look_for_cue(job)
     texts = embed_texts(clip, cue.texts)
-    scores = collect(score(job, test, cue, classes))
+    further = ways_without(job, cue, ("texts", "rivals"), names, classes, len(test.classes), test)
+    scores = collect(score(job, test, cue, classes, further=further))
     base, inside = scores.embedding, scores.heads_cue
     every = [(layer, head) for layer in range(inside.shape[1]) for head in range(inside.shape[2])]
     rest = scores.embedding_cue - pick(inside, every)  # the part of the MLPs and the stem
@@ -137,6 +153,7 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
         other = collect(score(job, test, dataclasses.replace(cue, directions=directions), classes))
         changes[name] = pick(other.heads_cue, cue.heads)
         changes[f"everywhere, {name}"] = other.embedding_cue
+    changes |= dict(zip(further, scores.further.unbind(dim=1), strict=True))
     rows = {name: measure(base + change, test) for name, change in changes.items()}
     draws = [
         measure(base + pick(scores.heads, drawn), test)
@@ -146,6 +163,42 @@ def study(weights: Path, split: str) -> dict[str, dict[str, float]]:
     rows["random heads, mean"] = {key: statistics.mean(row[key] for row in draws) for key in keys}
     rows["random heads, best"] = {key: max(row[key] for row in draws) for key in keys}
     return {name: {key: row[key] for key in keys} | {"heads": len(cue.heads)} for name, row in rows.items()}
+
+
+@torch.no_grad()
+def compare_prompts() -> None:
+    """Print what each factor of Orth-Cal does, for all texts of the cue and for eight like theirs."""
+    job = Job(parse_args(["--task", "waterbirds"]))
+    clip, test, eye = job.clip, DemoBirds("test", job.clip.preprocess), torch.eye(96).double()
+    batches = torch.arange(len(test)).split(256)
+    images = [clip.model.encode_image(torch.stack([test[int(i)][0] for i in rows])) for rows in batches]
+    images, names = torch.cat(images), [*test.classes, *test.kinds]
+    classes = classifier(clip, names, templates(clip))
+    header, columns = ["worst group / average / kinds / left of the classes, %"], []
+    difference = (classes[1] - classes[0]).double()
+    for title, cue in (("46 texts of places", job.load_bank().of("places")), ("eight texts", EIGHT)):
+        texts = embed_texts(clip, cue)
+        joint = [JOINT.format(name, text) for name in test.classes for text in cue]
+        joint = embed_texts(clip, joint).unflatten(0, (2, -1))
+        all_texts, directions = orth_proj(texts), orth_proj(subspace(texts))
+        projections = {
+            "base": eye,
+            "P0 off all texts: Orth-Proj": all_texts,
+            "P0 off the directions": directions,
+            "calibration alone": orth_cal(eye, joint),
+            "P0 off all texts, calibrated: Orth-Cal": orth_cal(all_texts, joint),
+            "  the factors the other way round": orth_cal(all_texts, joint).T,
+            "P0 off the directions, calibrated": orth_cal(directions, joint),
+        }
+        header.append(title)
+        columns.append([])
+        for P in projections.values():
+            row = measure(images @ F.normalize(classes @ P.T.float(), dim=1).T, test)
+            left = float((P @ difference).square().sum() / difference.square().sum())
+            shares = [*(row[key] for key in ("worst", "average", "kinds")), left]
+            columns[-1].append(" / ".join(f"{100 * share:.1f}" for share in shares))
+    print(table(header, list(zip(projections, *columns, strict=True))))
+    print("\nLeft: of the squared length of the difference between the texts of the two classes.")
 
 
 def collect(batches: Iterable[tuple[Scores, Tensor]]) -> Scores:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import subset
+from data import Waterbirds, subset
 from masks import Masked
 
 from . import ALIGNMENT, scenes
@@ -25,6 +25,8 @@ class DemoBirds(Dataset):
     """
 
     classes = ("landbird", "waterbird")
+    groups, named = Waterbirds.groups, Waterbirds.named
+    place_texts = ("with a land background", "with a water background")
     sizes = {"train": 2000, "val": 2000, "test": 4096}  # noqa: RUF012
     seeds = {"train": 31, "val": 32, "test": 61}  # noqa: RUF012 test's is used nowhere else
     alignment = {"train": ALIGNMENT, "val": 0.5, "test": 0.5}  # noqa: RUF012

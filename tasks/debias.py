@@ -19,6 +19,7 @@ from zeroshot import classifier, templates
 from .accumulators import Sums
 from .job import Images, Job, check_class_names, open_split
 from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
+from .rivals import ways_without, with_published_last
 from .tables import Shown, in_tenths, logits, mean_and_std, percent, print_settings, print_table, say
 from .waterbirds import page_of_heads
 
@@ -29,16 +30,17 @@ def run(job: Job) -> tuple[dict, list]:
     test = open_split(job, "test")
     names, labels = class_problem(args.classes, test)
     classes = classifier(clip, names, templates(clip))
-    cue = look_for_cue(job)
+    cue = look_for_cue(job, test)
     place = getattr(test, "place", None)
     group = None if labels is None or place is None else labels * (int(place.max()) + 1) + place
     shape = cue.reference.maps.shape[:2]
-    further = without_heads_forward(job, cue.heads) if "forward" in args.remove else {}
+    further = without_heads_forward(job, cue.heads, classes) if "forward" in args.remove else {}
+    last = ways_without(job, cue, args.remove, names, classes, len(names))
     draws = random_heads(cue.heads, shape[1], args.draws, args.seed)
-    plan = Plan(args.remove, shape, cue.heads, draws, further)
+    plan = Plan(args.remove, shape, cue.heads, draws, further, last)
     interventions = [plan.rows, plan.draws]
     every, outcomes = torch.cat(interventions), Outcomes(len(cue.texts), labels, group)
-    for scores, indices in score(job, test, cue, classes, outcomes, further=further):
+    for scores, indices in score(job, test, cue, classes, outcomes, further=further | last):
         outcomes.update(scores.after(every), scores.label, indices)
     found, control = in_blocks(outcomes.rows(), interventions)
     rows = dict(zip(plan.labels, found, strict=True))
@@ -144,10 +146,9 @@ def print_rows(rows: dict[str, dict], control: list[dict], count: int, heads: in
         if accuracies:
             cells[2] = percent(row["average"], count)
         lines.append([label, *cells])
-    if control:
-        draws = [[row[key] for row in control] for key in keys]
-        lines.append([f"{heads} random heads, mean ± std", *map(mean_and_std, draws)])
-    shown = print_table(header, lines)
+    draws = [[row[key] for row in control] for key in keys]
+    random = [[f"{heads} random heads, mean ± std", *map(mean_and_std, draws)]] if control else []
+    shown = print_table(header, with_published_last(lines, random))
     share = "share of the variance of class scores between images that different texts of the cue fit best"
     falls = "It falls where the classifier stops using the cue, but not to 0 where the cue truly goes with a"
     notes = [f"Follows the cue: {share}, corrected\nfor their number. {falls} class."]

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 import demo
-from data import ImageFolder, Waterbirds
+from data import CelebA, ImageFolder, Waterbirds
 from demo.images import DemoBirds, DemoSigns
 from files import InputError
 from zeroshot import Bank, Clip, classifier, default_bank, load_bank, load_clip, templates
@@ -19,7 +19,7 @@ from zeroshot import Bank, Clip, classifier, default_bank, load_bank, load_clip,
 from .models import check_decomposable
 from .processes import init_processes
 
-Images = DemoBirds | Waterbirds | ImageFolder
+Images = DemoBirds | Waterbirds | CelebA | ImageFolder
 
 
 class Job:
@@ -71,11 +71,12 @@ class Job:
 
 
 def open_split(job: Job, split: str, default_limit: int | None = None) -> Images:
-    """--data: Waterbirds where it holds metadata.csv, else any folder of images; without it the demo."""
+    """--data: Waterbirds or CelebA by the files in it, or any folder of images; without it the demo."""
     args, options = job.args, (job.clip.preprocess, job.args.limit or default_limit, job.args.seed)
     if args.data is None:
         return (DemoSigns if job.clip.name == demo.WRITTEN else DemoBirds)(split, *options)
-    kind = Waterbirds if (Path(args.data) / "metadata.csv").exists() else ImageFolder
+    other = CelebA if CelebA.folder(args.data) else ImageFolder
+    kind = Waterbirds if (Path(args.data) / "metadata.csv").exists() else other
     return kind(args.data, split, *options)
 
 

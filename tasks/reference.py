@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -108,7 +108,7 @@ def authors_terms(model: nn.Module, images: Tensor) -> Decomposition:
 
 def summarise(
     job: Job,
-    extra: Accumulator | None = None,
+    extra: Accumulator | Sequence[Accumulator] = (),
     data: Dataset | None = None,
     update: Callable | None = None,
     terms_of: Callable = decompose,
@@ -116,9 +116,9 @@ def summarise(
     """One pass over the reference images.
 
     Args:
-        extra: a further accumulator of the pass.
+        extra: one or more further accumulators of the pass.
         data: these images in place of the --reference split.
-        update: called with every batch's terms and indices; by default the accumulator's own `update`.
+        update: called with every batch's terms and indices; by default the only accumulator's own `update`.
         terms_of: decompose or authors_terms.
     """
     data = open_split(job, job.args.reference) if data is None else data
@@ -129,7 +129,7 @@ def summarise(
     title = f"reference ({job.args.reference})"
     if terms_of is authors_terms:
         values, maps, title = Mean(), torch.eye(dim).to(maps), "means of the authors' terms"
-    accumulators = [values, embedding, sums, errors, *([] if extra is None else [extra])]
+    accumulators = [values, embedding, sums, errors, *(extra if isinstance(extra, Sequence) else [extra])]
     for images, indices in one_pass(job, data, title, *accumulators):
         terms = terms_of(job.clip.model, images)
         job.check_finite(terms.embedding)

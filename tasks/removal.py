@@ -31,6 +31,7 @@ from .heads import LAST_LAYERS, Head, head_name, parse_heads
 from .job import Job, open_split
 from .passes import one_pass
 from .reference import Reference, centre, summarise
+from .rivals import Guesses
 from .tables import images_per_text
 
 # Section 4 of the paper; its authors' list for ViT-L-14 has 22.12 twice, here it stands once.
@@ -50,6 +51,7 @@ class Cue:
     name: str
     directions: Tensor  # [k, d] orthonormal
     votes: CueVotes
+    guesses: Guesses
     reference: Reference
     explained: Tensor  # [L, H] share of each head's variance
     heads: list[Head]
@@ -69,9 +71,9 @@ class Cue:
         return {"explained": self.explained.tolist(), "heads": [list(head) for head in self.heads]}
 
 
-def look_for_cue(job: Job) -> Cue:
+def look_for_cue(job: Job, test: Dataset | None = None) -> Cue:
     """The cue of --cue and the heads of --heads, in a pass over the reference images; no labels are used."""
-    texts, title = find_cue(job)
+    texts, title = find_cue(job, getattr(test, "cue", ["places"]))
     return cue_of(job, texts, title, embed_texts(job.clip, texts))
 
 
@@ -84,17 +86,22 @@ def cue_of(job: Job, texts: list[str], title: str, embeddings: Tensor, data: Dat
         raise InputError(f"the texts of the cue ({title}) do not differ for this model: give texts that do")
     data = open_split(job, job.args.reference) if data is None else data
     votes = CueVotes(embeddings, maps, centre(job, data))
-    update = lambda terms, _: votes.update(terms.embedding, terms.values)  # noqa: E731
-    reference = summarise(job, votes, data, update)
+    guesses = Guesses(votes, getattr(data, "place", None))
+
+    def update(terms: Decomposition, indices: Tensor) -> None:
+        votes.update(terms.embedding, terms.values)
+        guesses.update(terms.embedding, indices)
+
+    reference = summarise(job, [votes, guesses], data, update)
     explained = votes.explained(reference.values)
     needs_heads = {"heads", "directions", "forward"} & set(job.args.remove)
     heads = given or (auto_heads(explained, title) if needs_heads else [])
-    return Cue(texts, title, directions, votes, reference, explained, heads, how)
+    return Cue(texts, title, directions, votes, guesses, reference, explained, heads, how)
 
 
-def find_cue(job: Job) -> tuple[list[str], str]:
-    """(texts, their description) of --cue: a category of the bank, or texts."""
-    bank, cue = job.load_bank(), job.args.cue
+def find_cue(job: Job, default: Sequence[str]) -> tuple[list[str], str]:
+    """(texts, their description) of --cue, or of the data's own: a category of the bank, or texts."""
+    bank, cue = job.load_bank(), job.args.cue or default
     if len(cue) == 1 and cue[0] in bank.categories:
         return bank.of(cue[0]), f"category {cue[0]!r} of {bank.name}"
     if len(cue) == 1:
@@ -132,8 +139,8 @@ def auto_heads(explained: Tensor, cue_name: str) -> list[Head]:
 
 # The fields of Scores that an intervention can add, in the order of the columns of a Plan's rows.
 TERMS = ("heads", "mlps", "stem", "heads_cue", "embedding_cue", "further")
-# Interventions that are no sum of terms, by label: from images and their terms to the embeddings [b, d].
-Further = dict[str, Callable[[Tensor, Decomposition], Tensor]]
+# Interventions that are no sum of terms: by label, from images, their terms and indices to scores [b, c].
+Further = dict[str, Callable[[Tensor, Decomposition, Tensor], Tensor]]
 
 
 @dataclass
@@ -159,23 +166,23 @@ class Scores:
 def scorer(
     reference: Reference, directions: Tensor, votes: CueVotes, classes: Tensor, further: Further | None = None
 ) -> Callable[[Tensor, Decomposition], Scores]:
-    """From a batch and its terms to its Scores: directions [k, d] of the cue, orthonormal; classes [c, d]."""
+    """From a batch, its terms and indices to its Scores; directions [k, d] of the cue, orthonormal."""
     classes_cue = directions.T @ (directions @ classes.T)  # [d, c] the classes' part along the cue
     read, read_cue = reference.read(classes), reference.read(classes_cue.T)  # [L, H, e, c]
     mean, mean_embedding = reference.values.mean.to(read), reference.embedding.mean.to(read)
 
-    def scores(images: Tensor, terms: Decomposition) -> Scores:
+    def scores(images: Tensor, terms: Decomposition, indices: Tensor | None = None) -> Scores:
         embedding, away = terms.embedding.to(mean), mean - terms.values
-        changes = [run(images, terms).to(mean) - embedding for run in (further or {}).values()]
-        changed = torch.stack([embedding, *changes], dim=1)[:, 1:]  # [b, 0, d] where there are none
+        base = embedding @ classes.T
+        changes = [run(images, terms, indices).to(base) - base for run in (further or {}).values()]
         return Scores(
-            embedding @ classes.T,
+            base,
             torch.einsum("bLHe,LHec->bLHc", away, read),
             (reference.mlps - terms.mlps) @ classes.T,
             (reference.stem - terms.stem) @ classes.T,
             torch.einsum("bLHe,LHec->bLHc", away, read_cue),
             (mean_embedding - embedding) @ classes_cue,
-            changed @ classes.T,
+            torch.stack([base, *changes], dim=1)[:, 1:],  # [b, 0, c] where there are none
             votes.labels(embedding),
         )
 
@@ -193,10 +200,10 @@ def score(
     """One pass over the test images, in batches: (scores, indices)."""
     scores = scorer(cue.reference, cue.directions, cue.votes, classes, further)
     for images, indices in one_pass(job, test, "test", *accumulators):
-        yield scores(images, cue.reference.terms_of(job.clip.model, images)), indices
+        yield scores(images, cue.reference.terms_of(job.clip.model, images), indices), indices
 
 
-def without_heads_forward(job: Job, heads: Heads, data: Dataset | None = None) -> Further:
+def without_heads_forward(job: Job, heads: Heads, classes: Tensor, data: Dataset | None = None) -> Further:
     """Running the model while these heads give the class token their mean over the reference images.
 
     The means take a pass of their own.
@@ -206,7 +213,8 @@ def without_heads_forward(job: Job, heads: Heads, data: Dataset | None = None) -
     for images, _ in one_pass(job, data, "forward means", total):
         total.add("values", class_values(model, images).cpu().double().sum(dim=0))
     mean = total["values"] / len(data)
-    return {"heads in the forward pass": lambda images, _: forward_without(model, images, heads, mean)}
+    run = lambda images, *_: forward_without(model, images, heads, mean).to(classes) @ classes.T  # noqa: E731
+    return {"heads in the forward pass": run}
 
 
 class Plan:
@@ -218,6 +226,7 @@ class Plan:
         chosen: heads.
         draws: other sets of heads, for the random control; they are mean-ablated.
         further: labels of interventions that are no sum of terms.
+        last: likewise, of rows that come last.
     """
 
     def __init__(
@@ -227,9 +236,10 @@ class Plan:
         chosen: Heads,
         draws: Sequence[Heads] = (),
         further: Collection[str] = (),
+        last: Collection[str] = (),
     ) -> None:
         depth, heads = shape
-        self.shape, self.further = shape, list(further)
+        self.shape, self.further = shape, [*further, *last]
         rows = {"base": self.row()}
         if "heads" in ways:
             whole = self.row(heads=chosen)
@@ -241,9 +251,10 @@ class Plan:
                 rows["  + earlier layers"] = whole + self.row(heads=early - set(chosen))
         if "directions" in ways:
             rows["cue's directions in the heads"] = self.row(directions=chosen)
-        rows |= {label: self.row(further=label) for label in self.further}
+        rows |= {label: self.row(further=label) for label in further}
         if "embedding" in ways:
             rows["cue's directions everywhere"] = self.row(everywhere=True)
+        rows |= {label: self.row(further=label) for label in last}
         self.labels = list(rows)
         self.rows = torch.stack(list(rows.values()))  # [k, t] the interventions of the table
         self.chosen = self.row(heads=chosen)[None]  # [1, t] the chosen heads mean-ablated

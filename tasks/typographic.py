@@ -12,6 +12,7 @@ from collections import defaultdict
 from itertools import product
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
@@ -33,6 +34,7 @@ from .job import Job
 from .passes import one_pass
 from .reading import COVERED, contact_sheet, cover, map_of_heads, measure_rules, name_heads, picks
 from .removal import Cue, Further, Plan, cue_of, in_blocks, random_heads, scorer, without_heads_forward
+from .rivals import ways_without, with_published_last
 from .tables import Shown, in_tenths, logits, mean_and_std, percent, print_settings, print_table, say, spread
 from .waterbirds import page_of_heads
 
@@ -55,7 +57,7 @@ def run(job: Job) -> tuple[dict, list]:
     cue = cue_of(job, [SAYS[0].format(name) for name in test.classes], "written names", says, reference)
     shape = cue.reference.maps.shape[:2]
     draws = random_heads(cue.heads, shape[1], args.draws, args.seed)
-    further, notes = further_ways(job, cue, says, reference)
+    further, notes = further_ways(job, cue, torch.cat([classes, says]), reference)
     plan = Plan((), shape, cue.heads, draws, further)
     rows = {
         "base": plan.row(),
@@ -70,7 +72,7 @@ def run(job: Job) -> tuple[dict, list]:
     scores = scorer(cue.reference, cue.directions, cue.votes, torch.cat([classes, says]), further)
     for images, indices in one_pass(job, Variants(test), "test", tally):
         for variant, shown in zip(test.variants, images.unbind(dim=1), strict=True):
-            found = scores(shown, decompose(clip.model, shown)).after(torch.cat(every))
+            found = scores(shown, decompose(clip.model, shown), indices).after(torch.cat(every))
             tally.update(variant, found, indices)
     found, drawn, others = in_blocks(tally.rows(), every)
     rows = dict(zip(rows, found, strict=True))
@@ -114,12 +116,17 @@ def open_data(job: Job, split: str) -> WrittenImages | DemoSigns:
     return open_written(args.data, split, transform, side, args.limit, args.seed)
 
 
-def further_ways(job: Job, cue: Cue, says: Tensor, reference: WrittenImages) -> tuple[Further, list[str]]:
-    """Interventions that are no sum of terms, and a note where the model does not allow all of them."""
+def further_ways(job: Job, cue: Cue, texts: Tensor, reference: WrittenImages) -> tuple[Further, list[str]]:
+    """Interventions that are no sum of terms, and a note where the model does not allow all of them.
+
+    They give scores [b, 2 c] of the texts [2 c, d], the classes' and those that say their names are written.
+    """
     model, votes, notes, ways = job.clip.model, cue.votes, [], {}
+    classes, says = texts.chunk(2)
+    score = lambda embedding: embedding.to(texts) @ texts.T  # noqa: E731
     try:
-        ways |= without_heads_forward(job, cue.heads, reference)
-        ways["  with zeros (Dyslexify)"] = lambda images, _: forward_without(model, images, cue.heads)
+        ways |= without_heads_forward(job, cue.heads, texts, reference)
+        ways["  with zeros (Dyslexify)"] = lambda images, *_: score(forward_without(model, images, cue.heads))
     except DecompositionError as error:
         notes.append(f"Without the rows of another forward pass: {error}.")
     mean = cue.reference.embedding.mean
@@ -127,9 +134,9 @@ def further_ways(job: Job, cue: Cue, says: Tensor, reference: WrittenImages) -> 
     oblique = leace(cue.reference.embedding.covariance, cross).to(says)
     mean, centred = mean.to(says), says - says.mean(dim=0)
 
-    def erase(_: Tensor, terms: Decomposition) -> Tensor:
+    def erase(_: Tensor, terms: Decomposition, indices: Tensor) -> Tensor:
         embedding = terms.embedding.to(says)
-        return embedding - (embedding - mean) @ oblique.T
+        return score(embedding - (embedding - mean) @ oblique.T)
 
     def heat(images: Tensor, terms: Decomposition) -> Tensor:
         return map_of_heads(model, images, cue.heads, centred[votes.labels(terms.embedding)])
@@ -138,10 +145,16 @@ def further_ways(job: Job, cue: Cue, says: Tensor, reference: WrittenImages) -> 
     images = torch.stack([reference[i][0] for i in some]).to(job.clip.device, job.clip.dtype)
     bar = COVERED * float(heat(images, decompose(model, images)).amax(dim=(1, 2)).mean())
 
-    def hide(images: Tensor, terms: Decomposition) -> Tensor:
-        return image_embedding(model, cover(images, heat(images, terms), bar))
+    def hide(images: Tensor, terms: Decomposition, indices: Tensor) -> Tensor:
+        return score(image_embedding(model, cover(images, heat(images, terms), bar)))
 
-    return ways | {"oblique erasure (LEACE)": erase, "read patches covered": hide}, notes
+    ways |= {"oblique erasure (LEACE)": erase, "read patches covered": hide}
+    published = ways_without(job, cue, ("texts", "rivals"), reference.classes, classes, len(classes))
+    del published["LEACE"]
+    # These rows are asked for the classes alone.
+    return ways | {
+        label: lambda *batch, run=run: F.pad(run(*batch), (0, len(says))) for label, run in published.items()
+    }, notes
 
 
 class Tally(Sums):
@@ -213,7 +226,7 @@ def print_rows(results: dict, images: int, heads: int, notes: list[str]) -> Show
     """The table, with the random control under it, and notes: for the page, too."""
     rows, drawn = results["rows"], results["random"]
     names = list(rows["base"])
-    header, lines = ["accuracy, %", *(TITLES[name] for name in names)], []
+    header, lines, random = ["accuracy, %", *(TITLES[name] for name in names)], [], []
     for label, row in rows.items():
         cells = [
             percent(row[name], images) if name == "attacked" else in_tenths([row[name]])[0] for name in names
@@ -221,17 +234,21 @@ def print_rows(results: dict, images: int, heads: int, notes: list[str]) -> Show
         lines.append([label, *cells])
     if drawn:
         shares = [[row[name] for row in drawn["rows"]] for name in names]
-        lines.append([f"{heads} random heads, mean ± std", *map(mean_and_std, shares)])
+        random.append([f"{heads} random heads, mean ± std", *map(mean_and_std, shares)])
         best = max(range(drawn["draws"]), key=lambda i: drawn["rows"][i]["attacked"])
-        lines.append([f"{heads} random heads, best", *in_tenths(drawn["rows"][best][name] for name in names)])
+        random.append(
+            [f"{heads} random heads, best", *in_tenths(drawn["rows"][best][name] for name in names)]
+        )
     if results["others"]:
         shares = [[row[name] for row in results["others"]] for name in names]
-        lines.append([f"{heads} heads that were not chosen", *map(mean_and_std, shares)])
+        random.append([f"{heads} heads that were not chosen", *map(mean_and_std, shares)])
     said = ["Attacked: another class's name is written on the picture. [..]: 95 % interval (Wilson)."]
     if drawn:
         ours = rows["heads mean-ablated"]["attacked"]
         said.append(control_in_words(drawn, ours, len(results["others"])))
-    return print_table(header, lines), say(*said, answers_in_words(results["answers"]), *notes)
+    return print_table(header, with_published_last(lines, random)), say(
+        *said, answers_in_words(results["answers"]), *notes
+    )
 
 
 def control_in_words(drawn: dict, ours: float, others: int) -> str:
