@@ -12,9 +12,9 @@ from urllib.parse import unquote
 
 import pytest
 
+from data import Waterbirds
 from demo.images import DemoBirds
 from evaluate import main
-from tasks.waterbirds import GROUPS
 
 QUICK = ["--limit", "40", "--workers", "0"]
 TASKS = {
@@ -159,12 +159,12 @@ def test_random_rows_stand_below_the_others(pages):
 
 def test_a_picture_of_each_group(pages):
     page = visit(pages / "waterbirds" / "report.html")
-    assert [alt.partition(":")[0] for alt in page.alts] == list(GROUPS)
+    assert [alt.partition(":")[0] for alt in page.alts] == list(Waterbirds.groups)
     data = DemoBirds("test", lambda image: image, 160)
     for alt in page.alts:
         group, _, caption = alt.partition(": ")
-        rows = [i for i in range(len(data)) if 2 * data.y[i] + data.place[i] == GROUPS.index(group)]
-        assert caption == data.caption(rows[0])
+        members = 2 * data.y + data.place == Waterbirds.groups.index(group)
+        assert caption == data.caption(int(members.nonzero()[0]))
 
 
 def test_names_from_outside_are_text_on_the_page(pages):
