@@ -32,6 +32,11 @@ def clipped(method: str) -> bool:
     return method == OURS
 
 
+def signed(method: str) -> bool:
+    """Do its maps say by their sign what speaks for the text, and what against it?"""
+    return method in (OURS, "lrp", "lrp-conserving")
+
+
 def attribute(
     method: str, model: nn.Module, images: Tensor, texts: Tensor, score: str = "published"
 ) -> Tensor:
