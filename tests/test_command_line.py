@@ -86,6 +86,7 @@ VALUES = {
     "void": ["3"],
     "image": ["x.png"],
     "text": ["a bird"],
+    "minus": ["a bird"],
     "words": ["x"],
     "head": ["3.4"],
     "role": ["places"],
@@ -127,7 +128,7 @@ def test_a_default_that_is_spelt_out_and_the_list_of_models(capsys):
     assert parse_args(["--task", "heatmap", "--top", "12", "--contrast", "all"]).top == 12
     with pytest.raises(SystemExit):
         parse_args(["--list-models", "--head", "3.4"])
-    assert "--list-models does not use --head, which is for retrieval" in capsys.readouterr().err
+    assert "--list-models does not use --head, which is for heatmap, retrieval" in capsys.readouterr().err
 
 
 # Words.
