@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from files import InputError, atomic_write
+from files import InputError, atomic_write, visible
 
 from .processes import process_rank
 
 LONG_SIDE = 512  # pixels of a map that is drawn alone
-TILE, GAP, BAR = 192, 8, 10  # pixels: the side of a picture in a sheet, between two of them, a bar's height
+TILE, GAP = 192, 8  # pixels: the side of a picture in a sheet, and what is between two of them
 OPAQUE = 0.9  # the largest value
 OUTSIDE = 0.3  # of the image where the model does not see it; the rest is white
-LEGEND = "Red speaks for the text and blue against it; where a map has no sign, yellow is most."
+LEGEND = "Red speaks for the text and blue against it; maps without a sign go from clear (nothing) to yellow."
 # From the lowest value to the highest. Signed: dark blue, blue, light blue, light orange, red, dark red. Else
 # matplotlib's inferno without its black end: more is brighter, also without colour.
 SIGNED = np.float32([*bytes.fromhex("0b2a8c2166d478b4f0fdb070e0401ca00020")]).reshape(-1, 3)
@@ -63,8 +63,8 @@ class Scale(NamedTuple):
 
     def bar(self, width: int) -> Image.Image:
         """Its colours on white, from the lowest value to the highest."""
-        values = np.tile(np.linspace(self.low, self.high, width), (BAR, 1))
-        return image_of(self.paint(np.full((BAR, width, 3), 255.0), values))
+        values = np.tile(np.linspace(self.low, self.high, width), (max(1, width // 20), 1))
+        return image_of(self.paint(np.full((*values.shape, 3), 255.0), values))
 
     def __str__(self) -> str:
         return f"{self.low:.3g} to {self.high:.3g}"
@@ -117,8 +117,10 @@ def resized(image: Image.Image, side: int = LONG_SIDE) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC if factor < 3 else Image.Resampling.NEAREST)
 
 
-def sheet(title: str, rows: Sequence[tuple[str, Sequence[Tile]]], side: int = TILE) -> Image.Image:
-    """Rows of pictures, each row under its heading (none: ""), all under the title.
+def sheet(
+    title: str, rows: Sequence[tuple[str, Sequence[Tile]]], side: int = TILE, note: str = ""
+) -> Image.Image:
+    """Rows of pictures, each row under its heading (none: ""), between the title and the note.
 
     Args:
         side: the long side of each picture, in pixels.
@@ -130,6 +132,7 @@ def sheet(title: str, rows: Sequence[tuple[str, Sequence[Tile]]], side: int = TI
     for heading, row in rows:
         parts += [words(heading, width, 15, "black")] if heading else []
         parts.append(stack([cell(tile, side, height) for tile in row], gap=GAP, across=True))
+    parts += [words(note, width, 12)] if note else []
     return ImageOps.expand(stack(parts, gap=GAP), GAP, "white")
 
 
@@ -151,7 +154,7 @@ def cell(tile: Tile, side: int, height: int) -> Image.Image:
         end = ImageDraw.Draw(numbers).text
         font = ImageFont.load_default(12)
         end((side, 0), f"{tile.scale.high:.3g}", "#333", font, anchor="ra")
-        if tile.scale.signed:
+        if tile.scale.signed and side >= TILE:
             end((side / 2, 0), "0", "#333", font, anchor="ma")
         parts += [tile.scale.bar(side), numbers]
     return stack(parts, gap=3)
@@ -159,7 +162,7 @@ def cell(tile: Tile, side: int, height: int) -> Image.Image:
 
 def words(text: str, width: int, size: int, colour: str = "#333") -> Image.Image:
     """The text on white, in at most three lines."""
-    font, letters = ImageFont.load_default(size), width
+    font, letters, text = ImageFont.load_default(size), width, visible(text)
     lines = [text]
     while max(map(font.getlength, lines)) > width and letters > 1:
         letters = int(0.9 * letters)

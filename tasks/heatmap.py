@@ -181,9 +181,11 @@ def save_pictures(
     """The names of the files: every map beside the image, and all maps of each text in one sheet."""
     files, original = [], Tile(image, "image")
     for name, title, tiles in zip(names, titles, drawn, strict=True):
-        pictures = {slug(tile.caption): sheet(title, [("", [original, tile])], LONG_SIDE) for tile in tiles}
-        rows = in_rows(tiles, ACROSS)
-        pictures["all"] = sheet(title, [("", [original, *row]) for row in rows])
+        pictures = {
+            slug(tile.caption): sheet(title, [("", [original, tile])], LONG_SIDE, LEGEND) for tile in tiles
+        }
+        rows = [("", [original, *row]) for row in in_rows(tiles, ACROSS)]
+        pictures["all"] = sheet(title, rows, note=f"{LEGEND} {SCALES}")
         for whose, picture in pictures.items():
             files.append(f"{name}-{whose}.png")
             save_picture(picture, folder / files[-1])
@@ -211,14 +213,15 @@ def page(
     image: Image.Image, names: list[str], titles: list[str], drawn: list[list[Tile]], notes: list[str]
 ) -> list[report.Html]:
     """The same for report.html, with links to the files beside it."""
-    seen = "The image, and over it where each method sees the text that stands above; the more, the stronger."
+    seen = "Where in this image each text is seen: the stronger a colour, the more a patch adds to the score."
     links = [(f"{name}-all.png", title) for name, title in zip(names, titles, strict=True)]
     links += [("maps.npz", "the maps as numbers"), ("results.json", "everything else")]
     listed = [part for file, words in links for part in (report.tag("a", words, href=file), " \u00b7 ")]
-    sections = [report.section("What is seen", seen, report.tag("p", *listed[:-1]), *notes)]
+    original, linked = report.pictures([(image, "the image")], size=240), report.tag("p", *listed[:-1])
+    sections = [report.section("What is seen", seen, original, linked, *notes)]
     for title, tiles in zip(titles, drawn, strict=True):
         pictures = [(tile.with_bar(), f"{tile.caption}: {tile.scale}") for tile in tiles]
-        sections.append(report.section(title, report.pictures([(image, "image"), *pictures], size=200)))
+        sections.append(report.section(title, report.pictures(pictures, size=160)))
     return sections
 
 

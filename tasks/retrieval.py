@@ -34,7 +34,7 @@ from .tables import print_settings, table
 from .textspan import ROLE_IMAGES, one_category
 
 ACROSS = 6  # images in a row of the contact sheet
-SIZE = 144  # of pictures on the page
+SIZE = 160  # of pictures on the page
 
 
 class Nearest(NamedTuple):
@@ -84,9 +84,9 @@ def run(job: Job) -> tuple[dict, list]:
     path = args.out / "retrieval" / "sheet.png"
     print("\n" + "\n".join(notes) + f"\n\nContact sheet: {path}")
     shown = {f"By these heads: {measure}": tiles_of(ours), "By the whole embedding: cosine": tiles_of(whole)}
-    title = f"Nearest to {where['query']}, heads {where['heads']}"
+    title = f"Nearest to {where['query']} by heads {where['heads']}"
     save_picture(contact_sheet(title, query, shown), path)
-    return results, page(f"{title}, of {data.description}", query, shown, notes)
+    return results, page(title, query, shown, notes)
 
 
 def check_options(args: Namespace) -> None:
@@ -196,10 +196,10 @@ def page(
     """The query and what was found, for report.html, with links to the files beside it."""
     links = [("sheet.png", "all of it in one picture"), ("results.json", "as numbers")]
     linked = [part for file, words in links for part in (report.tag("a", words, href=file), ", ")][:-1]
-    seen = f"{title}: the images from the nearest on, each with its rank and (score)."
+    seen = f"{title}: each image with its rank and (score); below, the nearest by the whole embedding."
     sections = [report.section("What is seen", seen, report.tag("p", *linked), *notes)]
     if query is not None:
-        sections.append(report.section("Query", report.pictures([(query, "the query")], size=160)))
+        sections.append(report.section("Query", report.pictures([(query, "the query")], size=SIZE)))
     for heading, tiles in shown.items():
         pictures = [(tile.picture, tile.caption) for tile in tiles]
         sections.append(report.section(heading, report.pictures(pictures, size=SIZE)))

@@ -317,7 +317,7 @@ def test_heatmap_shows_how_far_it_is(tmp_path, capsys, kinds):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["textspan", "neurons", "retrieval"])
 def test_pictures_for_the_page_are_small_at_once(tmp_path, monkeypatch, task):
-    """The page keeps 256 pixels of a picture, retrieval's 288."""
+    """The page keeps 256 pixels of a picture, retrieval's 320."""
     for i in range(8):
         path = tmp_path / "data" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -334,7 +334,7 @@ def test_pictures_for_the_page_are_small_at_once(tmp_path, monkeypatch, task):
     monkeypatch.setattr(job, "classifier", classes["classifier"])  # the demo knows no class called a
     assert main(argv) == 0
     assert held
-    assert {max(picture.size) for picture in held} == {288 if task == "retrieval" else 256}
+    assert {max(picture.size) for picture in held} == {320 if task == "retrieval" else 256}
 
 
 def pictures_in(x):
@@ -381,7 +381,7 @@ def test_control_characters_are_shown_as_escapes(tmp_path, capsys, kinds):
     assert code == 0
     assert not [c for c in shown if c != "\n" and not c.isprintable()]
     rows = [line for line in shown.split("\n") if re.match(r"\d+ +-?\d", line)]
-    assert len(rows) == 8
+    assert len(rows) == 2 * 8  # by the head, and by the whole embedding
     assert all(row.endswith(r"\x1b[31m\r\n\x9b\u202e é.png") for row in rows)
     next(root.rglob("*.png")).write_text("no image")
     line = refused(capsys, tmp_path, *argv)

@@ -1262,7 +1262,7 @@ def test_the_sheet_shows_every_tile_with_its_caption_below():
 def test_the_bar_and_its_numbers_stand_below_a_map():
     tile = Tile(Image.new("RGB", (TILE, TILE), "black"), "", Scale(-1.25, 1.25, signed=True))
     picture = values(sheet("", [("", [tile])]))
-    below = picture[-GAP - 50 : -GAP, GAP:-GAP]
+    below = picture[-GAP - 30 : -GAP, GAP:-GAP]
     assert (np.ptp(below[:, :3], axis=-1) > 100).any()  # blue
     assert (np.ptp(below[:, -3:], axis=-1) > 100).any()  # red
     for part in (below[-12:, :40], below[-12:, 90:100], below[-12:, -40:]):  # -1.25, 0, 1.25
