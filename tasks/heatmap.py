@@ -215,9 +215,12 @@ def page(
     """The same for report.html, with links to the files beside it."""
     seen = "Where in this image each text is seen: the stronger a colour, the more a patch adds to the score."
     links = [(f"{name}-all.png", title) for name, title in zip(names, titles, strict=True)]
-    links += [("maps.npz", "the maps as numbers"), ("results.json", "everything else")]
+    links += [("maps.npz", "the maps as numbers"), ("results.json", "the rest as numbers")]
     listed = [part for file, words in links for part in (report.tag("a", words, href=file), " \u00b7 ")]
-    original, linked = report.pictures([(image, "the image")], size=240), report.tag("p", *listed[:-1])
+    original, linked = (
+        report.pictures([(image, "the image")], size=240),
+        report.tag("p", "Files: ", *listed[:-1]),
+    )
     sections = [report.section("What is seen", seen, original, linked, *notes)]
     for title, tiles in zip(titles, drawn, strict=True):
         pictures = [(tile.with_bar(), f"{tile.caption}: {tile.scale}") for tile in tiles]

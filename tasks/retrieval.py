@@ -197,7 +197,7 @@ def page(
     links = [("sheet.png", "all of it in one picture"), ("results.json", "as numbers")]
     linked = [part for file, words in links for part in (report.tag("a", words, href=file), ", ")][:-1]
     seen = f"{title}: each image with its rank and (score); below, the nearest by the whole embedding."
-    sections = [report.section("What is seen", seen, report.tag("p", *linked), *notes)]
+    sections = [report.section("What is seen", seen, report.tag("p", "Files: ", *linked), *notes)]
     if query is not None:
         sections.append(report.section("Query", report.pictures([(query, "the query")], size=SIZE)))
     for heading, tiles in shown.items():
