@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from demo.images import DemoBirds
 from tasks.attribution import ATTRIBUTIONS, attribute, signed
 from tasks.drawing import LEGEND, Scale, Tile, in_rows, overlay, sheet

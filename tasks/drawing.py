@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+import report
 from files import InputError, atomic_write, visible
 
 from .processes import process_rank
@@ -188,14 +190,25 @@ def stack(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> Im
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Save as PNG, in the first process alone; an earlier file stays until the new one is complete."""
+    """Save as PNG."""
+    save(path, partial(picture.save, format="PNG"))
+
+
+def save(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file, in the first process alone; an earlier one stays until the new one is complete."""
     if process_rank() > 0:
         return
     try:
-        with atomic_write(path) as partial:
-            picture.save(partial, format="PNG")
+        with atomic_write(path) as unfinished, unfinished.open("wb") as file:
+            write(file)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def file_links(links: dict[str, str]) -> report.Html:
+    """For the page: links to files beside it, from their names to words."""
+    parts = [part for file, words in links.items() for part in (", ", report.tag("a", words, href=file))]
+    return report.tag("p", "Files: ", *parts[1:])
 
 
 def slug(text: str) -> str:

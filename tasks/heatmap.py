@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,15 +21,26 @@ from tqdm import tqdm
 import report
 from baselines import BaselineError
 from decompose import head_maps, image_embedding
-from files import InputError, atomic_write
+from files import InputError
 from masks import seen
 from zeroshot import embed_texts
 
 from .attribution import attribute, choose_methods, score_of, signed
-from .drawing import LEGEND, LONG_SIDE, Scale, Tile, in_rows, overlay, save_picture, sheet, slug
-from .heads import Head, head_name, parse_heads
+from .drawing import (
+    LEGEND,
+    LONG_SIDE,
+    Scale,
+    Tile,
+    file_links,
+    in_rows,
+    overlay,
+    save,
+    save_picture,
+    sheet,
+    slug,
+)
+from .heads import head_name, parse_heads
 from .job import Job, read_image
-from .processes import process_rank
 from .reading import map_of_heads
 from .retrieval import heads_of
 from .tables import print_settings, table
@@ -39,55 +51,75 @@ Explainer = Callable[[Tensor], Tensor]  # from a text [1, d] to its map [1, rows
 Maps = dict[str, list[Tensor]]  # {whose: the map [rows, columns] of every text}
 
 
+class Drawn(NamedTuple):
+    """What is drawn of one text."""
+
+    name: str  # how its files begin
+    title: str
+    tiles: list[Tile]  # one for each map
+
+
 def run(job: Job) -> tuple[dict, list]:
     """Every map of every text, drawn over the image."""
     args, folder = job.args, job.args.out / "heatmap"
     check_options(args)
     image, clip = read_image(job), job.clip
     asked = embed_texts(clip, args.text if args.minus is None else [*args.text, args.minus])
-    texts, heads = directions(args, asked), chosen_heads(job)
+    texts = directions(args, asked)
     pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
     cosine = similarity(job, pixels, asked)
-    explainers = explainers_of(job, heads, pixels)
+    explainers = explainers_of(job, pixels)
     maps, refused = find_maps(explainers, texts, every=args.methods is not None)
-    scales = {name: Scale.of(found, bool(heads) or signed(name)) for name, found in maps.items()}
+    scales = {name: Scale.of(found, by_heads(args) or signed(name)) for name, found in maps.items()}
     box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
     part = "all of it" if covers(box, image.size) else "what the model's cropping leaves; the rest is pale"
-    names, titles = [f"{i}-{slug(text)}" for i, text in enumerate(args.text, 1)], titles_of(args, cosine)
-    drawn = [  # for each text
-        [Tile(overlay(image, maps[name][i], box, scale), name, scale) for name, scale in scales.items()]
-        for i in range(len(names))
+    less, what = (
+        "",
+        {"image": f"{args.image}, {image.width} x {image.height}", "methods": ", ".join(explainers)},
+    )
+    if args.minus is not None:
+        less = f', minus "{args.minus}", cosine {cosine.pop():.3f}'
+        what["minus"] = f"the embedding of each text{less}; methods that take unit vectors get its direction"
+    where = print_settings(job, **what, seed=str(args.seed), seen=part)
+    drawn, arrays = [], {"box": box, "image_size": image.size}
+    for i, (text, share) in enumerate(zip(args.text, cosine, strict=True)):
+        tiles = [Tile(overlay(image, maps[of][i], box, scale), of, scale) for of, scale in scales.items()]
+        drawn.append(Drawn(f"{i + 1}-{slug(text)}", f'"{text}", cosine {share:.3f}{less}', tiles))
+        arrays |= {f"{drawn[i].name}-{slug(of)}": maps[of][i].float().cpu().numpy() for of in maps}
+    files = [file for text in drawn for file in save_pictures(folder, image, text)]
+    save(folder / "maps.npz", partial(np.savez_compressed, **arrays))
+    cells = [
+        (f"{share:.3f}", str(folder / f"{name}-all.png"))
+        for share, (name, *_) in zip(cosine, drawn, strict=True)
     ]
-    files = save_pictures(folder, image, names, titles, drawn)
-    save_maps(folder / "maps.npz", names, maps, box, image.size)
-    size = f"{args.image}, {image.width} x {image.height}"
-    explained = explained_in_words(args, list(explainers), heads, cosine)
-    where = print_settings(job, image=size, **explained, seed=str(args.seed), seen=part)
-    paths = [str(folder / f"{name}-all.png") for name in names]
-    rows = [[text, f"{share:.3f}", path] for text, share, path in zip(args.text, cosine, paths, strict=False)]
+    rows = [[text, *row] for text, row in zip(args.text, cells, strict=True)]
     print("\n" + table(["text", "cosine", "all maps in one picture"], rows))
     notes = [f"{len(files)} pictures in {folder}. The maps as numbers: {folder / 'maps.npz'}"]
     notes += [f"{LEGEND} {SCALES}", *refused_in_words(refused)]
     print("\n" + "\n".join(notes))
     results = {
         "settings": where,
-        "cosine": dict(zip(args.text, cosine, strict=False)),
-        "scores": {name: "dot" if heads else score_of(name, args.score) for name in explainers},
+        "cosine": dict(zip(args.text, cosine, strict=True)),
+        "scores": {name: "dot" if by_heads(args) else score_of(name, args.score) for name in explainers},
         "scales": {name: [scale.low, scale.high] for name, scale in scales.items()},
         "files": files,
     }
-    return results, page(image, names, titles, drawn, notes)
+    return results, page(image, drawn, notes)
+
+
+def by_heads(args: Namespace) -> bool:
+    """Are parts of the decomposition asked for, and not methods?"""
+    return args.head is not None or args.role is not None
 
 
 def check_options(args: Namespace) -> None:
     """Refuse options that do not go together, before anything is loaded."""
-    by_heads = args.head is not None or args.role is not None
     if args.image is None or not args.text:
         raise InputError(f"--task heatmap needs {'--image FILE' if args.image is None else '--text TEXT'}")
     for option, texts in (("text", args.text), ("minus", [args.minus] if args.minus is not None else [])):
         if any(not text.strip() for text in texts):
             raise InputError(f"--{option} is empty: give a text to look for")
-    if by_heads and (args.methods or args.score != "published"):
+    if by_heads(args) and (args.methods or args.score != "published"):
         raise InputError("--head and --role show parts of the decomposition; leave out --methods and --score")
     if args.role is None and (args.data or args.reference != "train"):
         raise InputError("--data and --reference name the images that --role is found on; give --role, too")
@@ -104,23 +136,20 @@ def directions(args: Namespace, asked: Tensor) -> Tensor:
     return texts
 
 
-def chosen_heads(job: Job) -> dict[str, list[Head]]:
-    """Each head of --head, and all heads of --role together, by name; {} where neither is given."""
-    args, chosen = job.args, {}
-    if args.head is not None:
-        shape = head_maps(job.clip.model).shape[:2]
-        chosen = {
-            f"head {head_name(head)}": [head] for head in parse_heads(",".join(args.head), *shape, "--head")
-        }
-    return chosen if args.role is None else chosen | {f"role {args.role}": heads_of(job)}
-
-
-def explainers_of(job: Job, heads: dict[str, list[Head]], pixels: Tensor) -> dict[str, Explainer]:
-    """{name: what makes its maps}: of these heads where there are any, else of the methods."""
+def explainers_of(job: Job, pixels: Tensor) -> dict[str, Explainer]:
+    """{name: what makes its maps}: all methods; or each of --head, and the heads of --role together."""
     args, model = job.args, job.clip.model
-    if heads:
-        return {name: partial(map_of_heads, model, pixels, of) for name, of in heads.items()}
-    return {name: partial(attribute, name, model, pixels, score=args.score) for name in choose_methods(args)}
+    if not by_heads(args):
+        return {
+            name: partial(attribute, name, model, pixels, score=args.score) for name in choose_methods(args)
+        }
+    shape, chosen = head_maps(model).shape[:2], {}
+    for head in parse_heads(",".join(args.head), *shape, "--head") if args.head else []:
+        chosen[f"head {head_name(head)}"] = [head]
+    if args.role is not None:
+        heads = chosen[f"role {args.role}"] = heads_of(job)
+        job.notes[f"role {args.role}: heads {', '.join(map(head_name, heads))}"] = None
+    return {name: partial(map_of_heads, model, pixels, heads) for name, heads in chosen.items()}
 
 
 def find_maps(explainers: dict[str, Explainer], texts: Tensor, every: bool) -> tuple[Maps, dict[str, str]]:
@@ -151,80 +180,30 @@ def similarity(job: Job, pixels: Tensor, texts: Tensor) -> list[float]:
     return (F.normalize(embedding.to(texts), dim=-1) @ texts.T)[0].tolist()
 
 
-def titles_of(args: Namespace, cosine: list[float]) -> list[str]:
-    """What stands above the maps of each text."""
-    if args.minus is None:
-        return [f'"{text}", cosine {share:.3f}' for text, share in zip(args.text, cosine, strict=True)]
-    less = f'minus "{args.minus}" ({cosine[-1]:.3f})'
-    return [f'"{text}" ({share:.3f}) {less}' for text, share in zip(args.text, cosine[:-1], strict=True)]
-
-
-def explained_in_words(
-    args: Namespace, names: list[str], heads: dict[str, list[Head]], cosine: list[float]
-) -> dict:
-    """What is explained, and by what, for the settings."""
-    found = {"methods": ", ".join(names)}
-    if heads:
-        parts = [f"{name}: {', '.join(map(head_name, of))}" for name, of in heads.items() if len(of) > 1]
-        found = {"heads": "; ".join([", ".join(names), *parts])}
-    if args.minus is not None:
-        less = (
-            f'the embedding of "{args.minus}" (cosine {cosine[-1]:.3f}) is subtracted from that of each text'
-        )
-        found["minus"] = f"{less}; methods other than the decomposition take the direction of the difference"
-    return found
-
-
-def save_pictures(
-    folder: Path, image: Image.Image, names: list[str], titles: list[str], drawn: list[list[Tile]]
-) -> list[str]:
-    """The names of the files: every map beside the image, and all maps of each text in one sheet."""
-    files, original = [], Tile(image, "image")
-    for name, title, tiles in zip(names, titles, drawn, strict=True):
-        pictures = {
-            slug(tile.caption): sheet(title, [("", [original, tile])], LONG_SIDE, LEGEND) for tile in tiles
-        }
-        rows = [("", [original, *row]) for row in in_rows(tiles, ACROSS)]
-        pictures["all"] = sheet(title, rows, note=f"{LEGEND} {SCALES}")
-        for whose, picture in pictures.items():
-            files.append(f"{name}-{whose}.png")
-            save_picture(picture, folder / files[-1])
-    return files
-
-
-def save_maps(
-    path: Path, names: list[str], maps: Maps, box: tuple[float, ...], size: tuple[int, int]
-) -> None:
-    """All maps as they are, by the names of their pictures; `box` (see `overlay`) is what they cover."""
-    arrays = {
-        f"{name}-{slug(whose)}": found[i] for i, name in enumerate(names) for whose, found in maps.items()
+def save_pictures(folder: Path, image: Image.Image, text: Drawn) -> list[str]:
+    """The names of the files: every map beside the image, and all maps in one sheet."""
+    original = Tile(image, "image")
+    pictures = {
+        tile.caption: sheet(text.title, [("", [original, tile])], LONG_SIDE, LEGEND) for tile in text.tiles
     }
-    arrays = {name: heat.float().cpu().numpy() for name, heat in arrays.items()}
-    if process_rank() > 0:
-        return
-    try:
-        with atomic_write(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, box=np.array(box), image_size=np.array(size), **arrays)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    rows = [("", [original, *row]) for row in in_rows(text.tiles, ACROSS)]
+    pictures["all"] = sheet(text.title, rows, note=f"{LEGEND} {SCALES}")
+    files = {f"{text.name}-{slug(name)}.png": picture for name, picture in pictures.items()}
+    for file, picture in files.items():
+        save_picture(picture, folder / file)
+    return list(files)
 
 
-def page(
-    image: Image.Image, names: list[str], titles: list[str], drawn: list[list[Tile]], notes: list[str]
-) -> list[report.Html]:
+def page(image: Image.Image, drawn: list[Drawn], notes: list[str]) -> list[report.Html]:
     """The same for report.html, with links to the files beside it."""
     seen = "Where in this image each text is seen: the stronger a colour, the more a patch adds to the score."
-    links = [(f"{name}-all.png", title) for name, title in zip(names, titles, strict=True)]
-    links += [("maps.npz", "the maps as numbers"), ("results.json", "the rest as numbers")]
-    listed = [part for file, words in links for part in (report.tag("a", words, href=file), " \u00b7 ")]
-    original, linked = (
-        report.pictures([(image, "the image")], size=240),
-        report.tag("p", "Files: ", *listed[:-1]),
-    )
-    sections = [report.section("What is seen", seen, original, linked, *notes)]
-    for title, tiles in zip(titles, drawn, strict=True):
-        pictures = [(tile.with_bar(), f"{tile.caption}: {tile.scale}") for tile in tiles]
-        sections.append(report.section(title, report.pictures(pictures, size=160)))
+    links = {f"{text.name}-all.png": text.title for text in drawn}
+    links |= {"maps.npz": "the maps as numbers", "results.json": "the rest as numbers"}
+    original = report.pictures([(image, "the image")], size=240)
+    sections = [report.section("What is seen", seen, original, file_links(links), *notes)]
+    for text in drawn:
+        pictures = [(tile.with_bar(), f"{tile.caption}: {tile.scale}") for tile in text.tiles]
+        sections.append(report.section(text.title, report.pictures(pictures, size=160)))
     return sections
 
 

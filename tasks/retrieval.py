@@ -25,7 +25,7 @@ from roles import find_roles, in_own_space
 from zeroshot import embed_texts
 
 from .accumulators import Rows
-from .drawing import Tile, in_rows, save_picture, sheet
+from .drawing import Tile, file_links, in_rows, save_picture, sheet
 from .heads import Head, head_name, parse_heads
 from .job import Images, Job, open_split, read_image
 from .passes import one_pass
@@ -42,7 +42,7 @@ class Nearest(NamedTuple):
 
     order: list[int]
     rows: list[dict]  # rank, score and caption of each
-    pictures: list[Image.Image]
+    tiles: list[Tile]
     itself: int | None  # the query, where it is one of the images: it is left out
 
 
@@ -53,37 +53,34 @@ def run(job: Job) -> tuple[dict, list]:
     query = None if args.image is None else read_image(job)
     maps, data = head_maps(job.clip.model), open_split(job, "test")
     asked = ask(job, query)  # what can fail goes before the passes over images
-    heads = (
-        parse_heads(",".join(args.head), *maps.shape[:2], "--head") if args.role is None else heads_of(job)
-    )
-    by_heads, by_all = score_images(job, data, maps, heads, asked)
-    ours, whole = (nearest(data, score, args.top, query) for score in (by_heads, by_all))
+    listed = ",".join(args.head or ())
+    heads = parse_heads(listed, *maps.shape[:2], "--head") if args.role is None else heads_of(job)
+    scores = score_images(job, data, maps, heads, asked)
+    ours, whole = (nearest(data, score, args.top, query) for score in scores)
     measure = "dot product with the text" if query is None else "cosine with the query"
-    settings = {
-        "images": data.description,
-        "heads": ", ".join(map(head_name, heads)) + ("" if args.role is None else f" (role {args.role!r})"),
-        "query": repr(args.text[0]) if query is None else args.image,
-        "measure": f"{measure}, of what these heads write less their mean over the images",
-    }
-    if ours.itself is not None:
-        settings["left out"] = f"the query itself, {data.caption(ours.itself)}"
-    where = print_settings(job, **settings)
-    results = {"settings": where, "heads": [list(head) for head in heads]}
-    results |= {"found": ours.rows, "whole embedding": whole.rows}
+    itself = {} if ours.itself is None else {"left out": f"the query itself, {data.caption(ours.itself)}"}
+    where = print_settings(
+        job,
+        images=data.description,
+        heads=", ".join(map(head_name, heads)) + ("" if args.role is None else f" (role {args.role!r})"),
+        query=repr(args.text[0]) if query is None else args.image,
+        measure=f"{measure}, of what these heads write less their mean over the images",
+        **itself,
+    )
+    results = {"settings": where, "heads": [list(head) for head in heads], "found": ours.rows}
+    results["whole embedding"] = whole.rows
     common = len({*ours.order} & {*whole.order})
     notes = [f"{common} of the {len(ours.order)} nearest are also the nearest by the whole embedding."]
     if isinstance(data, DemoBirds):
-        results["agree"], results["agree, whole embedding"] = (
-            same_factors(data, x.order) for x in (ours, whole)
-        )
-        notes.append(same_factors_in_words(results["agree"]))
-        notes.append(f"By the whole embedding: {same_factors_in_words(results['agree, whole embedding'])}")
+        agree, others = (same_factors(data, found.order) for found in (ours, whole))
+        results |= {"agree": agree, "agree, whole embedding": others}
+        notes += [same_factors_in_words(agree), f"By the whole embedding: {same_factors_in_words(others)}"]
     for name, found in (("nearest", ours), ("by the whole embedding", whole)):
         rows = [[str(row["rank"]), f"{row['score']:.3f}", row["image"]] for row in found.rows]
         print("\n" + table([name, "score", "image"], rows))
     path = args.out / "retrieval" / "sheet.png"
     print("\n" + "\n".join(notes) + f"\n\nContact sheet: {path}")
-    shown = {f"By these heads: {measure}": tiles_of(ours), "By the whole embedding: cosine": tiles_of(whole)}
+    shown = {f"By these heads: {measure}": ours.tiles, "By the whole embedding: cosine": whole.tiles}
     title = f"Nearest to {where['query']} by heads {where['heads']}"
     save_picture(contact_sheet(title, query, shown), path)
     return results, page(title, query, shown, notes)
@@ -131,19 +128,20 @@ def score_images(
 
 def nearest(data: Images, score: Tensor, top: int, query: Image.Image | None) -> Nearest:
     """The `top` images with the highest scores [n], without one that is the query, pixel by pixel."""
-    order, pictures, itself = [], [], None
+    found = Nearest([], [], [], None)
     for i in score.argsort(descending=True, stable=True).tolist():
         picture = data.picture(i)
-        if query is not None and picture.size == query.size and picture.tobytes() == query.tobytes():
-            itself = i
+        if query is not None and (picture.size, picture.tobytes()) == (query.size, query.tobytes()):
+            found = found._replace(itself=i)
             continue
-        order.append(i)
-        pictures.append(report.thumbnail(picture, SIZE))
-        if len(order) == top:
+        found.order.append(i)
+        row = {"rank": len(found.order), "score": float(score[i]), "image": data.caption(i)}
+        found.rows.append(row)
+        caption = f"{row['rank']}. ({row['score']:.3f}) {row['image']}"
+        found.tiles.append(Tile(report.thumbnail(picture, SIZE), caption))
+        if len(found.order) == top:
             break
-    ranked = enumerate(order, start=1)
-    rows = [{"rank": rank, "score": float(score[i]), "image": data.caption(i)} for rank, i in ranked]
-    return Nearest(order, rows, pictures, itself)
+    return found
 
 
 def heads_of(job: Job) -> list[Head]:
@@ -175,12 +173,6 @@ def cosine(kept: Tensor, asked: Tensor, A: Tensor) -> Tensor:
     return F.cosine_similarity(own[:-1], own[-1:], dim=1)
 
 
-def tiles_of(found: Nearest) -> list[Tile]:
-    """The pictures with their ranks, scores and names."""
-    captions = (f"{row['rank']}. ({row['score']:.3f}) {row['image']}" for row in found.rows)
-    return [Tile(*pair) for pair in zip(found.pictures, captions, strict=True)]
-
-
 def contact_sheet(title: str, query: Image.Image | None, shown: dict[str, list[Tile]]) -> Image.Image:
     """The query, where it is an image, and what was found, in reading order under each heading."""
     rows = [] if query is None else [("", [Tile(query, "the query")])]
@@ -194,13 +186,11 @@ def page(
     title: str, query: Image.Image | None, shown: dict[str, list[Tile]], notes: list[str]
 ) -> list[report.Html]:
     """The query and what was found, for report.html, with links to the files beside it."""
-    links = [("sheet.png", "all of it in one picture"), ("results.json", "as numbers")]
-    linked = [part for file, words in links for part in (report.tag("a", words, href=file), ", ")][:-1]
+    links = file_links({"sheet.png": "all of it in one picture", "results.json": "as numbers"})
     seen = f"{title}: each image with its rank and (score); below, the nearest by the whole embedding."
-    sections = [report.section("What is seen", seen, report.tag("p", "Files: ", *linked), *notes)]
+    sections = [report.section("What is seen", seen, links, *notes)]
     if query is not None:
         sections.append(report.section("Query", report.pictures([(query, "the query")], size=SIZE)))
     for heading, tiles in shown.items():
-        pictures = [(tile.picture, tile.caption) for tile in tiles]
-        sections.append(report.section(heading, report.pictures(pictures, size=SIZE)))
+        sections.append(report.section(heading, report.pictures([tile[:2] for tile in tiles], size=SIZE)))
     return sections

@@ -1045,8 +1045,8 @@ def test_the_maps_of_all_heads_sum_to_the_decomposition(tmp_path):
 
 def test_the_map_of_a_role_is_the_sum_over_its_heads(tmp_path):
     asked = ["--text", "at sea", "--role places --limit 160 --workers 0"]
-    heads = show(tmp_path / "role", bird_picture(), *asked).results["settings"]["heads"]
-    heads = heads.partition("role places: ")[2].split(", ")
+    said = show(tmp_path / "role", bird_picture(), *asked).results["settings"]["note"]
+    heads = said.partition("role places: heads ")[2].split(", ")
     assert 3 < len(heads) < 32
     show(tmp_path / "heads", bird_picture(), "--text", "at sea", "--head", *heads)
     found, parts = arrays(tmp_path / "role"), arrays(tmp_path / "heads")
