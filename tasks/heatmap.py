@@ -78,8 +78,9 @@ def run(job: Job) -> tuple[dict, list]:
         {"image": f"{args.image}, {image.width} x {image.height}", "methods": ", ".join(explainers)},
     )
     if args.minus is not None:
-        less = f', minus "{args.minus}", cosine {cosine.pop():.3f}'
-        what["minus"] = f"the embedding of each text{less}; methods that take unit vectors get its direction"
+        less = f'"{args.minus}", cosine {cosine.pop():.3f}'
+        what["minus"] = f"{less}: subtracted from each text; methods of unit vectors take the direction left"
+        less = f", minus {less}"
     where = print_settings(job, **what, seed=str(args.seed), seen=part)
     drawn, arrays = [], {"box": box, "image_size": image.size}
     for i, (text, share) in enumerate(zip(args.text, cosine, strict=True)):
