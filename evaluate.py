@@ -5,10 +5,10 @@
     $ python evaluate.py --task check           # do the terms sum to the embedding? (--model all: of all)
     $ python evaluate.py --task textspan        # what each head writes, in words, and its role
     $ python evaluate.py --task segmentation    # do maps lie on the object? beside ten other attributions
-    $ python evaluate.py --task heatmap --image FILE --text "a bird"
+    $ python evaluate.py --task heatmap --image demo:12 --text "a gull" "at sea"
     $ python evaluate.py --task ablation        # which terms does accuracy need?
     $ python evaluate.py --task completeness    # how much of the heads do their texts hold?
-    $ python evaluate.py --task retrieval --head 3.4 --image FILE
+    $ python evaluate.py --task retrieval --head 3.4 --image demo:12
     $ python evaluate.py --task debias --classes NAME NAME --cue TEXT TEXT --data FOLDER
     $ python evaluate.py --task neurons         # what single neurons of an MLP write
     $ python evaluate.py --task typographic     # see the bird although another's name is written beside it
@@ -52,7 +52,7 @@ TASKS = {
     "textspan": "data reference texts",
     "waterbirds": f"{CUE} protocol",
     "segmentation": "data classes methods score prompt contrast protocol void",
-    "heatmap": "image text methods score",
+    "heatmap": "data reference head role image text minus methods score",
     "ablation": "data reference protocol",
     "completeness": "data reference texts words",
     "debias": f"{CUE} classes",
@@ -131,8 +131,9 @@ def add_head_options(parser: argparse.ArgumentParser) -> None:
     add("--texts", type=positive, help=texts)
     words = "completeness: a second pool of texts, one per line (the commonest English words, say)"
     add("--words", metavar="FILE", help=words)
-    add("--head", metavar="L.H", help="retrieval: by what this head writes")
-    add("--role", metavar="CATEGORY", help="retrieval: by what all heads of this role write")
+    head = "retrieval: by what these heads write together; heatmap: the map of each"
+    add("--head", nargs="+", metavar="L.H", help=head)
+    add("--role", metavar="CATEGORY", help="the same of all heads of this role together")
     add("--top", type=positive, default=12, help="retrieval: images to show [%(default)s]")
     add("--layer", type=int, help="neurons: which layer's MLP [the last; --order 2: the third from the end]")
     orders = "neurons: 1, what they write; 2, what they add through later heads [%(default)s]"
@@ -169,9 +170,10 @@ def add_map_options(parser: argparse.ArgumentParser) -> None:
     protocol = "authors: masks squashed, not cropped like images; waterbirds, ablation: their terms and means"
     add("--protocol", choices=("aligned", "authors"), default="aligned", help=protocol)
     add("--void", type=natural, metavar="VALUE", help="value of mask pixels to leave out")
-    add("--image", metavar="FILE", help="heatmap, retrieval: the image")
+    add("--image", metavar="FILE", help="heatmap, retrieval: the image; demo:12: a picture of the demo")
     text = "heatmap, retrieval: what to look for; heatmap takes several"
     add("--text", nargs="+", action="extend", metavar="TEXT", help=text)
+    add("--minus", metavar="TEXT", help="heatmap: what to subtract from each text")
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -7,47 +7,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-
-from baselines import METHODS
 from demo.images import DemoBirds
-from tasks.attribution import OURS, OURS_ABS, attribute, clipped
-from tasks.heatmap import overlay
+from tasks.attribution import ATTRIBUTIONS, attribute, signed
+from tasks.drawing import LEGEND, Scale, Tile, in_rows, overlay, sheet
+from tasks.heatmap import ACROSS
 from tasks.segmentation import predict
 from zeroshot import classifier, load_clip, templates
 
-CELL, GAP = 92, 4  # pixels
-ROWS = (3, 5, 8, 11)  # four images of the validation split, of no particular choice
+ROWS = (3, 8)  # two images of the validation split, of no particular choice
+SIDE = 144  # pixels
 
 
 def main() -> None:
     clip = load_clip(device="cpu")
     data = DemoBirds("val", clip.preprocess)
     classes = classifier(clip, data.kinds, templates(clip))
-    images = torch.stack([data[i][0] for i in ROWS])
-    shown = predict(clip, images, classes)
-    texts = classes[shown] - classes.mean(dim=0)
-    columns = [OURS, OURS_ABS, *METHODS]
-    width = (len(columns) + 1) * (CELL + GAP) + GAP
-    picture = Image.new("RGB", (width, len(ROWS) * (CELL + 20) + 44), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    for k, method in enumerate(["image", *columns]):
-        words = method.replace("decomposition", "decompo-\nsition")
-        words = words.replace("-attention", "-\nattention").replace("-conserving", "-\nconserving")
-        draw.multiline_text((GAP + k * (CELL + GAP), 6), words, "black", font)
-    for r, index in enumerate(ROWS):
-        top, source = 40 + r * (CELL + 20), data.picture(index)
-        picture.paste(source.resize((CELL, CELL), Image.Resampling.NEAREST), (GAP, top))
-        draw.text((GAP, top + CELL + 2), f"a {data.kinds[shown[r]]}", "#333", font)
-        for k, method in enumerate(columns, start=1):
-            heat = attribute(method, clip.model, images[r : r + 1], texts[r : r + 1])
-            tile = overlay(source, heat, (0, 0, *source.size), clipped(method))
-            tile = tile.resize((CELL, CELL), Image.Resampling.LANCZOS)
-            picture.paste(tile, (GAP + k * (CELL + GAP), top))
+    rows = []
+    for index in ROWS:
+        image, source = data[index][0][None], data.picture(index)
+        (shown,) = predict(clip, image, classes)
+        text, tiles = classes[shown] - classes.mean(dim=0), []
+        for method in ATTRIBUTIONS:
+            (heat,) = attribute(method, clip.model, image, text[None])
+            scale = Scale.of([heat], signed(method))
+            tiles.append(Tile(overlay(source, heat, (0, 0, *source.size), scale), method, scale))
+        heading = f"a {data.kinds[shown]}, less the mean over kinds"
+        for row in in_rows(tiles, ACROSS):
+            rows.append((heading, [Tile(source, "image"), *row]))
+            heading = ""
     path = Path("docs/heatmaps.png")
     path.parent.mkdir(exist_ok=True)
-    picture.save(path, optimize=True)
+    sheet("One text, every method", rows, SIDE, LEGEND).save(path, optimize=True)
     print(f"wrote {path}")
 
 

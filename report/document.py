@@ -20,6 +20,7 @@ from urllib.parse import quote
 from PIL import Image
 
 MISSING = "\u2013"
+KEPT = (".png", ".npz", ".safetensors")  # endings of the files beside a page that it links to
 SENTENCE = 24  # letters: what is longer in a cell is words, even with a number in it
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -112,8 +113,9 @@ def origin(command: str, seconds: float, folder: Path) -> dict[str, object]:
     """For the settings: what was run, with what and when, and links to what it wrote beside the page."""
     # Pictures of an earlier run may lie there, too. Some file systems tell the time by two seconds.
     started = time.time() - seconds - 2
-    drawn = [path.name for path in folder.glob("*.png") if path.is_file() and path.stat().st_mtime >= started]
-    links = [tag("li", tag("a", name, href=quote(name))) for name in ["results.json", *sorted(drawn)]]
+    kept = [path for path in folder.glob("*") if path.suffix in KEPT and path.is_file()]
+    made = sorted(path.name for path in kept if path.stat().st_mtime >= started)
+    links = [tag("li", tag("a", name, href=quote(name))) for name in ["results.json", *made]]
     loaded = [name for name in ("torch", "open_clip") if name in sys.modules]
     versions = [f"{name} {getattr(sys.modules[name], '__version__', '')}" for name in loaded]
     run = [datetime.now().astimezone().isoformat(" ", "minutes"), f"{seconds:.1f} s"]

@@ -32,6 +32,11 @@ def clipped(method: str) -> bool:
     return method == OURS
 
 
+def signed(method: str) -> bool:
+    """Do its maps say by their sign what speaks for the text, and what against it?"""
+    return method in (OURS, "lrp", "lrp-conserving")
+
+
 def attribute(
     method: str, model: nn.Module, images: Tensor, texts: Tensor, score: str = "published"
 ) -> Tensor:
@@ -57,3 +62,13 @@ def choose_methods(args: Namespace, extra: tuple[str, ...] = ()) -> list[str]:
         near = did_you_mean(unknown[0], known)
         raise InputError(f"--methods knows no {unknown[0]!r}; it takes {', '.join(known)}{near}")
     return list(dict.fromkeys(asked or known))
+
+
+def print_refused(refused: dict[str, str]) -> list[str]:
+    """A line for each reason why methods do not support the model, {method: reason}; printed and returned."""
+    lines = []
+    for reason in dict.fromkeys(refused.values()):
+        without = ", ".join(method for method in refused if refused[method] == reason)
+        lines.append(f"Without {without}: {reason}")
+        print(lines[-1])
+    return lines

@@ -1,177 +1,196 @@
-"""--task heatmap: where in an image does each method see a text? Pictures of the maps, and a sheet of all."""
+"""--task heatmap: where in an image does each method see a text? With --head or --role: where do these heads?
+
+Writes a picture of every map, a sheet of all maps of each text, and the maps as numbers (maps.npz).
+"""
 
 from __future__ import annotations
 
-import re
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 import report
 from baselines import BaselineError
-from data import read_picture
-from decompose import image_embedding
-from files import InputError, atomic_write
+from decompose import head_maps, image_embedding
+from files import InputError
 from masks import seen
-from metrics import scale
 from zeroshot import embed_texts
 
-from .attribution import attribute, choose_methods, clipped, score_of
-from .job import Job
-from .processes import process_rank
-from .tables import print_settings, table
+from .attribution import attribute, choose_methods, print_refused, score_of, signed
+from .drawing import LEGEND, LONG_SIDE, Scale, Tile, in_rows, overlay, save, save_picture, sheet, slug
+from .heads import head_name, parse_heads
+from .job import Job, read_image
+from .reading import map_of_heads
+from .retrieval import heads_of
+from .tables import Shown, print_settings, print_table, say
 
-LONG_SIDE = 512  # of the pictures
-TILE, ACROSS, GAP = 200, 6, 8  # of the sheet
-SCALE_NOTE = "Each map from its least (dark) to its most (bright); the decomposition from zero."
-# matplotlib's inferno at eight even steps: brighter is more, also without colour.
-INFERNO = bytes.fromhex("000004 280b54 65156e 9f2a63 d44842 f57d15 fac127 fcffa4")
-INFERNO = np.float32([*INFERNO]).reshape(-1, 3)
+ACROSS = 6  # maps in a row of the sheet, beside the image
+SCALES = "All texts share the scale of a map; its ends are the numbers at the bar."
+Explainer = Callable[[Tensor], Tensor]  # from a text [1, d] to its map [1, rows, columns]
+Maps = dict[str, list[Tensor]]  # {whose: the map [rows, columns] of every text}
+
+
+class Drawn(NamedTuple):
+    """What is drawn of one text."""
+
+    name: str  # how its files begin
+    title: str
+    tiles: list[Tile]  # one for each map
 
 
 def run(job: Job) -> tuple[dict, list]:
-    """Every method's map of every text, drawn over the image."""
-    args = job.args
+    """Every map of every text, drawn over the image."""
+    args, folder = job.args, job.args.out / "heatmap"
+    check_options(args)
+    image, clip = read_image(job), job.clip
+    asked = embed_texts(clip, args.text if args.minus is None else [*args.text, args.minus])
+    texts = directions(args, asked)
+    pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
+    cosine = similarity(job, pixels, asked)
+    explainers = explainers_of(job, pixels)
+    maps, refused = find_maps(explainers, texts, every=args.methods is not None)
+    scales = {name: Scale.of(found, by_heads(args) or signed(name)) for name, found in maps.items()}
+    box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
+    part = "all of it" if covers(box, image.size) else "what the model's cropping leaves; the rest is pale"
+    size, less, what = f"{args.image}, {image.width} x {image.height}", "", {}
+    if args.minus is not None:
+        less = f'"{args.minus}", cosine {cosine.pop():.3f}'
+        what["minus"] = f"{less}: subtracted from each text; methods of unit vectors take the direction left"
+        less = f", minus {less}"
+    listed = ", ".join(explainers)
+    where = print_settings(job, image=size, methods=listed, **what, seed=str(args.seed), seen=part)
+    drawn, arrays = [], {"box": box, "image_size": image.size}
+    for i, (text, share) in enumerate(zip(args.text, cosine, strict=True)):
+        tiles = [Tile(overlay(image, maps[of][i], box, scale), of, scale) for of, scale in scales.items()]
+        drawn.append(Drawn(f"{i + 1}-{slug(text)}", f'"{text}", cosine {share:.3f}{less}', tiles))
+        arrays |= {f"{drawn[i].name}-{slug(of)}": maps[of][i].float().cpu().numpy() for of in maps}
+    files = [file for text in drawn for file in save_pictures(folder, image, text)]
+    save(folder / "maps.npz", partial(np.savez_compressed, **arrays))
+    sheets = [str(folder / f"{text.name}-all.png") for text in drawn]
+    rows = [[text, f"{share:.3f}", path] for text, share, path in zip(args.text, cosine, sheets, strict=True)]
+    numbers = print_table(["text", "cosine", "all maps in one picture"], rows)
+    wrote = f"{len(files)} pictures in {folder}. The maps as numbers: {folder / 'maps.npz'}"
+    notes = (*say(wrote, f"{LEGEND} {SCALES}"), *print_refused(refused))
+    results = {
+        "settings": where,
+        "cosine": dict(zip(args.text, cosine, strict=True)),
+        "scores": {name: "dot" if by_heads(args) else score_of(name, args.score) for name in explainers},
+        "scales": {name: [scale.low, scale.high] for name, scale in scales.items()},
+        "files": files,
+    }
+    return results, page(image, drawn, (numbers, notes))
+
+
+def by_heads(args: Namespace) -> bool:
+    """Are parts of the decomposition asked for, and not methods?"""
+    return args.head is not None or args.role is not None
+
+
+def check_options(args: Namespace) -> None:
+    """Refuse options that do not go together, before anything is loaded."""
     if args.image is None or not args.text:
         raise InputError(f"--task heatmap needs {'--image FILE' if args.image is None else '--text TEXT'}")
-    if any(not text.strip() for text in args.text):
-        raise InputError("--text is empty: give a text to look for")
-    image = read_picture(Path(args.image))
-    methods, clip = choose_methods(args), job.clip
-    texts = embed_texts(clip, args.text)
-    pixels = clip.preprocess(image)[None].to(clip.device, clip.dtype)
-    cosine = similarity(clip.model, pixels, texts)
-    box = seen(clip.preprocess, image.size, pixels.shape[:1:-1])
-    drawn, refused = draw_maps(job, methods, image, pixels, box, texts)
-    titles = [f'"{text}", cosine {share:.3f}' for text, share in zip(args.text, cosine, strict=True)]
-    folder, files, rows = args.out / "heatmap", {}, []
-    for i, (text, title, tiles) in enumerate(zip(args.text, titles, drawn, strict=True)):
-        prefix = f"{i + 1}-{slug(text)}"
-        files |= {f"{prefix}-{method}.png": tile for method, tile in tiles.items() if method != "image"}
-        files[f"{prefix}-all.png"] = sheet(title, tiles)
-        rows.append([text, f"{cosine[i]:.3f}", str(folder / f"{prefix}-all.png")])
-    for name, picture in files.items():
-        save_picture(picture, folder / name)
-    part = "all of it" if covers(box, image.size) else "what the model's cropping leaves; the rest is dimmed"
-    size = f"{args.image}, {image.width} x {image.height}"
-    where = print_settings(job, image=size, methods=", ".join(methods), seed=str(args.seed), seen=part)
-    print("\n" + table(["text", "cosine", "all methods in one picture"], rows))
-    print(f"\n{len(files)} pictures in {folder}. {SCALE_NOTE}")
-    print_refused(refused)
-    scores = {method: score_of(method, args.score) for method in methods}
-    cosines = dict(zip(args.text, cosine, strict=True))
-    results = {"settings": where, "cosine": cosines, "scores": scores, "files": list(files)}
-    sections = []
-    for title, tiles in dict(zip(titles, drawn, strict=True)).items():
-        shown = report.pictures([(tile, name) for name, tile in tiles.items()], size=200)
-        sections.append(report.section(title, shown))
-    return results, sections
+    for option, texts in (("text", args.text), ("minus", [args.minus] if args.minus is not None else [])):
+        if any(not text.strip() for text in texts):
+            raise InputError(f"--{option} is empty: give a text to look for")
+    if by_heads(args) and (args.methods or args.score != "published"):
+        raise InputError("--head and --role show parts of the decomposition; leave out --methods and --score")
+    if args.role is None and (args.data or args.reference != "train"):
+        raise InputError("--data and --reference name the images that --role is found on; give --role, too")
 
 
-def draw_maps(
-    job: Job, methods: list[str], image: Image.Image, pixels: Tensor, box: tuple[float, ...], texts: Tensor
-) -> tuple[list[dict[str, Image.Image]], dict[str, str]]:
-    """(for each text, {"image": the image, method: its map over the image}; {method: why it is refused})."""
-    drawn, refused = [], {}
-    bar = tqdm(total=len(texts) * len(methods), desc="maps", unit="map", leave=False)
-    for text in texts:
-        tiles = {"image": resized(image)}
-        for method in methods:
-            try:
-                heat = attribute(method, job.clip.model, pixels, text[None], job.args.score)
-                tiles[method] = overlay(image, heat, box, clipped(method))
-            except BaselineError as error:  # the decomposition supports more models than they do
-                if job.args.methods:
-                    raise
-                refused[method] = str(error)
-            bar.update()
-        drawn.append(tiles)
-    bar.close()
-    return drawn, refused
+def directions(args: Namespace, asked: Tensor) -> Tensor:
+    """[t, d] what to explain: each text's embedding, less that of --minus, which is the last of `asked`."""
+    if args.minus is None:
+        return asked
+    texts = asked[:-1] - asked[-1]
+    same = [text for text, rest in zip(args.text, texts, strict=True) if not rest.norm() > 1e-6]
+    if same:
+        raise InputError(f"--text {same[0]!r} is the same as --minus {args.minus!r}: nothing is left of it")
+    return texts
 
 
-def print_refused(refused: dict[str, str]) -> list[str]:
-    """A line for each reason why methods do not support the model, printed and returned."""
-    lines = []
-    for reason in dict.fromkeys(refused.values()):
-        without = ", ".join(method for method in refused if refused[method] == reason)
-        lines.append(f"Without {without}: {reason}")
-        print(lines[-1])
-    return lines
+def explainers_of(job: Job, pixels: Tensor) -> dict[str, Explainer]:
+    """{name: what makes its maps}: all methods; or each of --head, and the heads of --role together."""
+    args, model = job.args, job.clip.model
+    if not by_heads(args):
+        return {
+            name: partial(attribute, name, model, pixels, score=args.score) for name in choose_methods(args)
+        }
+    shape, chosen = head_maps(model).shape[:2], {}
+    for head in parse_heads(",".join(args.head), *shape, "--head") if args.head else []:
+        chosen[f"head {head_name(head)}"] = [head]
+    if args.role is not None:
+        heads = chosen[f"role {args.role}"] = heads_of(job)
+        job.notes[f"role {args.role}: heads {', '.join(map(head_name, heads))}"] = None
+    return {name: partial(map_of_heads, model, pixels, heads) for name, heads in chosen.items()}
+
+
+def find_maps(explainers: dict[str, Explainer], texts: Tensor, every: bool) -> tuple[Maps, dict[str, str]]:
+    """(maps by name, {name: why it gives none}).
+
+    Raises:
+        BaselineError: the first reason, where `every` one must give maps, or none does.
+    """
+    maps, refused = {}, {}
+    for name, explain in tqdm(explainers.items(), desc="maps", unit="method", leave=False):
+        try:
+            found = [explain(text[None])[0] for text in texts]
+            if not all(heat.isfinite().all() for heat in found):
+                raise BaselineError(f"{name} gives a map that is not finite; try --precision fp32")
+            maps[name] = found
+        except BaselineError as error:  # the decomposition supports more models than they do
+            refused[name] = str(error)
+            if every or len(refused) == len(explainers):
+                raise
+    return maps, refused
 
 
 @torch.no_grad()
-def similarity(model: nn.Module, pixels: Tensor, texts: Tensor) -> list[float]:
+def similarity(job: Job, pixels: Tensor, texts: Tensor) -> list[float]:
     """Cosine of the image with each text."""
-    return (F.normalize(image_embedding(model, pixels).to(texts), dim=-1) @ texts.T)[0].tolist()
+    embedding = image_embedding(job.clip.model, pixels)
+    job.check_finite(embedding)
+    return (F.normalize(embedding.to(texts), dim=-1) @ texts.T)[0].tolist()
 
 
-def resized(image: Image.Image, side: int = LONG_SIDE) -> Image.Image:
-    """With a long side of so many pixels."""
-    factor = side / max(image.size)
-    size = tuple(max(1, round(side * factor)) for side in image.size)
-    return image.resize(size, Image.Resampling.BICUBIC if factor < 3 else Image.Resampling.NEAREST)
+def save_pictures(folder: Path, image: Image.Image, text: Drawn) -> list[str]:
+    """The names of the files: every map beside the image, and all maps in one sheet."""
+    original = Tile(image, "image")
+    pictures = {
+        tile.caption: sheet(text.title, [("", [original, tile])], LONG_SIDE, LEGEND) for tile in text.tiles
+    }
+    rows = [("", [original, *row]) for row in in_rows(text.tiles, ACROSS)]
+    pictures["all"] = sheet(text.title, rows, note=f"{LEGEND} {SCALES}")
+    files = {f"{text.name}-{slug(name)}.png": picture for name, picture in pictures.items()}
+    for file, picture in files.items():
+        save_picture(picture, folder / file)
+    return list(files)
 
 
-def overlay(
-    image: Image.Image, heat: Tensor, box: tuple[float, ...], clip: bool = False, side: int = LONG_SIDE
-) -> Image.Image:
-    """The image with the map [1, rows, cols] laid on `box` of it; what lies outside is dimmed."""
-    canvas = resized(image, side)
-    factors = [canvas.width / image.width, canvas.height / image.height] * 2
-    left, top, right, bottom = (round(edge * factor) for edge, factor in zip(box, factors, strict=True))
-    inside = scale(heat.cpu(), (max(1, bottom - top), max(1, right - left)), clip)[0].float().numpy()
-    whole = np.zeros((canvas.height, canvas.width), dtype=np.float32)
-    rows, cols = slice(max(0, top), min(canvas.height, bottom)), slice(max(0, left), min(canvas.width, right))
-    whole[rows, cols] = inside[rows.start - top : rows.stop - top, cols.start - left : cols.stop - left]
-    grey = np.asarray(canvas.convert("L"), dtype=np.float32)[..., None]
-    base = 0.5 * np.asarray(canvas, dtype=np.float32) + 0.5 * grey
-    opacity = (0.35 + 0.45 * whole)[..., None]
-    return Image.fromarray((base * (1 - opacity) + colours(whole) * opacity).clip(0, 255).astype(np.uint8))
-
-
-def colours(heat: np.ndarray) -> np.ndarray:
-    """[..., 3] in 0..255 for values in 0..1."""
-    steps = np.linspace(0, 1, len(INFERNO))
-    return np.stack([np.interp(heat, steps, channel) for channel in INFERNO.T], axis=-1)
-
-
-def sheet(title: str, tiles: dict[str, Image.Image]) -> Image.Image:
-    """All tiles with their names, ACROSS in a row, under the title."""
-    first = next(iter(tiles.values()))
-    width, height = TILE, max(1, round(TILE * first.height / first.width))
-    rows, font = -(-len(tiles) // ACROSS), ImageFont.load_default(15)
-    across = min(ACROSS, len(tiles))
-    picture = Image.new("RGB", (across * (width + GAP) + GAP, rows * (height + 24 + GAP) + 32), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((GAP, 6), title, "black", ImageFont.load_default(17))
-    for k, (name, tile) in enumerate(tiles.items()):
-        left, top = GAP + k % ACROSS * (width + GAP), 32 + k // ACROSS * (height + 24 + GAP)
-        draw.text((left, top), name, "#333", font)
-        picture.paste(tile.resize((width, height), Image.Resampling.LANCZOS), (left, top + 22))
-    return picture
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Save as PNG, in the first process alone; an earlier file stays until the new one is complete."""
-    if process_rank() > 0:
-        return
-    try:
-        with atomic_write(path) as partial:
-            picture.save(partial, format="PNG")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def slug(text: str) -> str:
-    """The text as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "text"
+def page(image: Image.Image, drawn: list[Drawn], shown: Shown) -> list[str]:
+    """The same for report.html."""
+    numbers, notes = shown
+    lead = "Where in this image each text is seen: the stronger a colour, the more a patch adds to the score."
+    sections = [
+        lead,
+        report.section("The image", report.pictures([(image, "")], size=240), numbers, note=notes),
+    ]
+    for text in drawn:
+        pictures = [(tile.with_bar(), f"{tile.caption}: {tile.scale}") for tile in text.tiles]
+        sections.append(report.section(text.title, report.pictures(pictures, size=160)))
+    return sections
 
 
 def covers(box: tuple[float, ...], size: tuple[int, int]) -> bool:
+    """Does the model see the whole image, but for less than a pixel?"""
     return box[0] <= 0.5 and box[1] <= 0.5 and box[2] >= size[0] - 0.5 and box[3] >= size[1] - 0.5

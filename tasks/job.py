@@ -8,10 +8,11 @@ from argparse import Namespace
 from functools import cached_property
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 import demo
-from data import CelebA, ImageFolder, Waterbirds
+from data import CelebA, ImageFolder, Waterbirds, read_picture
 from demo.images import DemoBirds, DemoSigns
 from files import InputError
 from zeroshot import Bank, Clip, classifier, default_bank, load_bank, load_clip, templates
@@ -78,6 +79,18 @@ def open_split(job: Job, split: str, default_limit: int | None = None) -> Images
     other = CelebA if CelebA.folder(args.data) else ImageFolder
     kind = Waterbirds if (Path(args.data) / "metadata.csv").exists() else other
     return kind(args.data, split, *options)
+
+
+def read_image(job: Job) -> Image.Image:
+    """--image in RGB, upright: a file, or demo:N, picture N of the demo's test split."""
+    name = job.args.image
+    if not name.startswith("demo:"):
+        return read_picture(Path(name))
+    data = (DemoSigns if job.clip.name == demo.WRITTEN else DemoBirds)("test", job.clip.preprocess)
+    numbers = [*map(str, range(len(data)))]
+    if name.removeprefix("demo:") not in numbers:
+        raise InputError(f"no image {name}: the demo's test split has demo:0 to demo:{numbers[-1]}")
+    return data.picture(int(name.removeprefix("demo:")))
 
 
 def zero_shot_problem(data: Images) -> tuple[list[str], Tensor]:

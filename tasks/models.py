@@ -42,7 +42,10 @@ class Listed:
 
 def listed(name: str) -> Listed:
     """The configuration at its full size, on torch's meta device: no memory, no weights, no network."""
-    with quiet(), torch.device("meta"):
+    # Drawing weights would take timm most of the time, although this device has none to draw.
+    draw = "timm.layers.weight_init._trunc_normal_"
+    no_draws = patch(draw, lambda tensor, *_: tensor, create=True)
+    with quiet(), torch.device("meta"), no_draws:
         model = Images(_tower(open_clip.get_model_config(name)))
     try:
         return Listed(family(model.visual), open_tower(model), "")

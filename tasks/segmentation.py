@@ -28,9 +28,18 @@ from metrics import Segmentation
 from neurons import second_order
 from zeroshot import Clip, classifier, templates
 
-from .attribution import ATTRIBUTIONS, DECOMPOSITIONS, attribute, choose_methods, clipped, score_of
+from .attribution import (
+    ATTRIBUTIONS,
+    DECOMPOSITIONS,
+    attribute,
+    choose_methods,
+    clipped,
+    print_refused,
+    score_of,
+    signed,
+)
+from .drawing import LEGEND, Scale, overlay
 from .heads import LAST_LAYERS
-from .heatmap import SCALE_NOTE, overlay, print_refused
 from .job import Job, check_class_names
 from .neurons import Activity, whole_maps
 from .passes import one_pass
@@ -118,8 +127,8 @@ def examples(
         small = [report.thumbnail(picture) for picture in (image.copy(), Image.fromarray(mask))]
         tiles = [*zip(small, ("image", "mask"), strict=True)]
         for method in methods:
-            heat = maps_of(method, job, pixels, torch.tensor([i]), classes, shown)
-            tiles.append((overlay(image, heat, box, clipped(method), SIDE), method))
+            (heat,) = maps_of(method, job, pixels, torch.tensor([i]), classes, shown)
+            tiles.append((overlay(image, heat, box, Scale.of([heat], signed(method)), SIDE), method))
         found[f"{data.name(i)}: {names[int(shown[0])]}"] = tiles
     return found
 
@@ -302,6 +311,6 @@ def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]
     shown = []
     for title, tiles in pictures.items():
         shown += [report.tag("h3", title), report.pictures(tiles)]
-    maps = report.section("Some of the maps", *shown, note=f"Images drawn with the seed. {SCALE_NOTE}")
+    maps = report.section("Some of the maps", *shown, note=f"Images drawn with the seed. {LEGEND}")
     lead = "How well each method's map of where the model sees a class agrees with the object's mask."
     return [lead, measured, maps]

@@ -86,6 +86,7 @@ VALUES = {
     "void": ["3"],
     "image": ["x.png"],
     "text": ["a bird"],
+    "minus": ["a bird"],
     "words": ["x"],
     "head": ["3.4"],
     "role": ["places"],
@@ -128,7 +129,7 @@ def test_a_default_that_is_spelt_out_and_the_list_of_models(capsys):
     assert parse_args(["--task", "heatmap", "--top", "12", "--contrast", "all"]).top == 12
     with pytest.raises(SystemExit):
         parse_args(["--list-models", "--head", "3.4"])
-    assert "--list-models does not use --head, which is for retrieval" in capsys.readouterr().err
+    assert "--list-models does not use --head, which is for heatmap, retrieval" in capsys.readouterr().err
 
 
 # Words.
@@ -317,7 +318,7 @@ def test_heatmap_shows_how_far_it_is(tmp_path, capsys, kinds):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["textspan", "neurons", "retrieval"])
 def test_pictures_for_the_page_are_small_at_once(tmp_path, monkeypatch, task):
-    """The page keeps 256 pixels of a picture, retrieval's 288."""
+    """The page keeps 256 pixels of a picture, retrieval's 320."""
     for i in range(8):
         path = tmp_path / "data" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -334,7 +335,7 @@ def test_pictures_for_the_page_are_small_at_once(tmp_path, monkeypatch, task):
     monkeypatch.setattr(job, "classifier", classes["classifier"])  # the demo knows no class called a
     assert main(argv) == 0
     assert held
-    assert {max(picture.size) for picture in held} == {288 if task == "retrieval" else 256}
+    assert {max(picture.size) for picture in held} == {320 if task == "retrieval" else 256}
 
 
 def pictures_in(x):
@@ -381,7 +382,7 @@ def test_control_characters_are_shown_as_escapes(tmp_path, capsys, kinds):
     assert code == 0
     assert not [c for c in shown if c != "\n" and not c.isprintable()]
     rows = [line for line in shown.split("\n") if re.match(r"\d+ +-?\d", line)]
-    assert len(rows) == 8
+    assert len(rows) == 2 * 8  # by the head, and by the whole embedding
     assert all(row.endswith(r"\x1b[31m\r\n\x9b\u202e é.png") for row in rows)
     next(root.rglob("*.png")).write_text("no image")
     line = refused(capsys, tmp_path, *argv)

@@ -33,10 +33,11 @@ from evaluate import parse_args
 from roles import explained, find_roles, in_own_space
 from tasks.ablation import ablations
 from tasks.completeness import random_texts
+from tasks.drawing import GAP, TILE, Tile
 from tasks.job import Job
 from tasks.reference import Kept, Reference
 from tasks.removal import Plan, Scores, auto_heads, random_heads
-from tasks.retrieval import cosine, heads_of, sheet
+from tasks.retrieval import contact_sheet, cosine, heads_of
 from tasks.tables import FEW, percent
 from tasks.waterbirds import random_control
 from textspan import Moments, reconstruct, textspan
@@ -741,15 +742,24 @@ def test_batch_size_and_workers_change_no_ranking(tmp_path, demo, photo):
 
 @pytest.mark.parametrize("head", ["3.4", "3.0,3.1", "0.0"])
 @pytest.mark.parametrize("number", ["3", "17"])
-def test_the_query_itself_is_the_nearest_image(tmp_path, folder, head, number):
+def test_the_query_itself_is_left_out_and_named(tmp_path, folder, head, number):
     path = next((folder / "val").rglob(f"{number}.png"))
-    found = retrieve(tmp_path, folder, "--head", head, "--image", str(path)).results["found"]
-    assert found[0]["image"] == f"{path.parent.name}/{path.name}"
-    assert found[0]["score"] == pytest.approx(1, abs=1e-4)  # float32
-    assert found[1]["score"] < 0.999
+    found = retrieve(tmp_path, folder, "--head", head, "--image", str(path), "--top 99").results
+    name = f"{path.parent.name}/{path.name}"
+    assert name in found["settings"]["left out"]
+    for rows in (found["found"], found["whole embedding"]):
+        assert len(rows) == 39
+        assert name not in [row["image"] for row in rows]
+        assert rows[0]["score"] < 0.9999
 
 
-def test_a_photo_that_lies_on_its_side_is_still_the_nearest_to_itself(tmp_path, folder):
+def test_a_query_that_is_none_of_the_images_leaves_none_out(tmp_path, folder, photo):
+    found = retrieve(tmp_path, folder, "--head 3.4", "--image", str(photo[0]), "--top 99").results
+    assert "left out" not in found["settings"]
+    assert len(found["found"]) == len(found["whole embedding"]) == 40
+
+
+def test_a_photo_that_lies_on_its_side_is_known_among_the_images(tmp_path, folder):
     """Cameras write which side is up beside the pixels. The query and the images must be read alike."""
     data = tmp_path / "photos"
     data.mkdir()
@@ -757,53 +767,95 @@ def test_a_photo_that_lies_on_its_side_is_still_the_nearest_to_itself(tmp_path, 
         image, exif = Image.open(path), Image.Exif()
         exif[0x0112] = 6 if i == 7 else 1  # turned by a quarter, or upright
         image.save(data / f"{i}.png", exif=exif)
-    found = retrieve(tmp_path, data, "--head 3.4", "--image", str(data / "7.png"))
-    assert found.results["found"][0] == {"rank": 1, "score": pytest.approx(1, abs=1e-4), "image": "7.png"}
+    found = retrieve(tmp_path, data, "--head 3.4", "--image", str(data / "7.png"), "--top 99").results
+    assert found["settings"]["left out"] == "the query itself, 7.png"
+    assert len(found["found"]) == 19
+
+
+def test_a_picture_of_the_demo_is_a_query(tmp_path, demo):
+    """The demo's test split under --limit may lack it, and here it does not."""
+    row = demo.data.rows[5]
+    found = run(
+        tmp_path, "--task retrieval", *QUICK, "--head 3.4", "--image", f"demo:{row}", "--top 3"
+    ).results
+    assert found["settings"]["left out"] == f"the query itself, {demo.data.caption(5)}"
+    score = scored(demo, [(3, 4)], demo.test.heads[5:6], "image")
+    score[5] = -2
+    check_ranking(found, demo, score, top=3)
+
+
+@pytest.mark.parametrize("query", ["image", "text"])
+def test_the_whole_embedding_ranks_by_its_cosine(tmp_path, clip, demo, photo, query):
+    asked = ["--image", str(photo[0])] if query == "image" else ["--text", "at the beach"]
+    found = run(tmp_path, "--task retrieval", *QUICK, "--head 3.4", *asked).results
+    wanted = embed_texts(clip, ["at the beach"])
+    with torch.no_grad():
+        images = torch.cat([clip.model.encode_image(demo.data[i][0][None]) for i in range(len(demo.data))])
+        if query == "image":
+            wanted = clip.model.encode_image(clip.preprocess(Image.open(photo[0]))[None])
+    score = F.cosine_similarity(images, wanted)
+    check_ranking({"found": found["whole embedding"]}, demo, score)
+    assert found["whole embedding"] != found["found"]
 
 
 def test_a_deep_model_and_its_heads(tmp_path, folder, deep, deep_places):
     path = folder / "val" / deep_places.data.files[4]
     found = retrieve(tmp_path, folder, *deep.argv, "--head 5.0,1.3", "--image", str(path)).results
-    check_ranking(
-        found, deep_places, scored(deep_places, [(1, 3), (5, 0)], deep_places.test.heads[4:5], "image")
-    )
+    score = scored(deep_places, [(1, 3), (5, 0)], deep_places.test.heads[4:5], "image")
+    score[4] = -2  # the query itself is left out
+    check_ranking(found, deep_places, score)
     assert "agree" not in found  # nothing is known of these images
+
+
+def tile(picture: np.ndarray, top: int, k: int) -> np.ndarray:
+    left = GAP + k * (TILE + GAP)
+    return picture[top : top + TILE, left : left + TILE]
 
 
 def test_the_sheet_is_written_and_shows_what_was_found(tmp_path, folder):
     path = next((folder / "val").rglob("3.png"))
     found = retrieve(tmp_path, folder, "--head 3.4", "--image", str(path), "--top 8")
-    picture = Image.open(tmp_path / "results" / "retrieval" / "sheet.png").convert("RGB")
-    assert picture.size == (6 * 158 + 8, 2 * 190 + 8)  # nine tiles in two rows of six
-    assert str(tmp_path / "results" / "retrieval" / "sheet.png") in found.out
-    small = np.asarray(
-        Image.open(path).convert("RGB").resize((150, 150), Image.Resampling.NEAREST), dtype=int
-    )
-    for k, same in ((0, True), (1, True), (2, False)):  # the query, itself as the nearest, another
-        left, top = 8 + k % 6 * 158, 8 + k // 6 * 190
-        tile = np.asarray(picture.crop((left, top, left + 150, top + 150)), dtype=int)
-        assert (np.abs(tile - small).mean() < 1) == same
+    saved = tmp_path / "results" / "retrieval" / "sheet.png"
+    assert str(saved) in found.out
+    picture = np.asarray(Image.open(saved).convert("RGB"), dtype=int)
+    assert picture.shape[1] == 4 * (TILE + GAP) + GAP  # eight images in two rows of four
+
+    def large(path: Path) -> np.ndarray:
+        image = Image.open(path).convert("RGB")
+        return np.asarray(image.resize((TILE, TILE), Image.Resampling.NEAREST), dtype=int)
+
+    root = next(parent for parent in path.parents if parent.name == "val")
+    assert np.array_equal(tile(picture, 38, 0), large(path))
+    first, second = (large(root / row["image"]) for row in found.results["found"][:2])
+    found_at = [
+        top
+        for top in range(38 + TILE, len(picture) - TILE)
+        if np.array_equal(tile(picture, top, 0), first) and np.array_equal(tile(picture, top, 1), second)
+    ]
+    assert len(found_at) >= 1  # again where the whole embedding finds the same two first
 
 
 def test_a_sheet_of_a_text_query_holds_the_images_alone():
     tiles = [
-        (Image.new("RGB", (20, 20), shade), "a long caption that goes on and on")
+        Tile(Image.new("RGB", (20, 20), shade), "a long caption that goes on and on")
         for shade in ("red", "lime", "blue")
     ]
-    picture = sheet(None, tiles)
-    assert picture.size == (3 * 158 + 8, 190 + 8)
-    assert [picture.getpixel((8 + 158 * k + 75, 8 + 75)) for k in range(3)] == [
-        (255, 0, 0),
-        (0, 255, 0),
-        (0, 0, 255),
-    ]
+    picture = np.asarray(contact_sheet("title", None, {"heading": tiles}))
+    assert picture.shape[1] == 3 * (TILE + GAP) + GAP
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    top = 38 + round(1.3 * 15) + GAP
+    assert [tuple(tile(picture, top, k)[75, 75]) for k in range(3)] == colours
+    assert all((tile(picture, top, k) == colour).all() for k, colour in enumerate(colours))
 
 
-def test_a_sheet_keeps_the_shape_of_an_image():
-    picture = sheet(Image.new("RGB", (300, 100), "red"), [])
-    tile = np.asarray(picture.crop((8, 8, 158, 158)))
-    # A third of the height, over the whole width.
-    assert ((tile == (255, 0, 0)).all(axis=2).sum(axis=0) == 50).all()
+def test_a_sheet_keeps_the_shape_of_an_image_and_pads_with_white():
+    wide, tall = (Tile(Image.new("RGB", size, "red")) for size in ((300, 100), (100, 300)))
+    picture = np.asarray(contact_sheet("title", None, {"": [wide, tall]}))
+    for k, axis in ((0, 0), (1, 1)):
+        part = tile(picture, 38, k)
+        red = (part == (255, 0, 0)).all(axis=2)
+        assert (red.sum(axis=axis) == TILE // 3).all()
+        assert (part[~red] == 255).all()
 
 
 def test_pairs_that_agree_are_counted_by_hand(demo):

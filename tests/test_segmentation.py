@@ -23,11 +23,12 @@ import tasks.segmentation
 import zeroshot
 from baselines import METHODS, Attribution, BaselineError
 from decompose import heatmap
-from demo.images import DemoBirds, DemoMasks
+from demo.images import DemoBirds, DemoMasks, DemoSigns
 from masks import MaskFolder, seen
 from metrics import Segmentation
 from tasks.attribution import ATTRIBUTIONS, attribute, score_of
-from tasks.heatmap import INFERNO, LONG_SIDE, colours, covers, overlay, resized, sheet, slug
+from tasks.drawing import GAP, LONG_SIDE, OUTSIDE, TILE, Scale, Tile, in_rows, overlay, resized, sheet, slug
+from tasks.heatmap import covers
 from tasks.segmentation import contrasted
 from zeroshot import classifier, embed_texts, templates
 
@@ -764,8 +765,14 @@ def draw(tmp_path, picture, *texts, methods=("decomposition", "raw-attention"), 
     folder = tmp_path / "results" / "heatmap"
     found = {path.name: Image.open(path) for path in folder.iterdir() if path.suffix == ".png"}
     assert sorted(results["files"]) == sorted(found)
-    assert {path.name for path in folder.iterdir()} <= {*found, "results.json", "report.html"}
+    assert {path.name for path in folder.iterdir()} <= {*found, "results.json", "report.html", "maps.npz"}
     return found
+
+
+def shown(picture, size=(LONG_SIDE, LONG_SIDE), column=1):
+    """What is drawn of a map, in its picture: under the title, and beside the image (column 0)."""
+    left = GAP + column * (LONG_SIDE + GAP) + (LONG_SIDE - size[0]) // 2
+    return picture.crop((left, 38, left + size[0], 38 + size[1]))
 
 
 def bird_picture(size=(64, 64), left=4, top=4):
@@ -791,16 +798,12 @@ def test_every_text_has_a_picture_per_method_and_one_of_them_all(tmp_path):
     for name, picture in found.items():
         assert picture.format == "PNG"
         assert picture.mode == "RGB"
-        assert name.endswith("-all.png") or picture.size == (LONG_SIDE, LONG_SIDE)
-    assert (
-        np.abs(
-            values(found["1-a-sparrow-decomposition.png"]) - values(found["2-a-red-bird-decomposition.png"])
-        ).max()
-        > 10
-    )
-    assert np.array_equal(
-        values(found["1-a-sparrow-raw-attention.png"]), values(found["2-a-red-bird-raw-attention.png"])
-    )
+        assert name.endswith("-all.png") or picture.width == 2 * LONG_SIDE + 3 * GAP
+    maps = {name: values(shown(picture)) for name, picture in found.items() if "-all" not in name}
+    sparrow, red_bird = (maps[f"{text}-decomposition.png"] for text in ("1-a-sparrow", "2-a-red-bird"))
+    assert np.abs(sparrow - red_bird).max() > 10
+    sparrow, red_bird = (maps[f"{text}-raw-attention.png"] for text in ("1-a-sparrow", "2-a-red-bird"))
+    assert np.array_equal(sparrow, red_bird)
 
 
 def test_without_methods_all_are_drawn(tmp_path):
@@ -838,43 +841,33 @@ def test_a_picture_is_the_methods_map_laid_on_what_the_model_sees(tmp_path, clip
     picture = noise(*size)
     text = embed_texts(clip, ["a duck"])
     found = draw(tmp_path, picture, "a duck", methods=[method])[f"1-a-duck-{method}.png"]
-    assert found.size == canvas
     image = clip.preprocess(picture)[None]
-    heat = (
+    (heat,) = (
         heatmap(clip.model, image, text)[:, 0]
         if method == "decomposition"
         else METHODS[method](clip.model, image, text)
     )
-    box = (
-        (size[0] - min(size)) / 2,
-        (size[1] - min(size)) / 2,
-        (size[0] + min(size)) / 2,
-        (size[1] + min(size)) / 2,
-    )
-    expected = overlay(picture, heat, box, clip=method == "decomposition")
-    assert np.abs(values(found) - values(expected)).max() <= 1
-    assert (
-        np.abs(
-            values(found) - values(overlay(picture, heat.flip(2), box, clip=method == "decomposition"))
-        ).max()
-        > 20
-    )
+    middle, half = np.array(size) / 2, min(size) / 2
+    box, scale = (*(middle - half), *(middle + half)), Scale.of([heat], signed=method == "decomposition")
+    expected = overlay(picture, heat, box, scale)
+    assert expected.size == canvas
+    found = values(shown(found, canvas))
+    assert np.abs(found - values(expected)).max() <= 1
+    assert np.abs(found - values(overlay(picture, heat.flip(1), box, scale))).max() > 20
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_what_the_model_does_not_see_is_dimmed_and_has_no_heat(tmp_path, turned):
+def test_what_the_model_does_not_see_is_pale_and_has_no_heat(tmp_path, turned):
     picture = noise(240, 80)
     picture = picture.transpose(Image.Transpose.TRANSPOSE) if turned else picture
-    found = values(draw(tmp_path, picture, "a duck", methods=["rollout"])["1-a-duck-rollout.png"])
-    original = values(resized(picture))
-    found, original = (x.swapaxes(0, 1) if turned else x for x in (found, original))
-    # Outside: half colour, half grey, then 35 % of the darkest colour over it, everywhere.
-    grey = values(resized(picture).convert("L"))[..., None]
-    grey = grey.swapaxes(0, 1) if turned else grey
-    expected = 0.65 * (0.5 * original + 0.5 * grey) + 0.35 * INFERNO[0]
+    found = draw(tmp_path, picture, "a duck", methods=["rollout"])["1-a-duck-rollout.png"]
+    grey = resized(picture).convert("L").convert("RGB")
+    found, grey = values(shown(found, grey.size)), values(grey)
+    found, grey = (x.swapaxes(0, 1) if turned else x for x in (found, grey))
+    pale = OUTSIDE * grey + (1 - OUTSIDE) * 255
     outside = np.r_[0:169, 343:512]  # the middle third is 171 to 341
-    assert np.abs(found[:, outside] - expected[:, outside]).max() <= 1
-    assert np.abs(found[:, 173:339] - expected[:, 173:339]).max() > 20
+    assert np.abs(found[:, outside] - pale[:, outside]).max() <= 1
+    assert np.abs(found[:, 173:339] - pale[:, 173:339]).max() > 20
 
 
 @pytest.mark.parametrize(
@@ -889,9 +882,11 @@ def test_it_says_whether_the_model_sees_the_whole_image(tmp_path, size, words):
 @pytest.mark.parametrize("size", [(300, 1), (400, 1), (1, 60), (1, 1)])
 def test_the_thinnest_image_is_drawn(tmp_path, size):
     found = draw(tmp_path, noise(*size), "a duck", methods=["rollout"])
-    picture = found["1-a-duck-rollout.png"]
-    assert max(picture.size) == LONG_SIDE
-    assert min(picture.size) == max(1, round(LONG_SIDE * min(size) / max(size)))
+    expected = resized(noise(*size))
+    assert max(expected.size) == LONG_SIDE
+    assert min(expected.size) == max(1, round(LONG_SIDE * min(size) / max(size)))
+    beside = shown(found["1-a-duck-rollout.png"], expected.size, column=0)
+    assert np.array_equal(values(beside), values(expected))
 
 
 @pytest.mark.slow
@@ -913,9 +908,8 @@ def test_an_image_of_any_kind_is_drawn_as_what_it_shows(tmp_path, mode):
         tmp_path, image, "a duck", methods=["rollout"], name="any.tif" if mode == "CMYK" else "any.png"
     )
     expected = draw(tmp_path / "plain", save_as(tmp_path, same), "a duck", methods=["rollout"])
-    for name, picture in expected.items():
-        # 16 bits are cut to 8, which may be off by one
-        assert np.abs(values(found[name]) - values(picture)).max() <= 3
+    found, expected = (values(shown(x["1-a-duck-rollout.png"])) for x in (found, expected))
+    assert np.abs(found - expected).max() <= 3  # 16 bits are cut to 8, which may be off by one
 
 
 def save_as(tmp_path, array):
@@ -934,7 +928,9 @@ def test_a_photograph_taken_on_its_side_comes_out_upright(tmp_path, tag):
     stored.save(tmp_path / "turned.png", exif=exif)
     found = draw(tmp_path, tmp_path / "turned.png", "a duck", methods=["rollout"])
     expected = draw(tmp_path / "plain", save_as(tmp_path, upright), "a duck", methods=["rollout"])
-    assert found["1-a-duck-rollout.png"].size == ((341, 512) if tag != 3 else (512, 341))
+    size = (341, 512) if tag != 3 else (512, 341)
+    beside = values(shown(found["1-a-duck-rollout.png"], size, column=0))
+    assert np.array_equal(beside, values(resized(Image.fromarray(upright))))
     for name, picture in expected.items():
         assert np.array_equal(values(found[name]), values(picture))
 
@@ -945,10 +941,8 @@ def test_a_jpeg_taken_on_its_side_comes_out_upright(tmp_path):
     picture = Image.new("RGB", (90, 60), "black")
     picture.paste("white", (0, 0, 45, 60))  # stored left is shown on top
     picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    found = values(
-        draw(tmp_path, tmp_path / "turned.jpg", "a duck", methods=["rollout"])["1-a-duck-rollout.png"]
-    )
-    assert found.shape[:2] == (512, 341)
+    found = draw(tmp_path, tmp_path / "turned.jpg", "a duck", methods=["rollout"])
+    found = values(shown(found["1-a-duck-rollout.png"], (341, 512), column=0))
     assert found[:80].mean() > found[-80:].mean() + 50
 
 
@@ -969,7 +963,7 @@ def test_a_text_of_any_characters_gives_a_safe_name(tmp_path, tiny):
     asked = [word for text in texts for word in ("--text", text)]
     results = show(inside, tmp_path / "picture.png", "--methods rollout", *tiny, *asked).results
     folder = inside / "results" / "heatmap"
-    expected = {folder / name for name in [*results["files"], "results.json", "report.html"]}
+    expected = {folder / name for name in [*results["files"], "maps.npz", "results.json", "report.html"]}
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == expected | {tmp_path / "picture.png"}
     assert len(results["files"]) == 2 * len(texts)
     for name in results["files"]:
@@ -1007,6 +1001,119 @@ def test_the_score_of_every_method_is_said(tmp_path, asked, scores):
     assert found.results["scores"] == dict(zip(methods, scores, strict=True))
 
 
+def arrays(tmp_path):
+    """What maps.npz holds."""
+    with np.load(tmp_path / "results" / "heatmap" / "maps.npz") as found:
+        return dict(found)
+
+
+def test_the_maps_are_kept_as_they_are_with_the_box_that_they_cover(tmp_path, clip):
+    picture, text = noise(128, 64), embed_texts(clip, ["a duck"])
+    show(tmp_path, picture, "--text", "a duck", "--methods decomposition lrp")
+    found, image = arrays(tmp_path), clip.preprocess(picture)[None]
+    assert sorted(found) == ["1-a-duck-decomposition", "1-a-duck-lrp", "box", "image_size"]
+    assert found["box"].tolist() == [32, 0, 96, 64]
+    assert found["image_size"].tolist() == [128, 64]
+    for method in ("decomposition", "lrp"):
+        expected = attribute(method, clip.model, image, text)[0].numpy()
+        assert found[f"1-a-duck-{method}"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_all_texts_share_the_scale_of_a_method(tmp_path):
+    results = show(tmp_path, bird_picture(), "--text", "a gull", "a duck", "--methods lrp rollout").results
+    found = arrays(tmp_path)
+    most = max(np.abs(found[f"{text}-lrp"]).max() for text in ("1-a-gull", "2-a-duck"))
+    assert results["scales"]["lrp"] == pytest.approx([-most, most])
+    assert results["scales"]["rollout"] == pytest.approx([0, found["1-a-gull-rollout"].max()])
+    assert np.abs(found["1-a-gull-lrp"]).max() != pytest.approx(np.abs(found["2-a-duck-lrp"]).max())
+
+
+def test_the_maps_of_all_heads_sum_to_the_decomposition(tmp_path):
+    picture, heads = bird_picture(), [f"{layer}.{head}" for layer in range(4) for head in range(8)]
+    show(tmp_path / "whole", picture, "--text", "a duck", "--methods decomposition")
+    results = show(
+        tmp_path / "heads", picture, "--text", "a duck", "--head", *heads[:9], ",".join(heads[9:])
+    ).results
+    found = arrays(tmp_path / "heads")
+    maps = [found[f"1-a-duck-head-{head.replace('.', '-')}"] for head in heads]
+    whole = arrays(tmp_path / "whole")["1-a-duck-decomposition"]
+    assert sum(maps) == pytest.approx(whole, abs=1e-5)
+    assert sum(maps[:-1]) != pytest.approx(whole, abs=1e-5)  # the control
+    assert len(results["files"]) == len(heads) + 1
+    assert set(results["scores"].values()) == {"dot"}
+
+
+def test_the_map_of_a_role_is_the_sum_over_its_heads(tmp_path):
+    asked = ["--text", "at sea", "--role places --limit 160 --workers 0"]
+    said = show(tmp_path / "role", bird_picture(), *asked).results["settings"]["note"]
+    heads = said.partition("role places: heads ")[2].split(", ")
+    assert 3 < len(heads) < 32
+    show(tmp_path / "heads", bird_picture(), "--text", "at sea", "--head", *heads)
+    found, parts = arrays(tmp_path / "role"), arrays(tmp_path / "heads")
+    parts = [parts[f"1-at-sea-head-{head.replace('.', '-')}"] for head in heads]
+    assert found["1-at-sea-role-places"] == pytest.approx(sum(parts), abs=1e-5)
+
+
+def test_minus_explains_the_difference_of_two_texts(tmp_path, clip):
+    picture, texts = bird_picture(), embed_texts(clip, ["a gull", "a duck"])
+    methods = ("decomposition", "gradcam")
+    show(tmp_path / "both", picture, "--text", "a gull", "a duck", "--methods", *methods)
+    asked = ["--text", "a gull", "--minus", "a duck", "--methods", *methods]
+    results = show(tmp_path / "minus", picture, *asked).results
+    both, found = arrays(tmp_path / "both"), arrays(tmp_path / "minus")
+    difference = both["1-a-gull-decomposition"] - both["2-a-duck-decomposition"]
+    assert found["1-a-gull-decomposition"] == pytest.approx(difference, abs=1e-5)
+    assert np.abs(difference - both["1-a-gull-decomposition"]).max() > 0.1
+    direction = F.normalize(texts[:1] - texts[1:], dim=-1)
+    expected = METHODS["gradcam"](clip.model, clip.preprocess(picture)[None], direction)[0].numpy()
+    assert found["1-a-gull-gradcam"] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert '"a duck"' in results["settings"]["minus"]
+    assert list(results["cosine"]) == ["a gull"]
+
+
+@pytest.mark.parametrize(("world", "model"), [(DemoBirds, "demo-vit"), (DemoSigns, "demo-vit-written")])
+def test_a_picture_of_the_demo_is_named_by_its_number(tmp_path, world, model):
+    picture = world("test", lambda image: image).picture(12)
+    asked = ["--model", model, "--text", "a gull", "--methods rollout"]
+    drawn = show(tmp_path / "number", "demo:12", *asked)
+    show(tmp_path / "file", picture, *asked)
+    number, file = (arrays(tmp_path / name)["1-a-gull-rollout"] for name in ("number", "file"))
+    assert np.array_equal(number, file)
+    assert drawn.results["settings"]["image"] == "demo:12, 64 x 64"
+
+
+def test_an_absent_thing_looks_absent_beside_one_that_is_there(tmp_path):
+    """demo:12 is a white gull at sea by day."""
+    show(tmp_path, "demo:12", "--text", "a gull", "a forest", "--methods decomposition")
+    found = arrays(tmp_path)
+    there, absent = (found[f"{text}-decomposition"].max() for text in ("1-a-gull", "2-a-forest"))
+    assert absent < there / 4
+
+
+def test_a_map_that_is_not_finite_is_left_out_and_named(refused, tmp_path, monkeypatch):
+    broken = Attribution(lambda model, images, texts, score="dot": torch.full((1, 8, 8), torch.nan), "dot")
+    monkeypatch.setitem(ATTRIBUTIONS, "gradcam", broken)
+    found = show(tmp_path / "first", noise(64, 64), "--text", "a duck")
+    assert "Without gradcam: gradcam gives a map that is not finite" in found.out
+    assert not any("gradcam" in name for name in found.results["files"])
+    image = ["--image", tmp_path / "first" / "picture.png"]
+    refused(["--task heatmap --methods rollout gradcam", *image, "--text", "a duck"], "gradcam", "not finite")
+
+
+def test_the_page_says_what_the_terminal_says_and_links_the_files(tmp_path, monkeypatch):
+    monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
+    found = show(tmp_path, noise(64, 64), "--text", "a duck")
+    folder = tmp_path / "results" / "heatmap"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    notes = found.out.partition(" pictures in ")[2].partition("\n\n")[0]
+    assert "Without gradcam" in notes
+    for line in notes.splitlines():
+        assert line in page
+    linked = re.findall(r'href="([^"#]+)"', page)
+    assert {"1-a-duck-all.png", "maps.npz", "results.json"} <= set(linked)
+    assert all((folder / name).is_file() for name in linked)
+
+
 # Drawing.
 
 BOXES = {
@@ -1016,16 +1123,21 @@ BOXES = {
 }
 
 
+ONE = Scale(-1, 1, signed=True)
+
+
+def colourful(picture):
+    """[rows, columns] how far from grey: a map's colours are the only ones over a grey picture."""
+    return np.ptp(values(picture), axis=-1)
+
+
 @pytest.mark.parametrize("shape", BOXES)
 @pytest.mark.parametrize(("row", "col"), [(2, 1), (3, 4), (4, 6), (5, 3)])
 def test_a_single_hot_patch_lies_at_its_place_in_the_picture(shape, row, col):
     size, (left, top, right, bottom) = BOXES[shape]
-    heat = torch.zeros(1, 8, 10)
-    heat[0, row, col] = 1
-    light = values(overlay(Image.new("RGB", size, (90, 90, 90)), heat, (left, top, right, bottom))).mean(
-        axis=-1
-    )
-    light = np.maximum(light - np.median(light), 0)  # what one patch adds to the rest
+    heat = torch.zeros(8, 10)
+    heat[row, col] = 1
+    light = colourful(overlay(Image.new("RGB", size, (90, 90, 90)), heat, (left, top, right, bottom), ONE))
     factor = LONG_SIDE / max(size)
     rows, cols = np.mgrid[: light.shape[0], : light.shape[1]] + 0.5
     x, y = (light * cols).sum() / light.sum() / factor, (light * rows).sum() / light.sum() / factor
@@ -1036,48 +1148,83 @@ def test_a_single_hot_patch_lies_at_its_place_in_the_picture(shape, row, col):
 
 @pytest.mark.parametrize(("row", "col"), [(0, 0), (0, 7), (7, 0), (7, 7)])
 def test_heat_in_a_corner_of_what_the_model_sees_lies_there_and_not_in_the_pictures_corner(row, col):
-    heat = torch.zeros(1, 8, 8)
-    heat[0, row, col] = 1
-    light = values(overlay(Image.new("RGB", (512, 256), (90, 90, 90)), heat, (128, 0, 384, 256))).mean(
-        axis=-1
-    )
+    heat = torch.zeros(8, 8)
+    heat[row, col] = 1
+    light = colourful(overlay(Image.new("RGB", (512, 256), (90, 90, 90)), heat, (128, 0, 384, 256), ONE))
     y, x = np.unravel_index(light.argmax(), light.shape)
     assert (128 <= x < 160) if col == 0 else (352 <= x < 384)
     assert (y < 32) if row == 0 else (y >= 224)
-    assert light[:, :128].max() < light.max() - 30
+    assert light[:, :128].max() == light[:, 384:].max() == 0
 
 
-def test_negative_heat_is_cold_where_it_is_clipped():
+@pytest.mark.parametrize("sign", [True, False])
+def test_where_a_map_is_zero_the_picture_is_as_it_was_in_grey(sign):
     picture = noise(64, 64)
-    heat, positive = torch.tensor([[[-5.0, -1.0], [0.0, 2.0]]]), torch.tensor([[[0.0, 0.0], [0.0, 2.0]]])
-    same = (
-        overlay(picture, heat[:, 1:], (0, 0, 64, 64), clip=True),
-        overlay(picture, positive[:, 1:], (0, 0, 64, 64), clip=True),
+    heat = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 1]])
+    found = values(overlay(picture, heat, (0, 0, 64, 64), Scale.of([heat], sign)))
+    grey = values(resized(picture).convert("L").convert("RGB"))
+    assert np.array_equal(found[:, :256], grey[:, :256])
+    assert np.abs(found[-50:, -50:] - grey[-50:, -50:]).max() > 50
+
+
+def test_red_is_for_and_blue_against_and_both_are_as_strong():
+    ground = np.full((2, 3), 120.0)
+    for share in (0.05, 0.3, 1.0):
+        against, speaks_for = ONE.paint(ground, np.array([-share, share]))
+        assert against[2] - against[0] > 20 * share < speaks_for[0] - speaks_for[2]
+    assert np.array_equal(ONE.paint(ground, np.zeros(2)), ground)
+    assert np.array_equal(ONE.paint(ground, np.array([-7.0, 7])), ONE.paint(ground, np.array([-1.0, 1])))
+
+
+def test_a_scale_holds_zero_and_all_maps():
+    maps = [torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0], [0.25]])]
+    assert Scale.of(maps, signed=False) == (0, 2, False)
+    assert Scale.of(maps, signed=True) == (-2, 2, True)
+    assert Scale.of([torch.tensor([[-3.0, 1]])], signed=True) == (-3, 3, True)
+    assert Scale.of([torch.tensor([[-3.0, 1]])], signed=False) == (-3, 1, False)
+    assert Scale.of([torch.zeros(1, 1)], signed=True) == (0, 0, True)
+
+
+@pytest.mark.parametrize("sign", [True, False])
+def test_a_map_of_nothing_changes_no_pixel_and_a_constant_one_all_alike(sign):
+    picture = Image.new("RGB", (64, 64), (90, 90, 90))
+    nothing, constant = (
+        values(overlay(picture, heat, (0, 0, 64, 64), Scale.of([heat], sign)))
+        for heat in (torch.zeros(8, 8), torch.full((8, 8), 2.5))
     )
-    assert np.array_equal(values(same[0]), values(same[1]))
-    clipped, whole = (values(overlay(picture, heat, (0, 0, 64, 64), clip=clip)) for clip in (True, False))
-    assert np.abs(clipped - whole).max() > 10
-    cold = values(overlay(picture, torch.zeros(1, 2, 2), (0, 0, 0, 0), clip=True))
-    assert np.abs(clipped[:200, :200] - cold[:200, :200]).max() <= 1
+    assert (nothing == 90).all()
+    assert (constant == constant[0, 0]).all()
+    assert np.ptp(constant[0, 0]) > 50
 
 
 def test_the_scale_of_a_map_does_not_show_and_the_image_is_left_as_it_was():
-    picture, heat = noise(64, 64), torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
-    small, large = (values(overlay(picture, factor * heat, (0, 0, 64, 64))) for factor in (1e-4, 1e4))
+    picture, heat = noise(64, 64), torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    small, large = (
+        values(overlay(picture, heat * factor, (0, 0, 64, 64), Scale.of([heat * factor], False)))
+        for factor in (1e-4, 1e4)
+    )
     assert np.abs(small - large).max() <= 1
-    picture = noise(64, 64)
-    overlay(picture, torch.rand(1, 8, 8), (0, 0, 64, 64))
     assert np.array_equal(values(picture), values(noise(64, 64)))
 
 
+def test_on_one_scale_the_weaker_map_looks_weaker():
+    picture, heat = Image.new("RGB", (64, 64), (90, 90, 90)), torch.eye(8)
+    scale = Scale.of([heat, heat / 20], signed=True)
+    strong, weak = (colourful(overlay(picture, x, (0, 0, 64, 64), scale)).max() for x in (heat, heat / 20))
+    assert weak < strong / 4
+
+
 def test_a_hotter_pixel_is_brighter_also_without_colour():
-    drawn = colours(np.linspace(0, 1, 501))
-    assert drawn.shape == (501, 3)
-    luminance = drawn @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(luminance) > 0).all()
-    assert drawn[0].tolist() == [0, 0, 4]
-    assert drawn[-1].tolist() == [252, 255, 164]
-    assert colours(np.zeros((2, 3))).shape == (2, 3, 3)
+    scale = Scale(0, 1, signed=False)
+    drawn = scale.paint(np.zeros((501, 3)), np.linspace(0, 1, 501))
+    assert (np.diff(drawn @ [0.2126, 0.7152, 0.0722]) > 0).all()
+    assert drawn[0].tolist() == [0, 0, 0]
+
+
+def test_the_bar_has_the_colours_of_the_map_on_white():
+    bar = values(ONE.bar(201))[0]
+    assert bar[100].tolist() == [255, 255, 255]
+    assert np.abs(bar[[0, 200]] - ONE.paint(np.full((2, 3), 255.0), np.array([-1.0, 1]))).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -1096,23 +1243,39 @@ def test_small_pictures_keep_their_pixels_and_large_ones_are_smoothed():
     assert len(np.unique(values(resized(checks(400))))) > 2
 
 
-def test_the_sheet_shows_every_tile_six_in_a_row():
-    tiles = {f"tile {k}": Image.new("RGB", (50, 25), (10 + 15 * k, 0, 200 - 10 * k)) for k in range(13)}
-    picture = values(sheet("title", tiles))
-    for k in range(13):
-        # The middle of a tile of 200 x 100.
-        x, y = (8 + k % 6 * 208 + 100, 32 + k // 6 * (100 + 24 + 8) + 22 + 50)
-        assert picture[y, x].tolist() == [10 + 15 * k, 0, 200 - 10 * k]
-        assert (
-            picture[y - 48, x - 98].tolist()
-            == picture[y + 48, x + 98].tolist()
-            == [10 + 15 * k, 0, 200 - 10 * k]
-        )
-        assert (picture[y - 71 : y - 51, x - 100 : x].min()) < 100  # its name above it
-    assert (picture[:28, :60].min()) < 100  # the title
-    assert picture.shape == (32 + 3 * 132, 6 * 208 + 8, 3)
-    assert picture[-5, -100].tolist() == [255, 255, 255]
-    assert sheet("title", dict(list(tiles.items())[:2])).size == (2 * 208 + 8, 32 + 132)
+def test_the_sheet_shows_every_tile_with_its_caption_below():
+    tiles = [Tile(Image.new("RGB", (50, 25), (10 + 15 * k, 0, 200 - 10 * k)), f"tile {k}") for k in range(13)]
+    rows = in_rows(tiles, 6)
+    picture = values(sheet("title", [("", row) for row in rows]))
+    assert picture.shape[1] == 5 * (TILE + GAP) + GAP
+    pitch = TILE // 2 + 3 + round(1.3 * 14) + GAP
+    for r, row in enumerate(rows):
+        for k, tile in enumerate(row):
+            left, top = GAP + k * (TILE + GAP), 38 + r * pitch
+            part = picture[top : top + TILE // 2, left : left + TILE]
+            assert (part == tile.picture.getpixel((0, 0))).all()
+            assert picture[top + TILE // 2 : top + pitch - GAP, left : left + TILE].min() < 100  # its name
+    assert picture[:38, :60].min() < 100  # the title
+    assert (picture[:GAP] == 255).all()
+
+
+def test_the_bar_and_its_numbers_stand_below_a_map():
+    tile = Tile(Image.new("RGB", (TILE, TILE), "black"), "", Scale(-1.25, 1.25, signed=True))
+    picture = values(sheet("", [("", [tile])]))
+    below = picture[-GAP - 30 : -GAP, GAP:-GAP]
+    assert (np.ptp(below[:, :3], axis=-1) > 100).any()  # blue
+    assert (np.ptp(below[:, -3:], axis=-1) > 100).any()  # red
+    for part in (below[-12:, :40], below[-12:, 90:100], below[-12:, -40:]):  # -1.25, 0, 1.25
+        assert part.min() < 100
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, [1]), (6, [6]), (7, [4, 3]), (12, [6, 6]), (13, [5, 4, 4]), (14, [5, 5, 4])]
+)
+def test_rows_are_filled_evenly(count, expected):
+    rows = in_rows(list(range(count)), 6)
+    assert [len(row) for row in rows] == expected
+    assert [item for row in rows for item in row] == list(range(count))
 
 
 @pytest.mark.parametrize(
@@ -1153,6 +1316,17 @@ def test_the_box_is_what_the_demo_sees(clip):
         (["--image FOLDER", "--text", "a duck"], ["cannot read image", "folder"]),
         (["--image IMAGE", "--text", "a duck", "--methods magic"], ["'magic'", "decomposition", "rollout"]),
         (["--image IMAGE", "--text", "a duck", "--methods random"], ["'random'"]),
+        (["--image demo:4096", "--text", "a duck"], ["no image demo:4096", "demo:0 to demo:4095"]),
+        (["--image demo:-1", "--text", "a duck"], ["no image demo:-1", "demo:0 to demo:4095"]),
+        (["--image demo:", "--text", "a duck"], ["demo:0 to demo:4095"]),
+        (["--image demo:9", "--text", "a duck", "--head 4.0"], ["no head 4.0", "layers 0 to 3"]),
+        (["--image demo:9", "--text", "a duck", "--head 1"], ["--head takes", "'1'"]),
+        (["--image demo:9", "--text", "a duck", "--role weather"], ["--role 'weather'", "places"]),
+        (["--image demo:9", "--text", "a duck", "--head 1.1 --methods lrp"], ["leave out --methods"]),
+        (["--image demo:9", "--text", "a duck", "--role places --score dot"], ["and --score"]),
+        (["--image demo:9", "--text", "a duck", "--data x"], ["--data and --reference", "give --role"]),
+        (["--image demo:9", "--text", "a duck", "--minus", " "], ["--minus is empty"]),
+        (["--image demo:9", "--text", "a duck", "--minus", "a Duck."], ["'a duck'", "nothing is left"]),
     ],
 )
 def test_what_cannot_be_drawn(refused, tmp_path, argv, fragments):
