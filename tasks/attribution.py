@@ -8,14 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from baselines import METHODS, Attribution
-from decompose import heatmap
+from decompose import heatmap, open_tower, token_scores
 from files import InputError, did_you_mean
+
+from .heads import Head
 
 
 def decomposition(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
     """[b, rows, cols] what the patches add to <embedding, texts[b]> through all heads (paper, section 5)."""
     unique, which = texts.unique(dim=0, return_inverse=True)  # images of one class share their text
     return heatmap(model, images, unique)[torch.arange(len(images), device=images.device), which]
+
+
+def decomposition_of(heads: list[Head], model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
+    """The same through these heads alone."""
+    unique, which = texts.unique(dim=0, return_inverse=True)
+    layers, tower = sorted({layer for layer, _ in heads}), open_tower(model, images=images)
+    scores = token_scores(model, images, unique, layers)  # [b, layers, H, N, t]
+    scores = sum(scores[:, layers.index(layer), head] for layer, head in heads)
+    rows = torch.arange(len(images), device=images.device)
+    return scores[rows, tower.prefix :, which].unflatten(1, tower.grid(images))
 
 
 OURS, OURS_ABS = "decomposition", "decomposition-abs"

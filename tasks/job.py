@@ -99,8 +99,8 @@ def check_class_names(names: list[str]) -> None:
         raise InputError(f"--classes needs at least two names, each once; found {found}")
 
 
-def open_zero_shot(job: Job) -> tuple[Images, list[str], Tensor, Tensor]:
+def open_zero_shot(job: Job, default_limit: int | None = None) -> tuple[Images, list[str], Tensor, Tensor]:
     """(test images, the classes' names, the class of each image, classes' embeddings [c, d])."""
-    test = open_split(job, "test")
+    test = open_split(job, "test", default_limit)
     names, labels = zero_shot_problem(test)
     return test, names, labels, classifier(job.clip, names, templates(job.clip), title="classes")

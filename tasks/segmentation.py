@@ -253,21 +253,29 @@ def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) 
         # The standard deviation is a quarter of the side.
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, cols), indexing="ij")
         return torch.exp(-2 * (x**2 + y**2)).expand(len(images), -1, -1).to(clip.device)
-    # Each image has a map of its own, whatever the batch size. The generator takes 32 bits of a seed.
-    seeds = [(seed * 1_000_003 + i) % 2**32 for i in indices.tolist()]
-    draws = [torch.rand(rows, cols, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.stack(draws).to(clip.device)
+    return draw((rows, cols), indices, seed).to(clip.device)
+
+
+def draw(shape: tuple[int, ...], indices: Tensor, seed: int) -> Tensor:
+    """[b, *shape] random numbers from 0 to 1: an image's own, whatever the batch size."""
+    seeds = [(seed * 1_000_003 + i) % 2**32 for i in indices.tolist()]  # the generator takes 32 bits
+    return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 def measures(method: str, total: Segmentation, args: Namespace) -> dict:
     """A row of the table."""
+    row = what_it_explains(method, args) | {"pixel accuracy": total.pixel_accuracy, "mIoU": total.mean_iou}
+    return row | {"mAP": total.mean_ap, "mAP standard error": total.mean_ap_error}
+
+
+def what_it_explains(method: str, args: Namespace) -> dict[str, str]:
+    """The score and the text that a method explains, in words."""
     score, text = "-", "-"
     if method not in (BLOB, RANDOM):
         score = "dot" if method == NEURONS else score_of(method, args.score)
         if method == NEURONS or ATTRIBUTIONS[method].reads_text:
             text = "class - mean" if contrasted(method, args.contrast) else "class"
-    row = {"score": score, "text": text, "pixel accuracy": total.pixel_accuracy, "mIoU": total.mean_iou}
-    return row | {"mAP": total.mean_ap, "mAP standard error": total.mean_ap_error}
+    return {"score": score, "text": text}
 
 
 def print_rows(rows: dict[str, dict]) -> None:
