@@ -4,26 +4,24 @@
     found = curves(classify, images, maps, true, shown, black, noise, classify(images))
     area(found["negative"], CURVES["negative"])     # [b], between 0 and 1
 
-A map whose high values are what the model uses loses the prediction early when its highest pixels go first,
-and keeps it long when its lowest go first. Four curves, each over the share of pixels in percent:
+Four curves, each over the share of pixels that are replaced, or shown, in percent:
 
     positive   the highest pixels are made black: is the true class still predicted? (a low area is good)
     negative   the lowest pixels are made black: is the true class still predicted? (a high area is good)
     deletion   the highest pixels become noise: the score of the class that the map explains (low is good)
     insertion  the highest pixels alone are shown, on black: the score of that class (high is good)
 
-Positive and negative are the perturbation test of Chefer, Gur and Wolf 2021 (https://arxiv.org/abs/2012.09838;
+Positive and negative are the perturbation test of Chefer, Gur and Wolf 2021 (https://arxiv.org/abs/2012.09838,
 github.com/hila-chefer/Transformer-Explainability @c3e578f, baselines/ViT/pertubation_eval_from_hdf5.py): nine
 steps of 10 %, black in [0, 1] before normalisation, the true label whichever class is explained. Deletion and
-insertion go through the first half of the pixels with noise and black, as Grad-ECLIP's code does
-(github.com/Cyang-Zhao/Grad-Eclip @5c1b5cc, imagenet_eval_deletion.py, which counts correct answers in ten
-steps); a score in place of these answers is RISE's measure (https://arxiv.org/abs/1806.07421).
+insertion use noise, black, and the first half of the pixels as Grad-ECLIP's code does, which counts right
+answers in ten steps (github.com/Cyang-Zhao/Grad-Eclip @5c1b5cc, imagenet_eval_deletion.py). A score in place
+of the answers is RISE's measure (https://arxiv.org/abs/1806.07421).
 
 What is left when the lowest 90 % are black is the highest 10 % on black, so insertion needs no forward pass
 of its own. With two steps of deletion there are 20 for each map. A step takes whole pixels, rounded down.
-
-Every such image is unlike those that the model was trained on, and a map of random numbers is a strong rival
-(SaCo, CVPR 2024): always measure one beside the others. This file needs torch alone.
+Such images are unlike those that the model was trained on, and random maps are strong rivals (SaCo, CVPR
+2024): always measure one beside the others. This file needs torch alone.
 
 Axes: b images, c classes, p pixels of one image.
 """
@@ -53,18 +51,16 @@ def curves(
     noise: Tensor,
     unchanged: Tensor,
 ) -> dict[str, Tensor]:
-    """[b, points] for each of CURVES: 1 or 0 where answers are counted, else the score of the class shown.
+    """{name: [b, points]} for CURVES: 1 or 0 for a right answer or none, or the score of the class shown.
 
     Args:
-        classify: from images like `images` to scores [b, c] (probabilities, say); called PASSES times.
+        classify: from images to scores [b, c] (probabilities, say); called PASSES times.
         images: [b, channels, height, width] as the model takes them.
-        maps: [b, rows, cols] of any range, resized to the image bilinearly.
-        true: [b] the true class.
-        shown: [b] the class that the map explains.
-        black: what stands for black, in a shape that broadcasts to the images, e.g. [channels, 1, 1].
-        noise: [b, channels, height, width] random numbers in the images' range. The first channel also says
-            in which order pixels of equal value go.
-        unchanged: [b, c] what classify gives for the images themselves.
+        maps: [b, rows, cols] of any range; resized bilinearly.
+        true, shown: [b] the true class; the class that the map explains.
+        black: what stands for black in the images, e.g. [channels, 1, 1].
+        noise: like the images, of random numbers. Its first channel also orders pixels of equal value.
+        unchanged: [b, c] classify(images).
 
     Raises:
         ValueError: a map that is not finite, or shapes that do not fit.
@@ -94,34 +90,26 @@ def curves(
 
 
 def ranks(maps: Tensor, ties: Tensor) -> Tensor:
-    """[b, height, width] each pixel's place in its image, 0 where the resized map is highest.
+    """[b, height, width] the place of each pixel in its image, 0 where the resized map is highest.
 
     Args:
         maps: [b, rows, cols]
-        ties: [b, height, width] random numbers; of pixels with the same value, the one with the lower number
-            comes first. By position, the top of the image would come first.
+        ties: [b, height, width]; of pixels with the same value, the one with the lower number comes first.
     """
-    if maps.ndim != 3 or ties.ndim != 3 or len(maps) != len(ties):
-        expected = "expected maps [b, rows, cols] and noise [b, channels, height, width]"
-        raise ValueError(f"{expected}, got {list(maps.shape)} and {list(ties.shape)} in a channel")
+    if maps.ndim != 3 or len(maps) != len(ties):
+        raise ValueError(f"expected maps [{len(ties)}, rows, cols], got {list(maps.shape)}")
     if not maps.isfinite().all():
         raise ValueError("a map holds a NaN or an infinity")
-    device = maps.device if maps.device.type in ("cpu", "cuda") else "cpu"  # mps has no float64
-    values = F.interpolate(maps.to(device).double()[:, None], ties.shape[1:], mode="bilinear").flatten(1)
-    largest = values.abs().amax(dim=1, keepdim=True)
-    # Resizing repeats a value but for its last digits, which would decide in place of `ties`.
-    values = (values / largest.clamp_min(torch.finfo(values.dtype).tiny) * 1e9).round()
-    order = ties.to(device).flatten(1).argsort(dim=1)
+    maps, device = maps.cpu() if maps.device.type == "mps" else maps, maps.device  # mps has no float64
+    values = F.interpolate(maps.double()[:, None], ties.shape[1:], mode="bilinear").flatten(1)
+    largest = values.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    values = (values / largest * 1e9).round()  # resizing repeats a value but for its last digits
+    order = ties.to(values.device).flatten(1).argsort(dim=1)
     order = order.gather(1, values.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    return order.argsort(dim=1).view_as(ties).to(maps.device)
+    return order.argsort(dim=1).view_as(ties).to(device)
 
 
 def area(curve: Tensor, percent: Sequence[int]) -> Tensor:
-    """[b] the area under each curve [b, points] by the trapezoidal rule, over the width: a mean height."""
+    """[b] the area under each curve [b, points] by the trapezoidal rule, over its width: the mean height."""
     x = torch.tensor(percent, dtype=torch.float64)
     return torch.trapezoid(curve.cpu().double(), x, dim=1) / (x[-1] - x[0])
-
-
-def mean_and_error(x: Tensor) -> tuple[float, float]:
-    """The mean of x [n] and its standard error (0 for a single image)."""
-    return float(x.mean()), float(x.std(correction=1)) / len(x) ** 0.5 if len(x) > 1 else 0.0

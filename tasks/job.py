@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Job:
         self.in_pass = False
         self.old_checkpoints_deleted = False
         self.notes: dict[str, None] = {}  # what to say above the table, each once
-        self.neuron_maps = None  # what segmentation's first pass found
+        self.more_maps: dict[str, Callable] = {}  # (images, texts) -> maps, of rows that a pass came before
 
     @cached_property
     def clip(self) -> Clip:
