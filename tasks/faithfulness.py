@@ -136,25 +136,22 @@ def measures(method: str, points: dict[tuple[str, str], Tensor], args: Namespace
     row = what_it_explains(method, args)
     for name, percent in CURVES.items():
         mine, random = (area(points[key, name], percent) for key in (method, RANDOM))
-        row[name] = {"area": float(mine.mean()), "standard error": standard_error(mine)}
-        row[name] |= {"above random": float((mine - random).mean())}
-        row[name] |= {"standard error above random": standard_error(mine - random)}
-        row[name] |= {"points": points[method, name].double().mean(dim=0).tolist()}
+        heights = points[method, name].double().mean(dim=0).tolist()
+        row[name] = {"area": mean(mine), "above random": mean(mine - random), "points": heights}
     return row
 
 
-def standard_error(x: Tensor) -> float:
-    """Of the mean of x [n]."""
-    return float(x.std(correction=0)) / max(len(x) - 1, 1) ** 0.5
+def mean(x: Tensor) -> tuple[float, float]:
+    """(mean of x [n], its standard error)"""
+    return float(x.mean()), float(x.std(correction=0)) / max(len(x) - 1, 1) ** 0.5
 
 
 def cells(rows: dict[str, dict]) -> list[list[str]]:
     found = []
     for method, row in rows.items():
-        areas = [
-            f"{100 * row[name]['area']:.1f} ± {100 * row[name]['standard error']:.1f}" for name in CURVES
-        ]
-        found.append([method, row["score"], row["text"], *areas])
+        areas = (row[name]["area"] for name in CURVES)
+        figures = [f"{100 * area:.1f} ± {100 * error:.1f}" for area, error in areas]
+        found.append([method, row["score"], row["text"], *figures])
     return found
 
 
@@ -164,8 +161,8 @@ def print_rows(rows: dict[str, dict]) -> None:
     for name, (sign, *_) in DRAWN.items():
         level = []
         for method, row in rows.items():
-            ahead = sign * row[name]["above random"] > 2 * row[name]["standard error above random"]
-            level += [method] * (not ahead and method != RANDOM)
+            difference, error = row[name]["above random"]
+            level += [method] * (method != RANDOM and sign * difference <= 2 * error)
         print(f"  {name + ':':<11}{', '.join(level) or 'none'}")
 
 
@@ -173,13 +170,9 @@ def page(rows: dict[str, dict], unchanged: float) -> list[report.Html]:
     """The same for report.html, with the curves."""
     drawn = [report.table(["%", "score", "text", *CURVES], cells(rows))]
     for name, (_, y_label, title) in DRAWN.items():
-        series = {}
-        for method, row in rows.items():
-            heights = [100 * y for y in row[name]["points"]]
-            series[method] = list(zip(CURVES[name], heights, strict=True))
+        heights = {method: (100 * y for y in row[name]["points"]) for method, row in rows.items()}
+        series = {method: list(zip(CURVES[name], ys, strict=True)) for method, ys in heights.items()}
         lines = {"unchanged": unchanged} if y_label == "right, %" else report.NO_LINES
         drawn.append(report.curves(series, "pixels, %", y_label, title, lines))
-    note = (
-        "Areas ± standard error over images. A map that is no better than random shows nothing of the model."
-    )
+    note = "Areas ± standard error over images. What is no better than random shows nothing of the model."
     return [report.section("Do the maps show what the model uses?", *drawn, note=note)]
