@@ -497,6 +497,7 @@ def located(values, labels, clip=False):
         ([0, 0, 0, 0], [0, 1, 0, 0], (1 / 4, 1 / 4)),
         ([-2, -1, -3, -3], [0, 1, 0, 0], (1, 1 / 4)),  # nothing positive
         ([9, 3, 2, 1], [-1, 1, 0, 0], (1, 3 / 6)),  # the largest is not labelled
+        ([0, -1, -2, -3], [-1, 1, 0, 0], (1, 1 / 3)),  # and nothing else is positive
     ],
 )
 def test_pointing_and_energy_by_hand(values, labels, expected):
