@@ -162,7 +162,8 @@ def print_rows(rows: dict[str, dict]) -> None:
         level = []
         for method, row in rows.items():
             difference, error = row[name]["above random"]
-            level += [method] * (method != RANDOM and sign * difference <= 2 * error)
+            ahead = error and sign * difference > 2 * error  # a single image has no error
+            level += [method] * (method != RANDOM and not ahead)
         print(f"  {name + ':':<11}{', '.join(level) or 'none'}")
 
 

@@ -416,6 +416,8 @@ def test_every_method_has_its_row_unless_it_does_not_support_the_model(tmp_path,
     monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
     results, printed = faithful(tmp_path / "without", "--limit 1")
     methods = [method for method in METHODS if method != "gradcam"]
+    for name in CURVES:  # one image tells nothing
+        assert re.search(rf"^  {name}: +decomposition, .*, centred blob$", printed, re.MULTILINE)
     assert list(results["rows"]) == ["decomposition", "decomposition-abs", *methods, "centred blob", "random"]
     assert "Without gradcam: this method does not read such a model" in printed
     refused([QUICK, "--limit 1 --methods gradcam rollout"], "this method does not read such a model")
