@@ -5,6 +5,7 @@
     $ python evaluate.py --task check           # do the terms sum to the embedding? (--model all: of all)
     $ python evaluate.py --task textspan        # what each head writes, in words, and its role
     $ python evaluate.py --task segmentation    # do maps lie on the object? beside ten other attributions
+    $ python evaluate.py --task faithfulness    # do maps show what the model uses?
     $ python evaluate.py --task heatmap --image demo:12 --text "a gull" "at sea"
     $ python evaluate.py --task ablation        # which terms does accuracy need?
     $ python evaluate.py --task completeness    # how much of the heads do their texts hold?
@@ -52,6 +53,7 @@ TASKS = {
     "textspan": "data reference texts",
     "waterbirds": f"{CUE} protocol",
     "segmentation": "data classes methods score prompt contrast protocol void",
+    "faithfulness": "data reference methods score prompt contrast role",
     "heatmap": "data reference head role image text minus methods score",
     "ablation": "data reference protocol",
     "completeness": "data reference texts words",
@@ -133,7 +135,8 @@ def add_head_options(parser: argparse.ArgumentParser) -> None:
     add("--words", metavar="FILE", help=words)
     head = "retrieval: by what these heads write together; heatmap: the map of each"
     add("--head", nargs="+", metavar="L.H", help=head)
-    add("--role", metavar="CATEGORY", help="the same of all heads of this role together")
+    role = "the same of all heads of this role together; faithfulness: a row for their maps"
+    add("--role", metavar="CATEGORY", help=role)
     add("--top", type=positive, default=12, help="retrieval: images to show [%(default)s]")
     add("--layer", type=int, help="neurons: which layer's MLP [the last; --order 2: the third from the end]")
     orders = "neurons: 1, what they write; 2, what they add through later heads [%(default)s]"
@@ -158,7 +161,7 @@ def add_cue_options(parser: argparse.ArgumentParser) -> None:
 
 def add_map_options(parser: argparse.ArgumentParser) -> None:
     """What the tasks take that make maps."""
-    add = parser.add_argument_group("segmentation, heatmap").add_argument
+    add = parser.add_argument_group("segmentation, faithfulness, heatmap").add_argument
     add("--methods", nargs="+", metavar="NAME", help="which attributions [all]")
     scores, published = ("published", "dot", "cosine", "logit"), "published: each its own [%(default)s]"
     add("--score", choices=scores, default="published", help=f"what a method explains; {published}")

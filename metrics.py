@@ -1,13 +1,16 @@
 # MIT licence, copyright (c) 2026 The TextSpan reference authors; see LICENSE.
-"""How well do maps segment? Pixel accuracy, mean IoU and average precision, from running sums.
+"""Do maps lie on the object? Pixel accuracy, mean IoU, average precision and two more, from running sums.
 
     segmentation = Segmentation()
     for maps, masks in batches: segmentation.update(maps, masks)     # [b, rows, cols], [b, height, width]
     segmentation.pixel_accuracy, segmentation.mean_iou, segmentation.mean_ap
+    segmentation.pointing, segmentation.energy
 
 The protocol is that of ImageNet-Segmentation in Chefer, Gur and Wolf 2021 (https://arxiv.org/abs/2012.09838),
 which the paper follows in section 5: a map is resized to its mask bilinearly and scaled to 0..1, and what
-lies above its mean is foreground. This file needs torch alone.
+lies above its mean is foreground. The last two need no threshold: does the map's maximum lie on the object
+(the pointing game, Zhang et al. 2016, https://arxiv.org/abs/1608.00507, here without a margin),
+and which part of its positive values does? This file needs torch alone.
 
 Axes: b images, p pixels of one image.
 """
@@ -34,6 +37,9 @@ class Segmentation:
         self.either = [0, 0]  # union with it
         self.precision = 0.0  # sum over images of the average precision
         self.precision_squared = 0.0  # and of its square
+        self.objects = 0  # images with a foreground, and sums over them:
+        self.pointed = 0.0  # share of the map's maxima that are foreground
+        self.inside = 0.0  # share of the map's positive values that lies in the foreground
 
     def update(self, maps: Tensor, masks: Tensor) -> Segmentation:
         """Add images.
@@ -63,7 +69,8 @@ class Segmentation:
         counted = truth >= 0
         if not counted.any(dim=1).all():
             raise ValueError("a mask holds no labelled pixel")
-        scores = scale(maps, masks.shape[-2:], self.clip).flatten(1)
+        resized = resize(maps, masks.shape[-2:], self.clip)
+        scores = unit_range(resized).flatten(1)
         above = scores > scores.mean(dim=1, keepdim=True)
         for label in (0, 1):
             predicted, actual = (above == label) & counted, truth == label
@@ -76,13 +83,29 @@ class Segmentation:
         self.precision += float(precision.sum())
         self.precision_squared += float(precision.square().sum())
         self.images += len(maps)
+        self._locate(resized.flatten(1), truth, counted)
         return self
+
+    def _locate(self, values: Tensor, truth: Tensor, counted: Tensor) -> None:
+        """Where do the highest and the positive values [b, p] lie?"""
+        inside = truth == 1
+        objects = inside.any(dim=1)
+        largest = values.abs().amax(dim=1, keepdim=True)
+        peak = values.masked_fill(~counted, -torch.inf).amax(dim=1, keepdim=True)
+        # Resizing repeats a value but for its last digits.
+        highest = ((values >= peak - 1e-9 * largest) & counted).double()
+        positive = values.clamp_min(0) * counted
+        positive = torch.where(positive.sum(dim=1, keepdim=True) > 0, positive, counted.double())
+        share = lambda x: ((x * inside).sum(dim=1) / x.sum(dim=1))[objects]  # noqa: E731
+        self.objects += int(objects.sum())
+        self.pointed += float(share(highest).sum())
+        self.inside += float(share(positive).sum())
 
     def merge(self, other: Segmentation) -> Segmentation:
         """Add what `other` has seen."""
         if self.clip != other.clip:
             raise ValueError("one of the two clips its maps, the other does not")
-        for name in ("images", "labelled", "precision", "precision_squared"):
+        for name in ("images", "labelled", "precision", "precision_squared", "objects", "pointed", "inside"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for label in (0, 1):
             self.shared[label] += other.shared[label]
@@ -111,11 +134,33 @@ class Segmentation:
         variance = max(0.0, self.precision_squared / self.images - self.mean_ap**2)
         return (variance / max(self.images - 1, 1)) ** 0.5
 
+    @property
+    def pointing(self) -> float:
+        """Mean, over images with a foreground, of the share of the map's maxima that lies on it."""
+        return self.pointed / max(self.objects, 1)
+
+    @property
+    def energy(self) -> float:
+        """Mean, over images with a foreground, of the share of the positive values that lies on it.
+
+        A map without positive values counts as a constant one, whose share is that of the foreground's area.
+        """
+        return self.inside / max(self.objects, 1)
+
 
 def scale(maps: Tensor, size: tuple[int, int], clip: bool = False) -> Tensor:
     """[b, rows, cols] to [b, *size] float64: resized bilinearly, scaled to 0..1; a constant becomes 0.5."""
+    return unit_range(resize(maps, size, clip))
+
+
+def resize(maps: Tensor, size: tuple[int, int], clip: bool = False) -> Tensor:
+    """[b, rows, cols] to [b, *size] float64, bilinearly; clip: negative values then become 0."""
     maps = F.interpolate(maps.double()[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-    maps = maps.clamp_min(0) if clip else maps
+    return maps.clamp_min(0) if clip else maps
+
+
+def unit_range(maps: Tensor) -> Tensor:
+    """Each of the maps [b, rows, cols] scaled to 0..1; a constant becomes 0.5."""
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
     return torch.where(high > low, (maps - low) / (high - low), 0.5)
 

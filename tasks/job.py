@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Job:
         self.in_pass = False
         self.old_checkpoints_deleted = False
         self.notes: dict[str, None] = {}  # what to say above the table, each once
-        self.neuron_maps = None  # what segmentation's first pass found
+        self.more_maps: dict[str, Callable] = {}  # (images, texts) -> maps, of rows that a pass came before
 
     @cached_property
     def clip(self) -> Clip:
@@ -113,8 +114,8 @@ def check_class_names(names: list[str]) -> None:
         raise InputError(f"--classes needs at least two names, each once; found {found}")
 
 
-def open_zero_shot(job: Job) -> tuple[Images, list[str], Tensor, Tensor]:
+def open_zero_shot(job: Job, default_limit: int | None = None) -> tuple[Images, list[str], Tensor, Tensor]:
     """(test images, the classes' names, the class of each image, classes' embeddings [c, d])."""
-    test = open_split(job, "test")
+    test = open_split(job, "test", default_limit)
     names, labels = zero_shot_problem(test)
     return test, names, labels, classifier(job.clip, names, templates(job.clip), title="classes")

@@ -30,7 +30,7 @@ from zeroshot import Clip, classifier, templates
 
 from .attribution import (
     ATTRIBUTIONS,
-    DECOMPOSITIONS,
+    OURS,
     attribute,
     choose_methods,
     clipped,
@@ -51,14 +51,15 @@ BLOB, RANDOM = "centred blob", "random"  # what a method must beat
 NOTE = (
     "A map is resized to its mask; above its mean is foreground. mIoU: background and foreground, summed "
     "over all images.\nmAP: ± standard error over images; random is about 50. The decomposition is clipped "
-    "at zero, as in the paper."
+    "at zero, as in the paper.\npointing: is the maximum in the mask? energy: share of the map's positive "
+    "values that lies in it."
 )
 EXAMPLES, SIDE = 3, 256  # images on the page, pixels of their long side
 PROTOCOLS = {"aligned": "masks resized and cropped as images", "authors": "masks squashed onto the crop"}
 
 
 def run(job: Job) -> tuple[dict, list]:
-    """Pixel accuracy, mean IoU and mean AP of every method."""
+    """Five measures of every method."""
     args, clip = job.args, job.clip
     data = open_masks(job)
     methods = choose_methods(args, extra=(NEURONS, BLOB, RANDOM))
@@ -68,7 +69,7 @@ def run(job: Job) -> tuple[dict, list]:
     found = Found({method: Segmentation(clip=clipped(method)) for method in methods}, data)
     if NEURONS in methods:
         try:
-            job.neuron_maps = neuron_maps(job, data)
+            job.more_maps[NEURONS] = neuron_maps(job, data)
         except DecompositionError as error:
             if args.methods:
                 raise
@@ -108,8 +109,8 @@ def maps_of(method: str, job: Job, images: Tensor, indices: Tensor, classes: Ten
     texts = classes[shown]
     if contrasted(method, job.args.contrast):
         texts = texts - classes.mean(dim=0)
-    if method == NEURONS:
-        return job.neuron_maps(images, texts)
+    if method in job.more_maps:
+        return job.more_maps[method](images, texts)
     return attribute(method, job.clip.model, images, texts, job.args.score)
 
 
@@ -219,8 +220,13 @@ def predict(clip: Clip, images: Tensor, classes: Tensor) -> Tensor:
 
 def contrasted(method: str, contrast: str) -> bool:
     """Does the method explain the class minus the mean over classes?"""
-    chosen = contrast == "all" or (contrast == "paper" and method in DECOMPOSITIONS)
-    return chosen and (method == NEURONS or ATTRIBUTIONS[method].reads_text)
+    chosen = contrast == "all" or (contrast == "paper" and method.startswith(OURS))
+    return chosen and reads_text(method)
+
+
+def reads_text(method: str) -> bool:
+    """The rows that a pass comes before do; those that look at nothing do not."""
+    return ATTRIBUTIONS[method].reads_text if method in ATTRIBUTIONS else method not in (BLOB, RANDOM)
 
 
 def neuron_maps(job: Job, data: Masked) -> Callable[[Tensor, Tensor], Tensor]:
@@ -260,44 +266,49 @@ def neuron_maps(job: Job, data: Masked) -> Callable[[Tensor, Tensor], Tensor]:
 
 def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) -> Tensor:
     """[b, rows, cols] of one of the two rows that look at nothing."""
-    patch_size = getattr(clip.model.visual, "patch_size", None)
-    if patch_size is None:
-        raise BaselineError(f"no map for {type(clip.model.visual).__name__}: it has no patches")
-    rows, cols = (pixels // patch for pixels, patch in zip(images.shape[-2:], patch_size, strict=True))
+    rows, cols = open_tower(clip.model).grid(images)
     if method == BLOB:
         # The standard deviation is a quarter of the side.
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, cols), indexing="ij")
         return torch.exp(-2 * (x**2 + y**2)).expand(len(images), -1, -1).to(clip.device)
-    # Each image has a map of its own, whatever the batch size. The generator takes 32 bits of a seed.
-    seeds = [(seed * 1_000_003 + i) % 2**32 for i in indices.tolist()]
-    draws = [torch.rand(rows, cols, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.stack(draws).to(clip.device)
+    return draw((rows, cols), indices, seed).to(clip.device)
+
+
+def draw(shape: tuple[int, ...], indices: Tensor, seed: int) -> Tensor:
+    """[b, *shape] random numbers from 0 to 1: an image's own, whatever the batch size."""
+    seeds = [(seed * 1_000_003 + i) % 2**32 for i in indices.tolist()]  # the generator takes 32 bits
+    return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 def measures(method: str, total: Segmentation, args: Namespace) -> dict:
     """A row of the table."""
-    score, text = "-", "-"
-    if method not in (BLOB, RANDOM):
-        score = "dot" if method == NEURONS else score_of(method, args.score)
-        if method == NEURONS or ATTRIBUTIONS[method].reads_text:
-            text = "class - mean" if contrasted(method, args.contrast) else "class"
-    row = {"score": score, "text": text, "pixel accuracy": total.pixel_accuracy, "mIoU": total.mean_iou}
-    return row | {"mAP": total.mean_ap, "mAP standard error": total.mean_ap_error}
+    row = what_it_explains(method, args) | {"pixel accuracy": total.pixel_accuracy, "mIoU": total.mean_iou}
+    row |= {"mAP": total.mean_ap, "mAP standard error": total.mean_ap_error}
+    return row | {"pointing": total.pointing, "energy": total.energy}
+
+
+def what_it_explains(method: str, args: Namespace) -> dict[str, str]:
+    """The score and the text that a method explains, in words."""
+    if not reads_text(method):
+        return {"score": "-", "text": "-"}
+    score = score_of(method, args.score) if method in ATTRIBUTIONS else "dot"
+    return {"score": score, "text": "class - mean" if contrasted(method, args.contrast) else "class"}
 
 
 def print_rows(rows: dict[str, dict]) -> None:
     lines = []
     for method, row in rows.items():
         cells = in_tenths([row["pixel accuracy"], row["mIoU"]])
+        more = in_tenths([row["pointing"], row["energy"]])
         mean_ap = f"{100 * row['mAP']:.1f} ± {100 * row['mAP standard error']:.1f}"
-        lines.append([method, row["score"], row["text"], *cells, mean_ap])
-    print("\n" + table(["%", "score", "text", "pixel accuracy", "mIoU", "mAP"], lines))
+        lines.append([method, row["score"], row["text"], *cells, mean_ap, *more])
+    print("\n" + table(["%", "score", "text", "pixel accuracy", "mIoU", "mAP", "pointing", "energy"], lines))
     print("\n" + NOTE)
 
 
 def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]]]) -> list[str]:
     """The same for report.html, drawn, with some of the maps."""
-    keys = ("pixel accuracy", "mIoU", "mAP")
+    keys = ("pixel accuracy", "mIoU", "mAP", "pointing", "energy")
     cells, precision = [], []
     for method, row in rows.items():
         cells.append([method, row["score"], row["text"], *in_tenths(row[key] for key in keys)])

@@ -119,6 +119,7 @@ OPTIONS = {
     "neurons": ["--neurons", "2"],
     "retrieval": ["--head", "3.4", "--text", "a bird"],
     "segmentation": ["--methods", "decomposition", "rollout", "gradcam"],
+    "faithfulness": ["--methods", "rollout", "gradcam"],
     "typographic": ["--draws", "2", "--heads", "3.1"],
 }
 

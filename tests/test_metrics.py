@@ -368,7 +368,7 @@ def test_swapping_foreground_and_background_with_the_map_inverted_changes_no_ave
 
 def assert_same_sums(found, expected):
     for name, value in sums(expected).items():
-        if name.startswith("precision"):
+        if name.startswith(("precision", "pointed", "inside")):
             assert getattr(found, name) == pytest.approx(value, rel=1e-13)  # added in another order
         else:
             assert getattr(found, name) == value
@@ -474,6 +474,72 @@ def test_images_that_are_all_alike_have_no_spread():
         error = measured(maps.expand(n, -1, -1), masks.expand(n, -1, -1)).mean_ap_error
         assert isinstance(error, float)
         assert 0 <= error < 1e-7
+
+
+# Where the maximum lies, and the positive values.
+
+
+def located(values, labels, clip=False):
+    """(pointing, energy) of one image of one row, its map as wide as its mask."""
+    found = measured(torch.tensor([[values]], dtype=torch.float64), torch.tensor([[labels]]), clip)
+    return found.pointing, found.energy
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "expected"),
+    [
+        ([1, 5, 2, 0], [0, 1, 0, 0], (1, 5 / 8)),
+        ([5, 1, 2, 0], [0, 1, 0, 0], (0, 1 / 8)),
+        ([4, 4, 0, 4], [1, 1, 0, 0], (2 / 3, 8 / 12)),  # two of three maxima
+        ([-4, 1, -2, 3], [1, 1, 0, 0], (0, 1 / 4)),  # negative values have no mass
+        ([-4, 1, -2, 3], [0, 0, 1, 1], (1, 3 / 4)),
+        ([7, 7, 7, 7, 7], [0, 1, 0, 0, 1], (2 / 5, 2 / 5)),  # constant: the share of the area
+        ([0, 0, 0, 0], [0, 1, 0, 0], (1 / 4, 1 / 4)),
+        ([-2, -1, -3, -3], [0, 1, 0, 0], (1, 1 / 4)),  # nothing positive
+        ([9, 3, 2, 1], [-1, 1, 0, 0], (1, 3 / 6)),  # the largest is not labelled
+        ([0, -1, -2, -3], [-1, 1, 0, 0], (1, 1 / 3)),  # and nothing else is positive
+    ],
+)
+def test_pointing_and_energy_by_hand(values, labels, expected):
+    assert located(values, labels) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_clipped_map_without_positive_values_points_everywhere():
+    assert located([-2, -1, -3, -3], [0, 1, 0, 0], clip=True) == (1 / 4, 1 / 4)
+
+
+def test_pixels_that_resizing_repeats_up_to_rounding_are_all_maxima():
+    maps, mask = torch.tensor([[[0.1, 0.1], [0.1, 0.1]]]).double(), torch.zeros(1, 7, 7, dtype=torch.long)
+    mask[0, :3] = 1
+    assert measured(maps, mask).pointing == pytest.approx(3 / 7, abs=1e-12)
+    assert measured(1e-9 * maps, mask).pointing == pytest.approx(3 / 7, abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([0.0, 0.3]))
+def test_pointing_and_energy_are_those_of_a_count_pixel_by_pixel(seed, clip, void):
+    maps, masks = problem(seed, b=3, grid=(2, 3), size=(5, 4), void=void)
+    masks[0], masks[1, 0, 0], masks[2, 0, 0] = 0, 1, 1  # the first shows no object
+    points, shares = [], []
+    for grid, mask in zip(maps.double().numpy(), masks.numpy(), strict=True):
+        values = naive_resize(grid, *mask.shape)
+        pixels = [(max(v, 0) if clip else v, m) for v, m in zip(values.ravel(), mask.ravel(), strict=True)]
+        pixels = [(v, m) for v, m in pixels if m >= 0]
+        if not any(m for _, m in pixels):
+            continue
+        top = [m for v, m in pixels if v >= max(v for v, _ in pixels) - 1e-9]
+        mass = sum(max(v, 0) for v, _ in pixels)
+        inside = sum(max(v, 0) for v, m in pixels if m)
+        points.append(sum(top) / len(top))
+        shares.append(inside / mass if mass else sum(m for _, m in pixels) / len(pixels))
+    found = measured(maps, masks, clip)
+    assert (found.objects, len(points)) == (2, 2)
+    assert found.pointing == pytest.approx(sum(points) / 2, abs=1e-12)
+    assert found.energy == pytest.approx(sum(shares) / 2, abs=1e-12)
+
+
+def test_without_any_object_there_is_nothing_to_point_at():
+    assert located([0, 1], [0, 0]) == (0, 0)
 
 
 # What it refuses, with its sums as they were.

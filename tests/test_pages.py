@@ -23,6 +23,7 @@ TASKS = {
     "waterbirds": [*QUICK, "--limit", "160", "--draws", "5"],
     "debias": [*QUICK, "--draws", "5"],
     "segmentation": [*QUICK, "--methods", "decomposition", "rollout"],
+    "faithfulness": ["--limit", "4", "--workers", "0", "--methods", "rollout"],
     "ablation": QUICK,
     "completeness": QUICK,
     "neurons": QUICK,

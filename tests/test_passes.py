@@ -222,6 +222,7 @@ JOBS = {
     "neurons": FAST,
     "retrieval": [*FAST, "--role places", "--text", "a bird"],
     "segmentation": ["--limit 31 --batch-size 16 --workers 0 --methods decomposition rollout random"],
+    "faithfulness": ["--limit 11 --batch-size 4 --workers 0 --methods decomposition rollout"],
     "check": ["--limit 1"],  # one of the processes has no images
 }
 

@@ -34,6 +34,7 @@ from zeroshot import classifier, embed_texts, templates
 
 KINDS = ["sparrow", "cardinal", "crow", "woodpecker", "duck", "gull", "heron", "pelican"]
 MEASURES = ("pixel accuracy", "mIoU", "mAP", "mAP standard error")
+LOCATED = ("pointing", "energy")
 GREY = (200, 200, 200)
 
 load_once = functools.cache(zeroshot.load_clip)  # the tasks leave the model as they found it
@@ -236,7 +237,9 @@ def test_the_table_shows_what_results_json_holds(demo_run):
         (line,) = [line for line in printed.splitlines() if line.startswith(f"{method}  ")]
         cells = re.split(r"  +", line)
         accuracy, iou, precision, error = (f"{100 * row[name]:.1f}" for name in MEASURES)
-        assert cells == [method, row["score"], row["text"], accuracy, iou, f"{precision} ± {error}"]
+        located = [f"{100 * row[name]:.1f}" for name in LOCATED]
+        said = [method, row["score"], row["text"]]
+        assert cells == [*said, accuracy, iou, f"{precision} ± {error}", *located]
     for key, value in results["settings"].items():
         assert re.search(rf"^{re.escape(key)}: +{re.escape(value)}$", printed, re.MULTILINE)
 
@@ -263,9 +266,8 @@ def measured(maps, masks, clip=False):
     total = Segmentation(clip)
     for grid, mask in zip(maps, masks, strict=True):
         total.update(grid[None], mask[None])
-    return dict(
-        zip(MEASURES, (total.pixel_accuracy, total.mean_iou, total.mean_ap, total.mean_ap_error), strict=True)
-    )
+    figures = total.pixel_accuracy, total.mean_iou, total.mean_ap, total.mean_ap_error
+    return dict(zip(MEASURES + LOCATED, (*figures, total.pointing, total.energy), strict=True))
 
 
 def assert_same_row(row, expected):
@@ -276,6 +278,8 @@ def assert_same_row(row, expected):
     assert row["mAP standard error"] == pytest.approx(expected["mAP standard error"], abs=1e-5)
     assert row["pixel accuracy"] == pytest.approx(expected["pixel accuracy"], abs=1e-4)
     assert row["mIoU"] == pytest.approx(expected["mIoU"], abs=1e-4)
+    assert row["pointing"] == pytest.approx(expected["pointing"], abs=1e-9)
+    assert row["energy"] == pytest.approx(expected["energy"], abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -619,7 +623,7 @@ def test_the_mask_of_an_example_shows_foreground_white_and_void_grey(tmp_path, b
 
 def test_the_whiskers_are_the_interval_that_their_title_says():
     rows = {"rollout": {"score": "-", "text": "-", "pixel accuracy": 0.8, "mIoU": 0.5}}
-    rows["rollout"] |= {"mAP": 0.6, "mAP standard error": 0.05}
+    rows["rollout"] |= {"mAP": 0.6, "mAP standard error": 0.05, "pointing": 0.7, "energy": 0.4}
     document = report.page("segmentation", {}, tasks.segmentation.page(rows, {}))
     assert "± 1.96 standard errors" in document
     assert "60.0 [50.2, 69.8]" in document

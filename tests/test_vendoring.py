@@ -31,6 +31,7 @@ FILES = {
     "cue.py": set(),
     "roles.py": {"cue.py"},
     "metrics.py": set(),
+    "faithfulness.py": set(),
     "baselines.py": set(),
     "saved.py": {"decompose.py", "files.py"},
 }
@@ -150,6 +151,15 @@ PROGRAMS = {
         mask = torch.tensor([[[1, 1, 0, 0]]])
         found = m.Segmentation().update(mask.float(), mask)
         assert (found.pixel_accuracy, found.mean_iou, found.mean_ap) == (1, 1, 1)
+    """,
+    "faithfulness.py": """
+        images, weights = torch.ones(1, 1, 10, 10), torch.arange(100.0).view(1, 1, 10, 10)
+        classify = lambda x: torch.stack([(x * weights).flatten(1).sum(1), torch.full((len(x),), 2450)], 1)
+        first, none = torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, 10, 10)
+        found = m.curves(classify, images, weights[0], first, first, none[0], none, classify(images))
+        assert found["positive"].tolist() == [[1, 1, 0, 0, 0, 0, 0, 0, 0]]  # without 70..99 2415 are left
+        assert found["negative"].tolist() == [[1, 1, 1, 1, 1, 1, 1, 0, 0]]  # 80..99 are 1790
+        assert found["insertion"][0, :2].tolist() == [945, 1790]
     """,
     "baselines.py": """
         import releases
