@@ -52,6 +52,7 @@ def test_what_is_read_is_what_decompose_gives(path, name):
     model = MODELS[name]()
     images = images_for(model)
     error = save(path, model, images)
+    assert error == max(decompose(model, part).error() for part in images.split(2))
     saved, whole = open_terms(path), decompose(model, images)
     assert len(saved) == 5
     assert saved.names == NAMES
