@@ -104,6 +104,12 @@ def test_names_are_kept_as_they_are_and_what_is_said_of_them(path):
     assert saved.about == {"convention": "term", "model": "ViT", "seed": "3"}
 
 
+def test_numbers_begin_at_multiples_of_eight_bytes(path):
+    for length in range(3):
+        save(path, build().float(), images_for(build()), ["x" * length] * 5)
+        assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
+
+
 def test_what_cannot_be_read_by_row_is_refused(path):
     save(path, build().float(), images_for(build()))
     saved = open_terms(path)
