@@ -302,9 +302,11 @@ def test_all_images_of_a_folder_without_labels_go_to_the_file_that_is_named(tmp_
 def test_an_image_that_cannot_be_read_leaves_the_earlier_file(tmp_path, refused):
     folder, path = tmp_path / "photos", tmp_path / "mine.safetensors"
     folder.mkdir()
-    (folder / "a.png").write_text("no image")
+    DemoBirds("test", lambda image: image, 1).picture(0).save(folder / "a.png")
+    (folder / "b.png").write_text("no image")
     path.write_text("earlier")
-    refused(["--task terms --workers 0 --data", folder, "--save", path], "a.png is not an image")
+    often = "--save-every 0 --batch-size 1"  # no state is left either, which --resume could not use
+    refused(["--task terms --workers 0", often, "--data", folder, "--save", path], "b.png is not an image")
     assert path.read_text() == "earlier"
     assert not list(tmp_path.glob(".mine*"))
 
