@@ -214,7 +214,9 @@ def test_any_scale_of_the_images_leaves_the_decisions():
 
 
 def test_guesses_are_sums_over_images_by_pseudo_label_nearest_text_and_place():
-    texts, x, place = units(3, 9), 4 * units(30, 9, seed=1) + 1, torch.arange(30) // 10
+    x, place = 4 * units(30, 9, seed=1) + 1, torch.arange(30) // 10
+    nobodys = -F.normalize(x.sum(dim=0, keepdim=True), dim=1)  # a text that is nearest to no image
+    texts = torch.cat([units(3, 9), nobodys])
     votes = CueVotes(texts, torch.zeros(1, 1, 2, 9), x.mean(dim=0))
     guesses, other = Guesses(votes, place), Guesses(votes, place)
     guesses.update(x[:12], torch.arange(12))
@@ -223,13 +225,14 @@ def test_guesses_are_sums_over_images_by_pseudo_label_nearest_text_and_place():
     z = F.normalize(x, dim=1)
     near, vote = (z @ texts.T).argmax(dim=1), votes.labels(x)
     assert not torch.equal(near, vote)
+    assert 3 not in near
     for name, label in (("nearest", near), ("vote", vote), ("place", place)):
-        wanted = [(z[label == a] @ texts[a]).mean() if (label == a).any() else 0.0 for a in range(3)]
+        wanted = [(z[label == a] @ texts[a]).mean() if (label == a).any() else 0.0 for a in range(4)]
         assert (guesses.shift(name, texts) - torch.tensor(wanted)).abs().max() < EXACT
     mean, oblique = guesses.erasure()
     erased = z - (z - mean) @ oblique.T
-    assert correlation(erased, F.one_hot(vote, 3).double()) < 1e-8
-    assert correlation(z, F.one_hot(vote, 3).double()) > FAR
+    assert correlation(erased, F.one_hot(vote, 4).double()) < 1e-8
+    assert correlation(z, F.one_hot(vote, 4).double()) > FAR
 
 
 def test_published_rows_come_last_under_a_heading():
