@@ -173,6 +173,6 @@ def page(rows: dict[str, dict], unchanged: float, shown: Shown) -> list[str]:
     for name, (_, y_label, title) in DRAWN.items():
         heights = {method: (100 * y for y in row[name]["points"]) for method, row in rows.items()}
         series = {method: list(zip(CURVES[name], ys, strict=True)) for method, ys in heights.items()}
-        lines = {"unchanged": unchanged} if y_label == "right, %" else report.NO_LINES
+        lines = {"unchanged": unchanged} if y_label == "right, %" else {}
         drawn.append(report.curves(series, "pixels, %", y_label, title, lines))
     return [lead, report.section("Do the maps show what the model uses?", numbers, *drawn, note=notes)]
