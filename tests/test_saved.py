@@ -299,6 +299,17 @@ def test_all_images_of_a_folder_without_labels_go_to_the_file_that_is_named(tmp_
     assert far(saved[0:3].heads, terms.heads) < SINGLE
 
 
+def test_the_names_of_waterbirds_are_those_of_the_files_of_the_test_split(tmp_path):
+    folder = tmp_path / "birds"
+    folder.mkdir()
+    rows = ["img_filename,y,split,place", "a.png,0,0,0", "b.png,1,2,0"]
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    for name in ("a.png", "b.png"):
+        DemoBirds("test", lambda image: image, 1).picture(0).save(folder / name)
+    assert run(tmp_path, "--task terms --workers 0 --data", folder).code == 0
+    assert open_terms(tmp_path / "results" / "terms" / "terms.safetensors").names == ["b.png"]
+
+
 def test_an_image_that_cannot_be_read_leaves_the_earlier_file(tmp_path, refused):
     folder, path = tmp_path / "photos", tmp_path / "mine.safetensors"
     folder.mkdir()
