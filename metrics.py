@@ -89,17 +89,16 @@ class Segmentation:
     def _locate(self, values: Tensor, truth: Tensor, counted: Tensor) -> None:
         """Where do the highest and the positive values [b, p] lie?"""
         inside = truth == 1
-        objects = inside.any(dim=1)
         largest = values.abs().amax(dim=1, keepdim=True)
         peak = values.masked_fill(~counted, -torch.inf).amax(dim=1, keepdim=True)
         # Resizing repeats a value but for its last digits.
         highest = ((values >= peak - 1e-9 * largest) & counted).double()
         positive = values.clamp_min(0) * counted
         positive = torch.where(positive.sum(dim=1, keepdim=True) > 0, positive, counted.double())
-        share = lambda x: ((x * inside).sum(dim=1) / x.sum(dim=1))[objects]  # noqa: E731
-        self.objects += int(objects.sum())
-        self.pointed += float(share(highest).sum())
-        self.inside += float(share(positive).sum())
+        share = lambda x: float(((x * inside).sum(dim=1) / x.sum(dim=1)).sum())  # noqa: E731
+        self.objects += int(inside.any(dim=1).sum())
+        self.pointed += share(highest)
+        self.inside += share(positive)
 
     def merge(self, other: Segmentation) -> Segmentation:
         """Add what `other` has seen."""
