@@ -17,8 +17,7 @@ Four facts, in the names that the code uses:
        embedding = x G / sigma + shift       G = (I - 11'/D) diag(gamma) P       shift = beta P
 4. So whatever writes s onto the class token adds s G / sigma to the embedding. That is its term.
 
-The forward pass is the model's own. Hooks read y, and work out A and z for the class token alone, which adds
-up to a tenth to the time of the pass.
+The forward pass is the model's own. Hooks work out A and z from y, which adds up to a tenth to its time.
 
 Axes: b images   L layers   H heads   N tokens, class token first   t texts
       e width of a head   D width of the residual stream   d width of the embedding
@@ -307,8 +306,9 @@ def open_tower(model: nn.Module, convention: str = "term", **given: object) -> C
     """The model's image tower, once the images and texts that are given are found to be usable."""
     open_family = beside("families", "open_family")
     if open_family is None and not ClipTower.fits(model):
-        reason = "not CLIP's class-token ViT; put families.py, attention.py and blocks.py beside decompose.py"
-        raise DecompositionError(f"cannot decompose {type(model).__name__}: its `visual` is {reason}")
+        files = "families.py, towers.py, readouts.py, blocks.py and attention.py"
+        hint = f"its `visual` is not CLIP's class-token ViT; put {files} beside decompose.py"
+        raise DecompositionError(f"cannot decompose {type(model).__name__}: {hint}")
     tower = ClipTower(model) if open_family is None else open_family(model, convention)
     if convention not in ("term", "paper"):
         raise ValueError(f'convention must be "term" or "paper", got {convention!r}')

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 try:
     from .blocks import Block, WayOut, child, require
-    from .families import AttentionPooling, Family, TokenReadOut, family_of
+    from .readouts import AttentionPooling, TokenReadOut
+    from .towers import Family, family_of
 except ImportError:  # not in a package
     from blocks import Block, WayOut, child, require
-    from families import AttentionPooling, Family, TokenReadOut, family_of
+    from readouts import AttentionPooling, TokenReadOut
+    from towers import Family, family_of
 
 PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}  # of a block
 

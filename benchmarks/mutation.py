@@ -38,6 +38,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # the tests that kill mutants fastest come first
     "decompose.py": ("core", "decompose", "neurons", "families", "vendoring"),
     "families.py": ("families", "core", "decompose", "neurons"),
+    "towers.py": ("families", "core", "decompose", "neurons"),
+    "readouts.py": ("families", "core", "decompose", "neurons"),
+    "huggingface.py": ("huggingface",),
     "blocks.py": ("families", "core", "decompose", "neurons", "vendoring"),
     "attention.py": ("families", "core"),
     "neurons.py": ("neurons", "second_order", "core", "families"),
@@ -49,6 +52,8 @@ TESTS = {  # the tests that kill mutants fastest come first
     "cue.py": ("cue", "roles"),
     "roles.py": ("roles",),
     "metrics.py": ("metrics",),
+    "faithfulness.py": ("faithfulness",),
+    "saved.py": ("saved",),
     "baselines.py": ("baselines",),
 }
 

@@ -32,6 +32,8 @@ from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 import families
+import readouts
+import towers
 from attention import attention_calls
 from decompose import DecompositionError, check, decompose, head_maps, heatmap, token_scores
 from neurons import neurons
@@ -1073,7 +1075,7 @@ def test_a_large_batch_is_split_and_gives_the_same(family, monkeypatch):
     images, texts = pictures(model, batch=5), sentences(model)
     expected = decompose(model, images), token_scores(model, images, texts), heatmap(model, images, texts)
     handle = blocks(model)[0].register_forward_pre_hook(lambda m, args: batches.append(len(args[0])))
-    monkeypatch.setattr(families, "KEPT_BYTES", 1)
+    monkeypatch.setattr(towers, "KEPT_BYTES", 1)
     try:
         terms = decompose(model, images)
         assert batches == [1] * 5
@@ -1089,18 +1091,18 @@ def test_a_large_batch_is_split_and_gives_the_same(family, monkeypatch):
 
 def test_parts_of_a_batch_keep_no_more_than_what_is_allowed(monkeypatch):
     model, kept = model_of("SigLIP"), []
-    mix = families.VirtualTokens.mix
+    mix = readouts.VirtualTokens.mix
 
     def recorded(self, x):  # what is kept of a part is weighed at the end
         kept.append(len(self.weights))
         return mix(self, x)
 
-    monkeypatch.setattr(families.VirtualTokens, "mix", recorded)
+    monkeypatch.setattr(readouts.VirtualTokens, "mix", recorded)
     decompose(model, pictures(model, batch=4))
     assert set(kept) == {4}
     tower = families.open_family(model)
     (heads, e, width), tokens = tower.W_O[0].shape, 6
-    monkeypatch.setattr(families, "KEPT_BYTES", 2 * len(tower.W_O) * tokens * (heads * e + width) * 8)
+    monkeypatch.setattr(towers, "KEPT_BYTES", 2 * len(tower.W_O) * tokens * (heads * e + width) * 8)
     kept.clear()
     decompose(model, pictures(model, batch=4))
     assert set(kept) == {2}
@@ -1116,7 +1118,7 @@ def test_parts_of_a_batch_keep_queries_keys_and_values_of_no_more_tokens_than_is
     blocks(model)[0].register_forward_pre_hook(lambda m, args: batches.append(len(args[0])))
     an_image = layers * 6 * 3 * 48 * 8  # six tokens, three vectors of 48 numbers of each, in float64
     for allowed, parts in ((5, [5]), (4.99, [3, 2]), (2, [2, 2, 1]), (1, [1] * 5)):
-        monkeypatch.setattr(families, "KEPT_BYTES", allowed * an_image)
+        monkeypatch.setattr(towers, "KEPT_BYTES", allowed * an_image)
         call(model, images, texts)
         assert batches == parts
         batches.clear()

@@ -21,8 +21,17 @@ FILES = {
     "decompose.py": set(),
     "attention.py": set(),
     "blocks.py": {"decompose.py"},
-    "families.py": {"decompose.py", "attention.py", "blocks.py"},
-    "huggingface.py": {"families.py", "decompose.py", "attention.py", "blocks.py"},
+    "readouts.py": {"decompose.py", "attention.py", "blocks.py"},
+    "towers.py": {"decompose.py", "attention.py", "blocks.py", "readouts.py"},
+    "families.py": {"decompose.py", "attention.py", "blocks.py", "readouts.py", "towers.py"},
+    "huggingface.py": {
+        "families.py",
+        "decompose.py",
+        "attention.py",
+        "blocks.py",
+        "readouts.py",
+        "towers.py",
+    },
     "neurons.py": {"decompose.py"},
     "diagnose.py": {"decompose.py"},
     "forward.py": {"decompose.py", "attention.py"},
@@ -79,6 +88,26 @@ PROGRAMS = {
         scale, bias = m.WayOut(linear, inner).scale_and_bias(h, None)
         written = h @ m.WayOut(linear, inner).maps() * scale[..., None] + bias
         assert torch.allclose(written, linear(inner(h)), atol=1e-6)
+    """,
+    "readouts.py": """
+        norm, P, x = torch.nn.LayerNorm(8), torch.randn(8, 4), torch.randn(2, 5, 8)
+        readout = m.TokenReadOut("mean of tokens", slice(None), norm, True, [(P, None)], norm.weight)
+        virtual = readout.virtual_token(x)
+        read = virtual.out.read(virtual.mix(x)[:, 0]) + virtual.out.shift
+        assert torch.allclose(read, norm(x).mean(dim=1) @ P, atol=1e-5)
+    """,
+    "towers.py": """
+        import importlib, releases
+        blocks, readouts = (
+            importlib.import_module(m.__name__.replace("towers", name)) for name in ("blocks", "readouts")
+        )
+        model, images = releases.CLIP("open_clip 2.26").double(), torch.randn(2, 3, 8, 12).double()
+        norm, maps = model.visual.ln_post, [(model.visual.proj, None)]
+        readout = readouts.TokenReadOut("class token", slice(0, 1), norm, True, maps, norm.weight)
+        parts = [blocks.native_block(block) for block in model.visual.transformer.resblocks]
+        family = m.family_of(model, parts, readout, 1)
+        assert type(family) is m.Family
+        assert torch.allclose(family.terms(images, "term").total(), model.encode_image(images))
     """,
     "families.py": """
         import releases
