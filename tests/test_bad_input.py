@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import open_clip
@@ -1391,8 +1392,8 @@ def test_a_full_disk_while_a_picture_is_saved(
 ) -> None:
     before = with_earlier_results(tmp_path, "retrieval")
 
-    def save(picture: Image.Image, file: Path, **options: object) -> None:
-        Path(file).write_bytes(b"half")
+    def save(picture: Image.Image, file: BinaryIO, **options: object) -> None:
+        file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Image.Image, "save", save)
