@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose, InterpolationMode
 
-from data import eight_bits, file_sizes, images_below, label, read, read_picture, subset
+from data import label, subset
 from files import InputError
+from pictures import eight_bits, file_sizes, images_below, read, read_picture
 
 EXPECTED = "--data must be gtsegs_ijcv.mat, or a folder with images/ and masks/"
 HDF5_ERRORS = (OSError, LookupError, TypeError, RuntimeError, ValueError)

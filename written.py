@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
-from data import ImageFolder, file_sizes, images_below, inside, read, subset
+from data import ImageFolder, inside, subset
 from files import InputError, read_lines
+from pictures import file_sizes, images_below, read
 
 # What a picture can bear; "synthetic": the attacked word again, set by a computer.
 VARIANTS = ("clean", "attacked", "own", "blank", "synthetic")

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 import demo
-from data import CelebA, ImageFolder, Waterbirds, read_picture
+from data import CelebA, ImageFolder, Waterbirds
 from demo.images import DemoBirds, DemoSigns
 from files import InputError
+from pictures import read_picture
 from zeroshot import Bank, Clip, classifier, default_bank, load_bank, load_clip, templates
 
 from .models import check_decomposable

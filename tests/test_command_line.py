@@ -21,8 +21,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-import data
 import files
+import pictures
 from baselines import METHODS, BaselineError
 from data import ImageFolder, Waterbirds
 from decompose import DecompositionError, decompose, heatmap, image_embedding
@@ -355,7 +355,7 @@ def test_a_picture_of_more_pixels_than_can_be_meant_is_refused_by_name(tmp_path,
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for side, small in ((10, True), (11, False)):
         Image.new("RGB", (side, side)).save(tmp_path / "x.png")
-        assert isinstance(data.read(tmp_path / "x.png", lambda image: image.copy()), Image.Image) == small
+        assert isinstance(pictures.read(tmp_path / "x.png", lambda image: image.copy()), Image.Image) == small
 
 
 def test_a_mask_that_a_worker_has_no_memory_for(tmp_path, capsys, monkeypatch):

@@ -13,9 +13,10 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from runs import assert_refused as refused
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from data import ImageFolder, InputError, Waterbirds, read_picture
+from data import ImageFolder, InputError, Waterbirds
 from demo.images import DemoBirds
 from evaluate import main
+from pictures import read_picture
 from tasks.job import zero_shot_problem
 
 

@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data import InputError, eight_bits, subset
+from data import InputError, subset
 from demo.images import DemoBirds
+from pictures import eight_bits
 from zeroshot import (
     CACHED,
     classifier,
