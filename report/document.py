@@ -20,6 +20,7 @@ from urllib.parse import quote
 from PIL import Image
 
 MISSING = "\u2013"
+MANY = 8  # links to files; what is more is to be opened
 KEPT = (".png", ".npz", ".safetensors")  # endings of the files beside a page that it links to
 SENTENCE = 24  # letters: what is longer in a cell is words, even with a number in it
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
@@ -120,7 +121,9 @@ def origin(command: str, seconds: float, folder: Path) -> dict[str, object]:
     versions = [f"{name} {getattr(sys.modules[name], '__version__', '')}" for name in loaded]
     run = [datetime.now().astimezone().isoformat(" ", "minutes"), f"{seconds:.1f} s"]
     run += [f"Python {platform.python_version()}", *versions, commit()]
-    files = tag("ul", *links, class_="files")
+    shown, rest = tag("ul", *links[:MANY], class_="files"), tag("ul", *links[MANY:], class_="files")
+    more = tag("details", tag("summary", f"{len(links) - MANY} more"), rest) if links[MANY:] else ""
+    files = Html(shown + more)
     return {"command": tag("code", command), "run": ", ".join(filter(None, run)), "files": files}
 
 

@@ -6,7 +6,7 @@ Writes a picture of every map, a sheet of all maps of each text, and the maps as
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from .heads import head_name, parse_heads
 from .job import Job, read_image
 from .reading import map_of_heads
 from .retrieval import heads_of
-from .tables import Shown, print_settings, print_table, say
+from .tables import print_settings, print_table, say
 
 ACROSS = 6  # maps in a row of the sheet, beside the image
 SCALES = "All texts share the scale of a map; its ends are the numbers at the bar."
@@ -77,7 +77,7 @@ def run(job: Job) -> tuple[dict, list]:
     save(folder / "maps.npz", partial(np.savez_compressed, **arrays))
     sheets = [str(folder / f"{text.name}-all.png") for text in drawn]
     rows = [[text, f"{share:.3f}", path] for text, share, path in zip(args.text, cosine, sheets, strict=True)]
-    numbers = print_table(["text", "cosine", "all maps in one picture"], rows)
+    print_table(["text", "cosine", "all maps in one picture"], rows)
     wrote = f"{len(files)} pictures in {folder}. The maps as numbers: {folder / 'maps.npz'}"
     notes = (*say(wrote, f"{LEGEND} {SCALES}"), *print_refused(refused))
     results = {
@@ -87,7 +87,7 @@ def run(job: Job) -> tuple[dict, list]:
         "scales": {name: [scale.low, scale.high] for name, scale in scales.items()},
         "files": files,
     }
-    return results, page(image, drawn, (numbers, notes))
+    return results, page(image, drawn, notes)
 
 
 def by_heads(args: Namespace) -> bool:
@@ -177,14 +177,11 @@ def save_pictures(folder: Path, image: Image.Image, text: Drawn) -> list[str]:
     return list(files)
 
 
-def page(image: Image.Image, drawn: list[Drawn], shown: Shown) -> list[str]:
+def page(image: Image.Image, drawn: list[Drawn], notes: Sequence[str]) -> list[str]:
     """The same for report.html."""
-    numbers, notes = shown
     lead = "Where in this image each text is seen: the stronger a colour, the more a patch adds to the score."
-    sections = [
-        lead,
-        report.section("The image", report.pictures([(image, "")], size=240), numbers, note=notes),
-    ]
+    original = report.pictures([(image, "the image")], size=240)
+    sections = [lead, report.section("The image", original, note=notes)]
     for text in drawn:
         pictures = [(tile.with_bar(), f"{tile.caption}: {tile.scale}") for tile in text.tiles]
         sections.append(report.section(text.title, report.pictures(pictures, size=160)))
