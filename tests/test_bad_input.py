@@ -1543,7 +1543,8 @@ def killed(*args: object, **options: object) -> None:
     os._exit(1)  # as a worker ends that the kernel kills for its memory
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+# Workers that fail are waited for, five seconds each.
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_no_memory_for_an_image(
     workers: int, world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
