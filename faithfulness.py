@@ -100,11 +100,11 @@ def ranks(maps: Tensor, ties: Tensor) -> Tensor:
         raise ValueError(f"expected maps [{len(ties)}, rows, cols], got {list(maps.shape)}")
     if not maps.isfinite().all():
         raise ValueError("a map holds a NaN or an infinity")
-    maps, device = maps.cpu() if maps.device.type == "mps" else maps, maps.device  # mps has no float64
+    maps, device = maps.cpu(), maps.device  # some devices have no float64
     values = F.interpolate(maps.double()[:, None], ties.shape[1:], mode="bilinear").flatten(1)
     largest = values.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     values = (values / largest * 1e9).round()  # resizing repeats a value but for its last digits
-    order = ties.to(values.device).flatten(1).argsort(dim=1)
+    order = ties.cpu().flatten(1).argsort(dim=1)
     order = order.gather(1, values.gather(1, order).argsort(dim=1, descending=True, stable=True))
     return order.argsort(dim=1).view_as(ties).to(device)
 

@@ -319,7 +319,7 @@ def test_heatmap_shows_how_far_it_is(tmp_path, capsys, kinds):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["textspan", "neurons", "retrieval"])
 def test_pictures_for_the_page_are_small_at_once(tmp_path, monkeypatch, task):
-    """The page keeps 256 pixels of a picture, retrieval's 320."""
+    """The page keeps twice the pixels that it shows."""
     for i in range(8):
         path = tmp_path / "data" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -336,7 +336,8 @@ def test_pictures_for_the_page_are_small_at_once(tmp_path, monkeypatch, task):
     monkeypatch.setattr(job, "classifier", classes["classifier"])  # the demo knows no class called a
     assert main(argv) == 0
     assert held
-    assert {max(picture.size) for picture in held} == {320 if task == "retrieval" else 256}
+    expected = {"textspan": 192, "neurons": 256, "retrieval": 320}
+    assert {max(picture.size) for picture in held} == {expected[task]}
 
 
 def pictures_in(x):
