@@ -20,6 +20,8 @@ STUDY = json.loads((ROOT / "benchmarks" / "cue_study.json").read_text())["figure
 STRENGTHS, SEEDS = list(STUDY), ["2", "3", "4"]
 HEADS, DIRECTIONS, EVERYWHERE = "heads (the paper's way)", "directions in the heads", "directions everywhere"
 WAYS = (HEADS, DIRECTIONS, EVERYWHERE)
+TEXTS = "cue's directions in the class texts"
+PUBLISHED = ("Orth-Proj (all texts)", "Orth-Cal", "PerceptionCLIP", "RoboShot", "TIE*", "LEACE")
 
 
 def prose(page: str) -> str:
@@ -48,7 +50,27 @@ def above(a: str, b: str) -> list[bool]:
 
 
 CLAIMS = {
-    "Of these three it gives the best worst group at every strength, 92 to 85 %": lambda: (
+    "both are ahead of every published method at every strength": lambda: all(
+        min(ours) > theirs
+        for row in (*PUBLISHED, "TIE (looks at labels)")
+        for *ours, theirs in zip(average(EVERYWHERE), average(TEXTS), average(row), strict=True)
+    ),
+    "The worst group is better with `embedding` in six of the nine models": lambda: (
+        sum(all_of(EVERYWHERE, TEXTS)) == 6
+    ),
+    "the texts are ahead on average (86.9 against 85.5 %)": lambda: (
+        [round(average(row)[2], 1) for row in (TEXTS, EVERYWHERE)] == [86.9, 85.5]
+    ),
+    "from 76 and 73 % of the worst group at the weakest bias to 20 and 18 %": lambda: (
+        [[round(average(row)[i]) for row in ("PerceptionCLIP", "TIE*")] for i in (0, 2)]
+        == [[76, 73], [20, 18]]
+    ),
+    "within three points of `embedding` on seeds 2 and 3, and at 47 % on seed 4": lambda: (
+        [a - b < 3 for a, b in zip(each(EVERYWHERE, "0.97"), each("RoboShot", "0.97"), strict=True)]
+        == [True, True, False]
+        and round(each("RoboShot", "0.97")[2]) == 47
+    ),
+    "the best worst group at every strength, 92 to 85 %": lambda: (
         all(above(EVERYWHERE, HEADS) + above(EVERYWHERE, DIRECTIONS))
         and [round(average(EVERYWHERE)[i]) for i in (0, 2)] == [92, 85]
     ),
@@ -59,18 +81,18 @@ CLAIMS = {
         0.35 < before - after < 0.85
         for before, after in zip(average("base", "kinds"), average(EVERYWHERE, "kinds"), strict=True)
     ),
-    "the strongest bias has 86.8 ± 0.8 against 85.3 ± 2.3": lambda: (
+    "the strongest bias has 86.6 ± 0.8 against 85.5 ± 2.4": lambda: (
         [
             f"{mean(x):.1f} ± {stdev(x):.1f}"
             for x in (each("everywhere, 99 %", "0.995"), each(EVERYWHERE, "0.995"))
         ]
-        == ["86.8 ± 0.8", "85.3 ± 2.3"]
+        == ["86.6 ± 0.8", "85.5 ± 2.4"]
     ),
     "better than as many random heads on average": lambda: all(above(HEADS, "random heads, mean")),
     "mean-ablating them is within six points of the best": lambda: (
         max(rows[0] for rows in map(average, STUDY["0.97"]["2"])) - average(HEADS)[0] < 6
     ),
-    "63 % against 85 %": lambda: [round(average(row)[2]) for row in (HEADS, EVERYWHERE)] == [63, 85],
+    "64 % against 85 %": lambda: [round(average(row)[2]) for row in (HEADS, EVERYWHERE)] == [64, 85],
     "stays where it was (91.0 against 88.7)": lambda: (
         [round(average(row, "kinds")[0], 1) for row in (DIRECTIONS, HEADS)] == [91.0, 88.7]
     ),
@@ -94,11 +116,11 @@ CLAIMS = {
     ),
     "is enough in the chosen heads, and unreliable in the whole embedding": lambda: (
         all(abs(a - b) < 2 for a, b in zip(average("one direction"), average(DIRECTIONS), strict=True))
-        and max(average("everywhere, one direction")) < 55
+        and max(average("everywhere, one direction")) < 60
     ),
-    "comes out a point and a half better (86.8), and the kinds of birds as much worse": lambda: all(
-        round(sign * (average("everywhere, 99 %", key)[2] - average(EVERYWHERE, key)[2]), 1) == 1.5
-        for key, sign in (("worst", 1), ("kinds", -1))
+    "comes out a point better (86.6), and the kinds of birds a point and a half worse": lambda: all(
+        abs(average("everywhere, 99 %", key)[2] - average(EVERYWHERE, key)[2] - change) < 0.3
+        for key, change in (("worst", 1), ("kinds", -1.5))
     ),
     "> 0.2 is ahead at the weakest bias alone, and > 0.5 and the gap at none": lambda: (
         [above(row, DIRECTIONS) for row in ("> 0.2", "> 0.5", "gap")]
