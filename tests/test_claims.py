@@ -70,9 +70,9 @@ CLAIMS = {
         == [True, True, False]
         and round(each("RoboShot", "0.97")[2]) == 47
     ),
-    "the best worst group at every strength, 92 to 85 %": lambda: (
+    "the best worst group at every strength, 91 to 85 %": lambda: (
         all(above(EVERYWHERE, HEADS) + above(EVERYWHERE, DIRECTIONS))
-        and [round(average(EVERYWHERE)[i]) for i in (0, 2)] == [92, 85]
+        and [round(average(EVERYWHERE)[i]) for i in (0, 2)] == [91, 85]
     ),
     "with the smallest spread over seeds": lambda: all(
         min(WAYS, key=lambda row: stdev(each(row, strength))) == EVERYWHERE for strength in STRENGTHS
