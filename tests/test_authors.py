@@ -166,6 +166,7 @@ def without(terms, heads=(), mlps=False, stem=False):
     return away + parts.sum(dim=(1, 2)) + (terms.stem.mean(dim=0) if stem else terms.stem)
 
 
+@pytest.mark.slow
 def test_a_run_of_waterbirds_takes_means_of_their_terms_over_the_test_images(tmp_path, world):
     code, results, _ = run(tmp_path, "--task waterbirds", QUICK, "--heads 3.1,2.2 --remove heads --draws 2")
     assert code == 0
@@ -183,6 +184,7 @@ def test_a_run_of_waterbirds_takes_means_of_their_terms_over_the_test_images(tmp
         assert list(results["rows"][row]["groups"].values()) == pytest.approx(expected), row
 
 
+@pytest.mark.slow
 def test_a_run_of_ablation_takes_means_of_their_terms_over_the_test_images(tmp_path, world):
     code, results, _ = run(tmp_path, "--task ablation", QUICK)
     assert code == 0

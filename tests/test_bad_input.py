@@ -1181,6 +1181,7 @@ def test_banks(
     refused(build(world, tmp_path), tmp_path, capsys, *words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "task", "said"),
     [

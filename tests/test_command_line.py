@@ -191,6 +191,7 @@ def test_an_image_of_one_patch_is_large_enough(tmp_path, capsys):
     assert call(capsys, tmp_path, "--task", "check", "--image-size", "8", *FEW)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_bank_of_one_category_gives_no_role_and_says_why(tmp_path, capsys):
     (tmp_path / "bank.txt").write_text("a red bird\na duck\non the ocean\n")
     argv = ["--task", "textspan", "--text-bank", tmp_path / "bank.txt", "--texts", "2", *FEW]

@@ -192,6 +192,7 @@ def test_the_demo_keeps_its_promise(tmp_path):
     assert rows["cue's directions in the heads"]["kinds"] >= rows["base"]["kinds"] - 0.02
 
 
+@pytest.mark.slow
 def test_without_another_set_to_draw_there_is_no_control(tmp_path, capsys):
     code, results = run(
         tmp_path, "--task waterbirds", *QUICK, "--heads", ",".join(f"3.{h}" for h in range(8))
@@ -212,6 +213,7 @@ def test_another_seed_draws_other_images(tmp_path, table):
     assert other["rows"]["base"] != table["rows"]["base"]
 
 
+@pytest.mark.slow
 def test_a_cue_can_be_given_as_texts(tmp_path):
     code, results = run(
         tmp_path, "--task waterbirds", *QUICK, "--cue", "in a forest", "on the ocean", "at the beach"
@@ -354,6 +356,7 @@ def test_how_many_images_and_texts_chose_the_heads_is_printed(tmp_path, capsys):
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_heads_that_were_not_chosen_are_not_said_to_have_no_role(tmp_path):
     run(tmp_path, "--task waterbirds", *QUICK, "--draws 1 --heads 3.4")
     page = next(tmp_path.rglob("report.html")).read_text(encoding="utf-8")

@@ -310,12 +310,14 @@ def test_accuracy_is_that_of_embeddings_with_the_terms_at_their_mean(ablation, d
     assert ablation.results["accuracy"] == pytest.approx(expected(demo))
 
 
+@pytest.mark.slow
 def test_accuracy_is_so_on_a_folder_of_other_classes(tmp_path, folder, places):
     found = run(tmp_path, "--task ablation", "--data", str(folder), "--workers 0").results["accuracy"]
     assert found == pytest.approx(expected(places))
     assert len(set(found.values())) > 4  # the ablations differ
 
 
+@pytest.mark.slow
 def test_accuracy_is_so_for_a_model_of_more_than_four_layers(tmp_path, folder, deep, deep_places):
     found = run(tmp_path, "--task ablation", "--data", str(folder), "--workers 0", *deep.argv).results[
         "accuracy"
@@ -497,6 +499,7 @@ def test_batch_size_and_workers_change_no_curve(tmp_path, curves, words):
         assert dict(map(tuple, points)) == pytest.approx(curves[pool], abs=1 / LIMIT + 1e-9)
 
 
+@pytest.mark.slow
 def test_texts_caps_the_texts_and_words_are_not_needed(tmp_path, curves):
     found = run(tmp_path, "--task completeness", *QUICK, "--texts 5").results["curves"]
     assert list(found) == ["descriptions", "class prompts", "random vectors"]
@@ -691,6 +694,7 @@ def test_two_heads_are_compared_by_their_sum_and_not_head_by_head(demo, photo):
     assert together.argsort().tolist() != apart.argsort().tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", ["image", "text"])
 def test_a_role_is_all_heads_that_have_it(tmp_path, clip, demo, photo, query):
     asked = ["--image", str(photo[0])] if query == "image" else ["--text", "at the beach"]
@@ -730,6 +734,7 @@ def test_as_many_are_printed_as_top_says(tmp_path, demo, photo):
     assert rows(found.out, "nearest") == wanted
 
 
+@pytest.mark.slow
 def test_there_are_no_more_images_than_there_are(tmp_path, folder):
     found = retrieve(tmp_path, folder, "--head 3.4", "--text", "a duck", "--top 99").results["found"]
     assert len(found) == 40
@@ -740,6 +745,7 @@ def test_batch_size_and_workers_change_no_ranking(tmp_path, demo, photo):
     check_ranking(found.results, demo, scored(demo, [(3, 4)], photo[1], "image"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "head"), [("3", "3.4"), ("17", "3.0,3.1"), ("3", "0.0")])
 def test_the_query_itself_is_left_out_and_named(tmp_path, folder, head, number):
     path = next((folder / "val").rglob(f"{number}.png"))
@@ -752,6 +758,7 @@ def test_the_query_itself_is_left_out_and_named(tmp_path, folder, head, number):
         assert rows[0]["score"] < 0.9999
 
 
+@pytest.mark.slow
 def test_a_query_that_is_none_of_the_images_leaves_none_out(tmp_path, folder, photo):
     found = retrieve(tmp_path, folder, "--head 3.4", "--image", str(photo[0]), "--top 99").results
     assert "left out" not in found["settings"]
@@ -783,6 +790,7 @@ def test_a_picture_of_the_demo_is_a_query(tmp_path, demo):
     check_ranking(found, demo, score, top=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", ["image", "text"])
 def test_the_whole_embedding_ranks_by_its_cosine(tmp_path, clip, demo, photo, query):
     asked = ["--image", str(photo[0])] if query == "image" else ["--text", "at the beach"]
@@ -1058,12 +1066,14 @@ def test_batch_size_and_workers_change_nothing_of_debias(tmp_path, debias):
         close(again["rows"][label], row)
 
 
+@pytest.mark.slow
 def test_the_order_of_the_classes_changes_no_figure(tmp_path, debias):
     again = run(tmp_path, "--task debias", *QUICK, *DRAWS, "--classes waterbird landbird").results
     for label, row in debias.results["rows"].items():
         close(again["rows"][label], row)
 
 
+@pytest.mark.slow
 def test_more_classes_than_the_labels_have_are_still_scored(tmp_path, clip, birds):
     names = ["crow", "waterbird", "landbird"]
     found = run(tmp_path, "--task debias", *QUICK, *DRAWS, "--classes", *names).results["rows"]["base"]
@@ -1429,6 +1439,7 @@ def test_every_head_has_the_role_that_explains_most_of_it(spans, clip):
     assert len({head["role"] for head in spans.results["heads"]}) > 4
 
 
+@pytest.mark.slow
 def test_every_head_of_a_deep_model_has_its_own_shares(tmp_path, folder, deep, deep_places):
     found = run(tmp_path, "--task textspan", "--data", str(folder), "--workers 0", *deep.argv, "--texts 2")
     heads = found.results["heads"]
@@ -1488,6 +1499,7 @@ def test_few_images_choose_wrong_heads_and_ten_per_text_hardly_any(clip):
     assert wrong[300] < 0.3
 
 
+@pytest.mark.slow
 def test_the_true_factors_of_the_demo_are_not_those_of_a_folder(tmp_path, folder):
     found = run(tmp_path, "--task textspan --workers 0 --texts 2 --data", str(folder))
     assert "agreement" not in found.results

@@ -361,6 +361,7 @@ def test_the_task_runs_the_model_twenty_times_for_each_map_and_once_more(tmp_pat
     assert sizes == [3] * (1 + 3 * 20) + [2] * (1 + 3 * 20)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures_whatever_the_batch_size(tmp_path):
     argv = ["--limit 4 --methods rollout"]
     first, again, other = (
@@ -413,6 +414,7 @@ def test_the_heads_of_a_role_have_a_row(tmp_path, monkeypatch):
     assert role["insertion"]["points"] == pytest.approx(every["insertion"]["points"], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_every_method_has_its_row_unless_it_does_not_support_the_model(tmp_path, monkeypatch, refused):
     monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
     results, printed = faithful(tmp_path / "without", "--limit 1")

@@ -628,6 +628,7 @@ def wordnet(tmp_path, pictures) -> Path:
     return tmp_path / "imagenet"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",
     [

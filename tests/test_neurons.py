@@ -861,6 +861,7 @@ def test_another_layer_and_more_neurons_than_it_has(capsys, monkeypatch):
     assert spread == sorted(spread, reverse=True)
 
 
+@pytest.mark.slow
 def test_the_seed_draws_other_images_and_neurons(capsys):
     first, again, other = short(), short(), short(seed=1)
     assert first == again != other

@@ -429,6 +429,7 @@ def stopped(tmp_path, monkeypatch, after=5, *more):
     return tmp_path / "waterbirds" / ".state"
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_not_done_again(tmp_path, monkeypatch, alone, capsys):
     """8 writes: 5 batches of the centre, its end, 2 of 5 batches of the reference."""
     assert sorted(path.name for path in stopped(tmp_path, monkeypatch, 8).iterdir()) == [
@@ -656,6 +657,7 @@ def test_a_state_that_holds_something_else_is_refused(tmp_path, monkeypatch, cap
         run.load_unfinished([Sums()])
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_resume_starts_anew_and_says_so(tmp_path, monkeypatch, capsys, alone):
     folder = stopped(tmp_path, monkeypatch)
     capsys.readouterr()
@@ -665,6 +667,7 @@ def test_a_run_that_does_not_resume_starts_anew_and_says_so(tmp_path, monkeypatc
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_twice_keeps_nothing_of_the_first(tmp_path, monkeypatch, alone):
     """The first gets farther, with another seed; the second does not resume it."""
     assert "reference-train.0.pt" in {

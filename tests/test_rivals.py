@@ -329,6 +329,7 @@ def test_the_weighted_average_counts_the_groups_of_the_whole_training_split(ran)
     assert f"{' / '.join(map(str, counts))} images" in ran.out
 
 
+@pytest.mark.slow
 def test_published_rows_need_no_heads_and_stand_where_they_are_asked_for(tmp_path):
     argv = f"--limit {LIMIT} --workers 0 --draws 2 --remove rivals"
     cue = ("--cue", "a bird on land", "a bird on water")
@@ -344,6 +345,7 @@ def test_published_rows_need_no_heads_and_stand_where_they_are_asked_for(tmp_pat
     assert "cue's directions in the class texts" in usual.results["rows"]
 
 
+@pytest.mark.slow
 def test_too_many_prompts_are_not_asked_for_and_the_settings_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr("tasks.rivals.MOST", 19)  # two classes and eight kinds with two texts are 20
     argv = f"--task waterbirds --limit {LIMIT} --workers 0 --draws 2 --remove rivals --cue"
@@ -353,6 +355,7 @@ def test_too_many_prompts_are_not_asked_for_and_the_settings_say_so(tmp_path, mo
     assert "they need 20 prompts" in ran.results["settings"]["note"]
 
 
+@pytest.mark.slow
 def test_the_authors_protocol_leaves_the_published_rows(tmp_path, ran):
     """They use images at unit length, whatever the terms' convention."""
     argv = f"--task waterbirds --limit {LIMIT} --workers 0 --draws 2 --heads 3.4 --protocol authors"

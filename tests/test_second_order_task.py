@@ -235,6 +235,7 @@ def test_a_map_is_the_mean_activation_of_the_neurons_nearest_to_the_text():
         assert float((maps[b] - other.view(8, 8)).abs().max()) > FAR
 
 
+@pytest.mark.slow
 def test_a_model_that_second_order_refuses_has_no_such_maps(tmp_path, capsys, monkeypatch):
     def refuse(*_):
         raise DecompositionError("cannot follow what heads read")

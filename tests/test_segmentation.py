@@ -454,6 +454,7 @@ def test_batch_size_and_workers_change_nothing(tmp_path, some_rows, change):
         assert_same_row(again[method], row)
 
 
+@pytest.mark.slow
 def test_half_precision_gives_nearly_the_same(tmp_path, some_rows):
     rows = segment(tmp_path, *SOME, "--precision bf16")
     for method in ("decomposition", "chefer2021"):
@@ -470,6 +471,7 @@ def test_the_random_row_depends_on_nothing_but_the_seed(tmp_path, some_rows, arg
     assert_same_row(segment(tmp_path, *SOME, *argv)["random"], some_rows["random"])
 
 
+@pytest.mark.slow
 def test_another_seed_draws_other_random_maps_on_the_same_images(tmp_path, birds):
     argv = ["--data", birds, "--methods decomposition", "centred blob", "random"]
     first, again, other = (segment(tmp_path, *argv, "--seed", seed) for seed in (0, 0, 1))
@@ -810,12 +812,14 @@ def test_every_text_has_a_picture_per_method_and_one_of_them_all(tmp_path):
     assert np.array_equal(sparrow, red_bird)
 
 
+@pytest.mark.slow
 def test_without_methods_all_are_drawn(tmp_path):
     methods = ["decomposition", "decomposition-abs", *METHODS, "all"]
     files = show(tmp_path, bird_picture(), "--text", "a bird").results["files"]
     assert files == [f"1-a-bird-{method}.png" for method in methods]
 
 
+@pytest.mark.slow
 def test_a_method_that_does_not_support_the_model_is_not_drawn_but_named(refused, tmp_path, monkeypatch):
     monkeypatch.setitem(ATTRIBUTIONS, "gradcam", Attribution(unsupported, "dot"))
     found = show(tmp_path / "first", noise(64, 64), "--text", "a duck")
@@ -922,6 +926,7 @@ def save_as(tmp_path, array):
     return tmp_path / "plain" / "same.png"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", [6, 3, 8])
 def test_a_photograph_taken_on_its_side_comes_out_upright(tmp_path, tag):
     stored = noise(90, 60, seed=tag)
@@ -995,6 +1000,7 @@ def test_two_texts_of_one_name_have_pictures_of_their_own(tmp_path):
     assert sorted(found) == [f"{i}-a-duck-{name}.png" for i in (1, 2) for name in ("all", "rollout")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "scores"),
     [((), ["dot", "-", "cosine", "dot"]), (("--score logit",), ["dot", "-", "logit", "logit"])],
@@ -1075,6 +1081,7 @@ def test_minus_explains_the_difference_of_two_texts(tmp_path, clip):
     assert list(results["cosine"]) == ["a gull"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "model"), [(DemoBirds, "demo-vit"), (DemoSigns, "demo-vit-written")])
 def test_a_picture_of_the_demo_is_named_by_its_number(tmp_path, world, model):
     picture = world("test", lambda image: image).picture(12)
@@ -1094,6 +1101,7 @@ def test_an_absent_thing_looks_absent_beside_one_that_is_there(tmp_path):
     assert absent < there / 4
 
 
+@pytest.mark.slow
 def test_a_map_that_is_not_finite_is_left_out_and_named(refused, tmp_path, monkeypatch):
     broken = Attribution(lambda model, images, texts, score="dot": torch.full((1, 8, 8), torch.nan), "dot")
     monkeypatch.setitem(ATTRIBUTIONS, "gradcam", broken)
