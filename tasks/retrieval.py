@@ -82,7 +82,7 @@ def run(job: Job) -> tuple[dict, list]:
     path = args.out / "retrieval" / "sheet.png"
     notes = say(*notes, f"Contact sheet: {path}")
     shown = {f"By these heads: {measure}": ours.tiles, "By the whole embedding: cosine": whole.tiles}
-    title = f"Nearest to {where['query']} by heads {where['heads']}"
+    title = f"Nearest to {where['query']} by head{'s' * (len(heads) > 1)} {where['heads']}"
     save_picture(contact_sheet(title, query, shown), path)
     return results, page(title, query, shown, notes)
 
