@@ -24,7 +24,7 @@ from benchmarks.cue_study import collect, measure, pick
 from cue import THRESHOLD, CueVotes, subspace
 from decompose import Decomposition, head_maps
 from demo.images import DemoBirds
-from evaluate import parse_args
+from options import parse_args
 from tasks.heads import Head
 from tasks.job import Job
 from tasks.reference import Reference, centre, summarise

@@ -40,7 +40,7 @@ from torch import Tensor
 import demo
 from cue import subspace
 from demo.images import DemoBirds
-from evaluate import parse_args
+from options import parse_args
 from rivals import orth_cal, orth_proj
 from tasks.heads import Head
 from tasks.job import Job

@@ -27,10 +27,11 @@ from baselines import METHODS, BaselineError
 from data import ImageFolder, Waterbirds
 from decompose import DecompositionError, decompose, heatmap, image_embedding
 from demo.images import DemoBirds, DemoMasks
-from evaluate import TASKS, main, parse_args
+from evaluate import main
 from files import InputError, locked, visible
 from masks import ImageNetSegmentation, MaskFolder
 from neurons import neurons
+from options import TASKS, parse_args
 from tasks import job, passes
 from zeroshot import load_clip
 

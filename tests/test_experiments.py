@@ -29,7 +29,7 @@ from decompose import Decomposition, decompose, head_maps, token_scores
 from demo import scenes
 from demo.images import DemoBirds
 from demo.truth import agreement, same_factors
-from evaluate import parse_args
+from options import parse_args
 from roles import explained, find_roles, in_own_space
 from tasks.ablation import ablations
 from tasks.completeness import random_texts

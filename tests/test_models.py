@@ -213,7 +213,7 @@ def test_a_task_runs_on_other_read_outs(tmp_path, tower, bank, waterbirds, task)
 
 def test_neurons_under_attention_pooling_are_summed_up_rightly(tmp_path, tower, bank, waterbirds):  # noqa: F811
     """Spread and accuracy, from the terms themselves."""
-    from evaluate import parse_args
+    from options import parse_args
     from tasks.job import Job, open_split
     from tasks.neurons import watch
 

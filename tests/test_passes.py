@@ -22,10 +22,11 @@ import demo
 from cue import CueVotes
 from data import ImageFolder, Waterbirds
 from demo.images import DemoBirds, DemoMasks
-from evaluate import main, parse_args
+from evaluate import main
 from files import InputError
 from masks import MaskFolder
 from metrics import Segmentation
+from options import parse_args
 from tasks import checkpoint, passes, processes
 from tasks.accumulators import Largest, Rows, Sums, load_state_dict, state_dict
 from tasks.checkpoint import Checkpoint

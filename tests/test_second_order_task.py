@@ -18,8 +18,9 @@ from data import InputError
 from decompose import DecompositionError
 from demo.images import DemoBirds, DemoMasks
 from demo.truth import FACTOR_OF, name_agreement_in_words
-from evaluate import main, parse_args
+from evaluate import main
 from neurons import second_order
+from options import parse_args
 from tasks import segmentation
 from tasks.job import Job
 from tasks.neurons import choose_layer
