@@ -18,10 +18,9 @@ from zeroshot import classifier, templates
 
 from .accumulators import Sums
 from .job import Images, Job, check_class_names, open_split
-from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
+from .removal import Plan, in_blocks, look_for_cue, page_of_heads, random_heads, score, without_heads_forward
 from .rivals import ways_without, with_published_last
 from .tables import Shown, in_tenths, logits, mean_and_std, percent, print_settings, print_table, say
-from .waterbirds import page_of_heads
 
 
 def run(job: Job) -> tuple[dict, list]:

@@ -22,14 +22,22 @@ from files import InputError
 from zeroshot import Clip
 
 from .accumulators import Rows
-from .attribution import OURS, choose_methods, print_refused
+from .attribution import (
+    BLOB,
+    OURS,
+    RANDOM,
+    choose_methods,
+    draw,
+    map_of_heads,
+    maps_of,
+    print_refused,
+    what_it_explains,
+)
 from .heads import head_name
 from .job import Job, open_zero_shot
 from .passes import one_pass
-from .reading import map_of_heads
-from .retrieval import heads_of
-from .segmentation import BLOB, RANDOM, draw, maps_of, what_it_explains
 from .tables import Shown, print_settings, print_table, prompts_of, say
+from .textspan import heads_of
 
 IMAGES = 256  # unless --limit says another number: many forward passes for each
 PROMPTS = {"predicted": "the predicted class", "true": "the true class"}

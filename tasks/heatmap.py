@@ -25,13 +25,12 @@ from files import InputError
 from masks import seen
 from zeroshot import embed_texts
 
-from .attribution import attribute, choose_methods, print_refused, score_of, signed
+from .attribution import attribute, choose_methods, map_of_heads, print_refused, score_of, signed
 from .drawing import LEGEND, LONG_SIDE, Scale, Tile, in_rows, overlay, save, save_picture, sheet, slug
 from .heads import head_name, parse_heads
 from .job import Job, read_image
-from .reading import map_of_heads
-from .retrieval import heads_of
 from .tables import print_settings, print_table, say
+from .textspan import heads_of
 
 ACROSS = 6  # maps in a row of the sheet, beside the image
 SCALES = "All texts share the scale of a map; its ends are the numbers at the bar."

@@ -9,7 +9,7 @@ Axes: b images   L layers   H heads   N tokens   e width of a head   r random di
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from attention import attention_calls
 from cue import THRESHOLD
 from data import subset
-from decompose import decompose, head_maps, image_embedding, open_tower, token_scores
+from decompose import decompose, head_maps, image_embedding, open_tower
 from roles import explained, in_own_space
 from written import WrittenImages
 
@@ -35,22 +35,6 @@ TILE, GAP = 128, 6  # of the contact sheet
 
 
 @torch.no_grad()
-def map_of_heads(
-    model: nn.Module, images: Tensor, heads: Collection[Head], texts: Tensor, chunk: int = 8
-) -> Tensor:
-    """[b, rows, columns] what each patch adds through these heads to <embedding, text>, texts [b, d]."""
-    tower = open_tower(model, images=images)
-    layers = sorted({layer for layer, _ in heads})
-    mask = images.new_zeros(len(layers), len(tower.W_O[0]), dtype=tower.W_O[0].dtype)
-    for layer, head in heads:
-        mask[layers.index(layer), head] = 1
-    found = []
-    for i in range(0, len(images), chunk):  # every text is scored on every image of the chunk
-        scores = token_scores(model, images[i : i + chunk], texts[i : i + chunk], layers)
-        found.append(einsum("bLHNb,LH->bN", scores, mask))
-    return torch.cat(found)[:, tower.prefix :].unflatten(1, tower.grid(images))
-
-
 def cover(images: Tensor, heat: Tensor, bar: float) -> Tensor:
     """The images [b, 3, rows, columns] without the patches whose heat is over the bar.
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import report
 from cue import THRESHOLD, CueVotes, subspace
 from decompose import Decomposition, head_maps
 from files import InputError, did_you_mean
@@ -313,3 +314,12 @@ def random_heads(chosen: list[Head], width: int, draws: int, seed: int) -> list[
 def other_sets(chosen: Heads, width: int) -> int:
     """How many other sets of as many heads per layer there are."""
     return prod(comb(width, count) for count in Counter(layer for layer, _ in chosen).values()) - 1
+
+
+def page_of_heads(results: dict) -> report.Html:
+    """The heads by what the cue explains of them, from the results of a task that takes a cue out."""
+    shares = {(i, j): share for i, row in enumerate(results["explained"]) for j, share in enumerate(row)}
+    roles = {head: "chosen" if [*head] in results["heads"] else "not chosen" for head in shares}
+    heads = [report.Head(*head, roles[head], share) for head, share in shares.items()]
+    words = "Share of each head's variance between images that different texts of the cue fit best."
+    return report.section("Which heads look at the cue", words, report.head_grid(heads))

@@ -17,12 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 import report
-from cue import THRESHOLD
 from decompose import Decomposition, decompose, head_maps
 from demo.images import DemoBirds
 from demo.truth import same_factors, same_factors_in_words
-from files import InputError, did_you_mean
-from roles import find_roles, in_own_space
+from files import InputError
+from roles import in_own_space
 from zeroshot import embed_texts
 
 from .accumulators import Rows
@@ -30,9 +29,8 @@ from .drawing import Tile, in_rows, save_picture, sheet
 from .heads import Head, head_name, parse_heads
 from .job import Images, Job, open_split, read_image
 from .passes import one_pass
-from .reference import Kept, summarise
 from .tables import print_settings, print_table, say
-from .textspan import ROLE_IMAGES, one_category
+from .textspan import heads_of
 
 ACROSS = 6  # images in a row of the contact sheet
 SIZE = 160  # of pictures on the page
@@ -142,29 +140,6 @@ def nearest(data: Images, score: Tensor, top: int, query: Image.Image | None) ->
         found.tiles.append(Tile(report.thumbnail(picture, SIZE), caption))
         if len(found.order) == top:
             break
-    return found
-
-
-def heads_of(job: Job) -> list[Head]:
-    """The heads of all layers whose role --role is, found on the reference images."""
-    args, bank = job.args, job.load_bank()
-    if args.role not in bank.categories:
-        choices = ", ".join(dict.fromkeys(bank.categories)) + did_you_mean(args.role, bank.categories)
-        raise InputError(f"--role {args.role!r} is no category of {bank.path}: {choices}")
-    if len(set(bank.categories)) < 2:
-        raise InputError(f"--role {args.role!r}: {one_category(bank)}")
-    data = open_split(job, args.reference)
-    kept = Kept(len(data), ROLE_IMAGES, args.seed, slice(None))
-    maps = summarise(job, kept, data).maps
-    texts = embed_texts(job.clip, bank.texts, "text bank")
-    values, embedding = kept.values.tensor(), kept.embedding.tensor()
-    roles = find_roles(values, maps, embedding, texts, bank.categories, seed=args.seed)
-    depth, heads = maps.shape[:2]
-    every = [(layer, head) for layer in range(depth) for head in range(heads)]
-    found = [head for head in every if roles.name(*head) == args.role]
-    if not found:
-        why = f"the category explains over {THRESHOLD:.0%} of none, or no more than texts dealt at random"
-        raise InputError(f"no head has the role {args.role!r}: {why}")
     return found
 
 

@@ -29,14 +29,14 @@ from neurons import second_order
 from zeroshot import Clip, classifier, templates
 
 from .attribution import (
-    ATTRIBUTIONS,
-    OURS,
-    attribute,
+    BLOB,
+    RANDOM,
     choose_methods,
     clipped,
+    maps_of,
     print_refused,
-    score_of,
     signed,
+    what_it_explains,
 )
 from .drawing import LEGEND, Scale, overlay
 from .heads import LAST_LAYERS
@@ -44,16 +44,17 @@ from .job import Job, check_class_names
 from .neurons import Activity, whole_maps
 from .passes import one_pass
 from .reference import CENTRE_IMAGES
-from .tables import in_tenths, print_settings, prompts_of, table
+from .tables import Shown, in_tenths, print_settings, print_table, prompts_of, say
 
 NEURONS = "neurons"  # here alone: it takes a pass over the images before its first map
-BLOB, RANDOM = "centred blob", "random"  # what a method must beat
+MEASURES = ("pixel accuracy", "mIoU", "mAP", "pointing", "energy")
 NOTE = (
     "A map is resized to its mask; above its mean is foreground. mIoU: background and foreground, summed "
     "over all images.\nmAP: ± standard error over images; random is about 50. The decomposition is clipped "
     "at zero, as in the paper.\npointing: is the maximum in the mask? energy: share of the map's positive "
     "values that lies in it."
 )
+Pictures = dict[str, list[tuple[Image.Image, str]]]  # {title: pictures with their captions}
 EXAMPLES, SIDE = 3, 256  # images on the page, pixels of their long side
 PROTOCOLS = {"aligned": "masks resized and cropped as images", "authors": "masks squashed onto the crop"}
 
@@ -95,28 +96,15 @@ def run(job: Job) -> tuple[dict, list]:
     where = print_settings(job, images=data.description, **explained)
     totals = {method: total for method, total in found.totals.items() if method not in found.refused}
     rows = {method: measures(method, total, args) for method, total in totals.items()}
-    print_rows(rows)
-    refused = print_refused(found.refused)
+    numbers, notes = print_rows(rows)
+    notes = (*notes, *print_refused(found.refused))
     results = {"settings": where, "rows": rows, "refused": found.refused}
-    sections = page(rows, examples(job, data, list(rows), names, classes, labels))
-    return results, [*sections, *([report.section("Methods left out", *refused)] if refused else [])]
-
-
-def maps_of(method: str, job: Job, images: Tensor, indices: Tensor, classes: Tensor, shown: Tensor) -> Tensor:
-    """[b, rows, cols] what a method says of the classes shown [b]."""
-    if method in (BLOB, RANDOM):
-        return sanity(method, images, job.clip, indices, job.args.seed)
-    texts = classes[shown]
-    if contrasted(method, job.args.contrast):
-        texts = texts - classes.mean(dim=0)
-    if method in job.more_maps:
-        return job.more_maps[method](images, texts)
-    return attribute(method, job.clip.model, images, texts, job.args.score)
+    return results, page(rows, examples(job, data, list(rows), names, classes, labels), (numbers, notes))
 
 
 def examples(
     job: Job, data: Masked, methods: list[str], names: list[str], classes: Tensor, labels: Tensor | None
-) -> dict[str, list[tuple[Image.Image, str]]]:
+) -> Pictures:
     """{title: (picture, caption)} of some images: the image, its mask, and every method's map over it."""
     found, clip = {}, job.clip
     for i in subset(len(data), EXAMPLES, job.args.seed):
@@ -218,17 +206,6 @@ def predict(clip: Clip, images: Tensor, classes: Tensor) -> Tensor:
     return (image_embedding(clip.model, images).to(classes) @ classes.T).argmax(dim=1)
 
 
-def contrasted(method: str, contrast: str) -> bool:
-    """Does the method explain the class minus the mean over classes?"""
-    chosen = contrast == "all" or (contrast == "paper" and method.startswith(OURS))
-    return chosen and reads_text(method)
-
-
-def reads_text(method: str) -> bool:
-    """The rows that a pass comes before do; those that look at nothing do not."""
-    return ATTRIBUTIONS[method].reads_text if method in ATTRIBUTIONS else method not in (BLOB, RANDOM)
-
-
 def neuron_maps(job: Job, data: Masked) -> Callable[[Tensor, Tensor], Tensor]:
     """The maps of Gandelsman et al., https://arxiv.org/abs/2406.04341: function(images, texts [b, d]).
 
@@ -264,22 +241,6 @@ def neuron_maps(job: Job, data: Masked) -> Callable[[Tensor, Tensor], Tensor]:
     return maps
 
 
-def sanity(method: str, images: Tensor, clip: Clip, indices: Tensor, seed: int) -> Tensor:
-    """[b, rows, cols] of one of the two rows that look at nothing."""
-    rows, cols = open_tower(clip.model).grid(images)
-    if method == BLOB:
-        # The standard deviation is a quarter of the side.
-        y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, cols), indexing="ij")
-        return torch.exp(-2 * (x**2 + y**2)).expand(len(images), -1, -1).to(clip.device)
-    return draw((rows, cols), indices, seed).to(clip.device)
-
-
-def draw(shape: tuple[int, ...], indices: Tensor, seed: int) -> Tensor:
-    """[b, *shape] random numbers from 0 to 1: an image's own, whatever the batch size."""
-    seeds = [(seed * 1_000_003 + i) % 2**32 for i in indices.tolist()]  # the generator takes 32 bits
-    return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-
-
 def measures(method: str, total: Segmentation, args: Namespace) -> dict:
     """A row of the table."""
     row = what_it_explains(method, args) | {"pixel accuracy": total.pixel_accuracy, "mIoU": total.mean_iou}
@@ -287,41 +248,30 @@ def measures(method: str, total: Segmentation, args: Namespace) -> dict:
     return row | {"pointing": total.pointing, "energy": total.energy}
 
 
-def what_it_explains(method: str, args: Namespace) -> dict[str, str]:
-    """The score and the text that a method explains, in words."""
-    if not reads_text(method):
-        return {"score": "-", "text": "-"}
-    score = score_of(method, args.score) if method in ATTRIBUTIONS else "dot"
-    return {"score": score, "text": "class - mean" if contrasted(method, args.contrast) else "class"}
-
-
-def print_rows(rows: dict[str, dict]) -> None:
+def print_rows(rows: dict[str, dict]) -> Shown:
+    """The table, and what its columns mean."""
     lines = []
     for method, row in rows.items():
-        cells = in_tenths([row["pixel accuracy"], row["mIoU"]])
-        more = in_tenths([row["pointing"], row["energy"]])
         mean_ap = f"{100 * row['mAP']:.1f} ± {100 * row['mAP standard error']:.1f}"
-        lines.append([method, row["score"], row["text"], *cells, mean_ap, *more])
-    print("\n" + table(["%", "score", "text", "pixel accuracy", "mIoU", "mAP", "pointing", "energy"], lines))
-    print("\n" + NOTE)
+        before, after = (in_tenths(row[key] for key in keys) for keys in (MEASURES[:2], MEASURES[3:]))
+        lines.append([method, row["score"], row["text"], *before, mean_ap, *after])
+    return print_table(["%", "score", "text", *MEASURES], lines), say(NOTE)
 
 
-def page(rows: dict[str, dict], pictures: dict[str, list[tuple[Image.Image, str]]]) -> list[str]:
+def page(rows: dict[str, dict], pictures: Pictures, shown: Shown) -> list[str]:
     """The same for report.html, drawn, with some of the maps."""
-    keys = ("pixel accuracy", "mIoU", "mAP", "pointing", "energy")
-    cells, precision = [], []
+    numbers, notes = shown
+    precision = []
     for method, row in rows.items():
-        cells.append([method, row["score"], row["text"], *in_tenths(row[key] for key in keys)])
         half = 1.96 * row["mAP standard error"]
         precision.append((method, *(100 * (row["mAP"] + away) for away in (0, -half, half))))
     overlap = [(method, 100 * row["mIoU"], None, None) for method, row in rows.items()]
-    measured = report.table(["%", "score", "text", *keys], cells)
-    drawn = report.intervals({"": precision}, "mAP, ± 1.96 standard errors", "%")
-    drawn = drawn, report.intervals({"": overlap}, "mIoU", "%")
-    measured = report.section("Do the maps lie on the object?", measured, *drawn, note=NOTE)
-    shown = []
-    for title, tiles in pictures.items():
-        shown += [report.tag("h3", title), report.pictures(tiles)]
-    maps = report.section("Some of the maps", *shown, note=f"Images drawn with the seed. {LEGEND}")
+    first = report.intervals({"": precision}, "mAP, ± 1.96 standard errors", "%")
+    second = report.intervals({"": overlap}, "mIoU", "%")
+    measured = report.section("Do the maps lie on the object?", numbers, first, second, note=notes)
+    tiles = []
+    for title, row in pictures.items():
+        tiles += [report.tag("h3", title), report.pictures(row)]
+    maps = report.section("Some of the maps", *tiles, note=f"Images drawn with the seed. {LEGEND}")
     lead = "How well each method's map of where the model sees a class agrees with the object's mask."
     return [lead, measured, maps]

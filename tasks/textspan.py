@@ -14,7 +14,7 @@ from cue import THRESHOLD
 from decompose import decompose, head_maps
 from demo import truth
 from demo.images import DemoBirds
-from files import InputError
+from files import InputError, did_you_mean
 from roles import DRAWS, Roles, explained, find_roles, in_own_space
 from textspan import Moments, TextSpan, textspan
 from zeroshot import Bank, embed_texts
@@ -87,6 +87,29 @@ def run(job: Job) -> tuple[dict, list]:
         results["shuffled"] = truth.roles_of_shuffled(*given, args.seed)
     print_results(results)
     return results, page(results, images)
+
+
+def heads_of(job: Job) -> list[Head]:
+    """The heads of all layers whose role --role is, found on the reference images."""
+    args, bank = job.args, job.load_bank()
+    if args.role not in bank.categories:
+        choices = ", ".join(dict.fromkeys(bank.categories)) + did_you_mean(args.role, bank.categories)
+        raise InputError(f"--role {args.role!r} is no category of {bank.path}: {choices}")
+    if len(set(bank.categories)) < 2:
+        raise InputError(f"--role {args.role!r}: {one_category(bank)}")
+    data = open_split(job, args.reference)
+    kept = Kept(len(data), ROLE_IMAGES, args.seed, slice(None))
+    maps = summarise(job, kept, data).maps
+    texts = embed_texts(job.clip, bank.texts, "text bank")
+    values, embedding = kept.values.tensor(), kept.embedding.tensor()
+    roles = find_roles(values, maps, embedding, texts, bank.categories, seed=args.seed)
+    depth, heads = maps.shape[:2]
+    every = [(layer, head) for layer in range(depth) for head in range(heads)]
+    found = [head for head in every if roles.name(*head) == args.role]
+    if not found:
+        why = f"the category explains over {THRESHOLD:.0%} of none, or no more than texts dealt at random"
+        raise InputError(f"no head has the role {args.role!r}: {why}")
+    return found
 
 
 def one_category(bank: Bank) -> str:

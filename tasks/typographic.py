@@ -28,15 +28,25 @@ from written import SAYS, Variants, WrittenImages, open_written
 from zeroshot import classifier, templates
 
 from .accumulators import Sums
+from .attribution import map_of_heads
 from .heads import Head
 from .heatmap import save_picture
 from .job import Job
 from .passes import one_pass
-from .reading import COVERED, contact_sheet, cover, map_of_heads, measure_rules, name_heads, picks
-from .removal import Cue, Further, Plan, cue_of, in_blocks, random_heads, scorer, without_heads_forward
+from .reading import COVERED, contact_sheet, cover, measure_rules, name_heads, picks
+from .removal import (
+    Cue,
+    Further,
+    Plan,
+    cue_of,
+    in_blocks,
+    page_of_heads,
+    random_heads,
+    scorer,
+    without_heads_forward,
+)
 from .rivals import ways_without, with_published_last
 from .tables import Shown, in_tenths, logits, mean_and_std, percent, print_settings, print_table, say, spread
-from .waterbirds import page_of_heads
 
 LEAD = (
     "How often a picture is still called by what it shows when another class's name is written on it, with "

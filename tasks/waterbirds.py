@@ -21,7 +21,7 @@ from zeroshot import classifier, templates
 from .accumulators import Sums
 from .job import Job, open_split
 from .reference import authors_terms, summarise
-from .removal import Plan, in_blocks, look_for_cue, random_heads, score, without_heads_forward
+from .removal import Plan, in_blocks, look_for_cue, page_of_heads, random_heads, score, without_heads_forward
 from .rivals import NOTE, ways_without, with_published_last
 from .tables import (
     SCORED,
@@ -79,9 +79,11 @@ def run(job: Job) -> tuple[dict, list]:
     shown = print_rows(rows, control, counts, len(cue.heads), test.named, notes)
     results = {"settings": where, "groups": test.named, "trained": trained}
     results |= {"rows": rows, "random": control, **cue.results()}
-    first = [int((groups.group == i).nonzero()[0]) for i in range(4)]
-    one = [(test.picture(i), f"{name}: {test.caption(i)}") for name, i in zip(counts, first, strict=True)]
-    seen = report.section("One image of each group", report.pictures(one, size=200))
+    first = [int((groups.group == i).nonzero()[0]) for i in range(4)]  # image of each group
+    examples = [
+        (test.picture(i), f"{name}: {test.caption(i)}") for name, i in zip(counts, first, strict=True)
+    ]
+    seen = report.section("One image of each group", report.pictures(examples, size=200))
     return results, [LEAD, *page(results, counts, shown), seen]
 
 
@@ -176,8 +178,8 @@ def print_rows(
     more = {"weighted": "weighted", "kinds": "kinds of birds"}
     more = {key: title for key, title in more.items() if key in base}
     header = ["accuracy, %", *counts, "worst group", "average", *more.values()]
-    sizes = [*counts.values(), "", total, *("" if key == "weighted" else total for key in more)]
-    lines = []
+    counted = [*counts.values(), "", total, *("" if key == "weighted" else total for key in more)]
+    lines = [["n", *(f"{count:,}" if count else "" for count in counted)]]
     for label, row in rows.items():
         low, high = in_tenths(wilson_of_smallest(row["groups"].values(), counts.values()))
         summary = [f"{100 * row['worst']:.1f} [{low}, {high}]", percent(row["average"], total)]
@@ -193,8 +195,7 @@ def print_rows(
             random.append([f"{chosen} random heads, {label}", *blank[0], *cells, *blank[1]])
         below = round(control["below the chosen heads"] * control["draws"])
         words = f"{control['sets']}, mean-ablated; the chosen heads' worst group is above {below} of them."
-    sizes = ["n", *(f"{size:,}" if size else "" for size in sizes)]
-    shown = print_table(header, [sizes, *with_published_last(lines, random)])
+    shown = print_table(header, with_published_last(lines, random))
     what = f"Groups are {named}. [..]: 95 % interval (Wilson; worst group: of the smallest accuracy)."
     return shown, say(what, f"Random: {words}", *notes)
 
@@ -210,15 +211,6 @@ def page(results: dict, counts: dict[str, int], shown: Shown) -> list[report.Htm
     if results["random"] is not None:
         sections.append(page_of_control(rows, results["random"]))
     return [*sections, page_of_heads(results)]
-
-
-def page_of_heads(results: dict) -> report.Html:
-    """The heads by what the cue explains of them, from the results of a task that takes a cue out."""
-    shares = {(i, j): share for i, row in enumerate(results["explained"]) for j, share in enumerate(row)}
-    roles = {head: "chosen" if [*head] in results["heads"] else "not chosen" for head in shares}
-    heads = [report.Head(*head, roles[head], share) for head, share in shares.items()]
-    words = "Share of each head's variance between images that different texts of the cue fit best."
-    return report.section("Which heads look at the cue", words, report.head_grid(heads))
 
 
 def page_of_control(rows: dict[str, dict], control: dict) -> report.Html:

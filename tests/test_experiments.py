@@ -37,8 +37,9 @@ from tasks.drawing import GAP, TILE, Tile
 from tasks.job import Job
 from tasks.reference import Kept, Reference
 from tasks.removal import Plan, Scores, auto_heads, random_heads
-from tasks.retrieval import contact_sheet, cosine, heads_of
+from tasks.retrieval import contact_sheet, cosine
 from tasks.tables import FEW, percent
+from tasks.textspan import heads_of
 from tasks.waterbirds import random_control
 from textspan import Moments, reconstruct, textspan
 from zeroshot import classifier, default_bank, embed_texts, load_bank, load_clip, templates

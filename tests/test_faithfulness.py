@@ -23,9 +23,7 @@ from decompose import heatmap
 from demo.images import DemoBirds
 from faithfulness import CURVES, PASSES, area, curves, ranks
 from masks import MaskFolder
-from tasks.attribution import ATTRIBUTIONS
-from tasks.reading import map_of_heads
-from tasks.segmentation import draw
+from tasks.attribution import ATTRIBUTIONS, draw, map_of_heads
 from zeroshot import classifier, templates
 
 BLACK = torch.zeros(1, 1, 1, dtype=torch.float64)

@@ -26,10 +26,9 @@ from decompose import heatmap
 from demo.images import DemoBirds, DemoMasks, DemoSigns
 from masks import MaskFolder, seen
 from metrics import Segmentation
-from tasks.attribution import ATTRIBUTIONS, attribute, score_of
+from tasks.attribution import ATTRIBUTIONS, attribute, contrasted, score_of
 from tasks.drawing import GAP, LONG_SIDE, OUTSIDE, TILE, Scale, Tile, in_rows, overlay, resized, sheet, slug
 from tasks.heatmap import covers
-from tasks.segmentation import contrasted
 from zeroshot import classifier, embed_texts, templates
 
 KINDS = ["sparrow", "cardinal", "crow", "woodpecker", "duck", "gull", "heron", "pelican"]
@@ -483,17 +482,17 @@ def test_another_seed_draws_other_random_maps_on_the_same_images(tmp_path, birds
 
 
 def test_every_image_has_a_random_map_of_its_own(clip):
-    maps = tasks.segmentation.sanity("random", torch.zeros(3, 3, 64, 64), clip, torch.tensor([0, 1, 5]), 0)
+    maps = tasks.attribution.sanity("random", torch.zeros(3, 3, 64, 64), clip, torch.tensor([0, 1, 5]), 0)
     assert maps.shape == (3, 8, 8)
     assert not torch.equal(maps[0], maps[1])
     assert not torch.equal(maps[1], maps[2])
-    alone = tasks.segmentation.sanity("random", torch.zeros(1, 3, 64, 64), clip, torch.tensor([5]), 0)
+    alone = tasks.attribution.sanity("random", torch.zeros(1, 3, 64, 64), clip, torch.tensor([5]), 0)
     assert torch.equal(alone[0], maps[2])
 
 
 def test_images_and_seeds_share_no_random_map(clip):
     def draw(index, seed):
-        return tasks.segmentation.sanity(
+        return tasks.attribution.sanity(
             "random", torch.zeros(1, 3, 64, 64), clip, torch.tensor([index]), seed
         )
 
@@ -502,7 +501,7 @@ def test_images_and_seeds_share_no_random_map(clip):
 
 
 def test_the_centred_blob_is_a_gaussian_of_a_quarter_of_the_side(clip):
-    blob = tasks.segmentation.sanity("centred blob", torch.zeros(2, 3, 64, 48), clip, torch.tensor([0, 1]), 0)
+    blob = tasks.attribution.sanity("centred blob", torch.zeros(2, 3, 64, 48), clip, torch.tensor([0, 1]), 0)
     assert blob.shape == (2, 8, 6)
     assert torch.equal(blob[0], blob[1])
     assert torch.allclose(blob, blob.flip(1))
@@ -607,7 +606,9 @@ def test_a_void_value_is_left_out(tmp_path, birds):
 def test_the_mask_of_an_example_shows_foreground_white_and_void_grey(tmp_path, birds, monkeypatch):
     drawn, page = {}, tasks.segmentation.page
     monkeypatch.setattr(
-        tasks.segmentation, "page", lambda rows, pictures: drawn.update(pictures) or page(rows, pictures)
+        tasks.segmentation,
+        "page",
+        lambda rows, pictures, shown: drawn.update(pictures) or page(rows, pictures, shown),
     )
     root = shutil.copytree(birds, tmp_path / "data")
     for path in (root / "masks").rglob("*.png"):
@@ -626,7 +627,9 @@ def test_the_mask_of_an_example_shows_foreground_white_and_void_grey(tmp_path, b
 def test_the_whiskers_are_the_interval_that_their_title_says():
     rows = {"rollout": {"score": "-", "text": "-", "pixel accuracy": 0.8, "mIoU": 0.5}}
     rows["rollout"] |= {"mAP": 0.6, "mAP standard error": 0.05, "pointing": 0.7, "energy": 0.4}
-    document = report.page("segmentation", {}, tasks.segmentation.page(rows, {}))
+    document = report.page(
+        "segmentation", {}, tasks.segmentation.page(rows, {}, tasks.segmentation.print_rows(rows))
+    )
     assert "± 1.96 standard errors" in document
     assert "60.0 [50.2, 69.8]" in document
 

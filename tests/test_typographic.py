@@ -16,7 +16,8 @@ from attention import attention_calls
 from decompose import decompose, head_maps
 from demo.images import DemoSigns
 from demo.writing import WORDS, letters
-from tasks.reading import Rules, cover, map_of_heads, overlap, picks
+from tasks.attribution import map_of_heads
+from tasks.reading import Rules, cover, overlap, picks
 from tasks.typographic import Tally, other_heads
 from written import SAYS
 
