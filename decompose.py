@@ -37,7 +37,6 @@ import torch
 from torch import Tensor, einsum, nn
 
 __all__ = "Decomposition", "DecompositionError", "check", "decompose", "head_maps", "heatmap", "token_scores"
-
 # Relative errors of the sum that rounding explains, by the precision of the forward pass.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.1}
 Layers = int | Sequence[int] | None

@@ -163,12 +163,12 @@ def print_rows(rows: dict[str, dict]) -> Shown:
         cells.append([method, row["score"], row["text"], *figures])
     lines = []
     for name, (sign, *_) in DRAWN.items():
-        level = []
+        no_better = []
         for method, row in rows.items():
             difference, error = row[name]["above random"]
             ahead = error and sign * difference > 2 * error  # a single image has no error
-            level += [method] * (method != RANDOM and not ahead)
-        lines.append(f"  {name + ':':<11}{', '.join(level) or 'none'}")
+            no_better += [method] * (method != RANDOM and not ahead)
+        lines.append(f"  {name + ':':<11}{', '.join(no_better) or 'none'}")
     return print_table(["%", "score", "text", *CURVES], cells), say(NOTE, *lines)
 
 

@@ -73,7 +73,8 @@ def run(job: Job) -> tuple[dict, list]:
     if isinstance(data, DemoBirds):
         agree, others = (same_factors(data, found.order) for found in (ours, whole))
         results |= {"agree": agree, "agree, whole embedding": others}
-        notes += [same_factors_in_words(agree), f"By the whole embedding: {same_factors_in_words(others)}"]
+        shares = same_factors_in_words(others).partition(": ")[2]
+        notes += [same_factors_in_words(agree), f"Of those nearest by the whole embedding: {shares}"]
     for name, found in (("nearest", ours), ("by the whole embedding", whole)):
         rows = [[str(row["rank"]), f"{row['score']:.3f}", row["image"]] for row in found.rows]
         print_table([name, "score", "image"], rows)
