@@ -60,7 +60,8 @@ def test_a_constant_map_leaves_the_whole_order_to_the_other_numbers(value):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.01, 100))
 def test_the_order_does_not_see_the_scale_of_a_map(seed, factor):
-    maps, ties = normal(3, 2, 3, seed=seed), normal(3, 5, 7, seed=seed + 1)
+    # In double precision: rounding of a product in float32 can change which of two close pixels is higher.
+    maps, ties = normal(3, 2, 3, seed=seed).double(), normal(3, 5, 7, seed=seed + 1)
     assert torch.equal(ranks(factor * maps, ties), ranks(maps, ties))
     assert not torch.equal(ranks(-maps, ties), ranks(maps, ties))
 
